@@ -1,0 +1,629 @@
+"""
+Score a checkpoint: jsonl files of labelled points -> predictions.jsonl, metrics.json, one table.
+
+    python evaluate.py ckpt/toy --data data/toy/val.jsonl              # CPU or one GPU
+    torchrun --nproc-per-node 8 evaluate.py ckpt/sft_3b                # every data/*/val.jsonl, 8,192 queries a set
+    python evaluate.py ckpt/toy --data data/toy/val.jsonl --all        # each labelled point once
+    python evaluate.py --constant 2.0 --data data/nyuv2/val.jsonl      # a baseline that needs no model
+    python evaluate.py --predictions theirs.jsonl                      # anyone's answers, on the very same points
+
+Also the home of everything that runs a trained model: loading, packed attention, the prefill, decoding. train_sft.py,
+train_grpo.py and pointcloud.py call these functions. Paper: Sec. 3 (protocol: delta1, 8,192 random samples), Tables 1, 6.
+"""
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import render
+from render import Encoder, Query, Records, fail
+
+# Table 1: order of the sets, and the row "always output 2.0 m" as published
+PAPER_ORDER = {"argoverse2": 0.006, "ddad": 0.010, "nuscenes": 0.010, "eth3d": 0.106, "scannetpp": 0.305,
+               "sunrgbd": 0.384, "ibims1": 0.280, "nyuv2": 0.383}
+NUM_QUERIES = 8192  # Sec. 3, random samples a set
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the model: attention over packed rows
+
+
+def attend(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, segments=None, **kwargs):
+    """Attention of all layers, text and vision. query (B, heads, T, d) -> (B, T, heads, d), None.
+
+    Packed (B = 1): tokens see their own segment only; the vision tower gives `cu_seq_lens_q`, the text `segments`, both
+    (n + 1,) starts. Otherwise: a bool `attention_mask` (B, 1, T, K), as decoding and GRPO's tree rows have."""
+    starts = segments if cu_seq_lens_q is None else cu_seq_lens_q
+    if starts is None:
+        out = F.scaled_dot_product_attention(query, key, value, attention_mask, scale=scaling, enable_gqa=True)
+        return out.transpose(1, 2), None
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (S, heads, d)
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and varlen_attn is not None:
+        if k.shape[1] != q.shape[1]:
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        longest, starts = int((starts[1:] - starts[:-1]).max()), starts.to(torch.int32)
+        window = {"window_size": (-1, 0)} if VARLEN_WINDOW else {"is_causal": True}
+        return varlen_attn(q, k, v, starts, starts, longest, longest, scale=scaling,
+                           **(window if module.is_causal else {}))[None], None
+    # elsewhere: segments of equal length are one batch, which is most of them (the windows of Qwen2.5-VL's vision tower)
+    starts = starts.tolist()
+    groups: dict[int, list[int]] = {}
+    for a, b in zip(starts, starts[1:]):
+        groups.setdefault(b - a, []).append(a)
+    outs, order = [], []
+    for length, firsts in groups.items():
+        index = (torch.tensor(firsts)[:, None] + torch.arange(length)).to(q.device)  # (n, length)
+        parts = (x[index].transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(*parts, is_causal=module.is_causal, scale=scaling, enable_gqa=True)
+        outs.append(out.transpose(1, 2).flatten(0, 1))
+        order.append(index.flatten())
+    return torch.cat(outs)[torch.argsort(torch.cat(order))][None], None
+
+
+try:  # FlashAttention as it comes with torch; its arguments changed between versions
+    import inspect
+
+    from torch.nn.attention.varlen import varlen_attn
+    VARLEN_WINDOW = "is_causal" not in inspect.signature(varlen_attn).parameters
+except ImportError:
+    varlen_attn, VARLEN_WINDOW = None, False
+
+
+def pack_attention(model):
+    """Make a transformers model run `attend`. The name holds "flash" because that is how the vision towers decide to hand
+    over segment starts instead of looping over windows in Python; it is set after construction because transformers
+    would look up such a name on the hub."""
+    from transformers import AttentionInterface
+    AttentionInterface.register("packed_flash", attend)
+    for config in (model.config, model.config.text_config, model.config.vision_config):
+        config._attn_implementation_internal = "packed_flash"
+    return model
+
+
+def pick_device(device: str = "auto") -> torch.device:
+    if device == "auto":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
+
+
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    return names[dtype] if dtype in names else torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def load_model(path: str, device: torch.device, dtype: torch.dtype):
+    """A checkpoint folder or hub repository, ready for the functions below."""
+    import transformers
+    folder = render.find_checkpoint(path)
+    render.model_type(folder)
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
+    except OSError as e:
+        raise ValueError(f"{path}: cannot be loaded ({str(e).splitlines()[0]}).") from None
+    return pack_attention(model).to(device).eval()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the model: a prefill, and steps of branches behind it
+
+
+@dataclass
+class Prefix:
+    """Rows after their prefill. cache: keys and values (B, heads, P, d) a layer; seen (B, P) bool: which of them count;
+    position (B,): the next token's; logits (B, F + 1, V): after the prompt, and after each forced token."""
+    cache: object
+    seen: torch.Tensor
+    position: torch.Tensor
+    logits: torch.Tensor
+
+
+def prefill(model, encoder: Encoder, samples: list[dict], forced: list[int] = ()) -> Prefix:
+    """Prompts of any sizes and the `forced` tokens behind each, in one packed forward, nothing padded; their keys and
+    values are laid out as rows afterwards. samples: of render.encode without an answer."""
+    from transformers import DynamicCache
+    rows = [append_tokens(s, forced) for s in samples]
+    inputs = render.model_inputs(render.pack(rows), encoder, model.device)
+    starts = inputs["segments"].long()
+    ends, lengths = starts[1:], starts[1:] - starts[:-1]
+    keep = (ends[:, None] - 1 + torch.arange(-len(forced), 1, device=ends.device)).flatten()
+    packed = DynamicCache()
+    logits = model(**cast(inputs, model), past_key_values=packed, use_cache=True, logits_to_keep=keep).logits[0]
+    column = torch.arange(int(lengths.max()), device=ends.device)
+    seen = column < lengths[:, None]
+    index = (starts[:-1, None] + column).clamp(max=int(starts[-1]) - 1)
+    cache = DynamicCache()
+    for i, layer in enumerate(packed.layers):
+        cache.update(layer.keys[0][:, index].transpose(0, 1), layer.values[0][:, index].transpose(0, 1), i)
+    position = torch.tensor([int(r["position_ids"].max()) + 1 for r in rows], device=ends.device)
+    return Prefix(cache, seen, position, logits.view(len(rows), len(forced) + 1, -1))
+
+
+def append_tokens(sample: dict, tokens: list[int]) -> dict:
+    """The sample with tokens behind it, at the positions that follow."""
+    positions = sample["position_ids"]
+    tail = np.broadcast_to(positions.max() + 1 + np.arange(len(tokens)), (len(positions), len(tokens)))
+    return {**sample, "input_ids": np.concatenate([sample["input_ids"], np.asarray(tokens, int)]),
+            "position_ids": np.concatenate([positions, tail], 1)}
+
+
+def cast(inputs: dict, model) -> dict:
+    """pixel_values in the model's dtype (they leave the table in float32)."""
+    if "pixel_values" in inputs:
+        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    return inputs
+
+
+def step(model, encoder: Encoder, prefix: Prefix, tokens, position, seen) -> torch.Tensor:
+    """Feed tokens (B, N) at positions (B, N); token n sees the cached columns and new tokens marked in seen (B, N, K + N).
+    The new keys and values are appended to the cache. -> logits (B, N, V)."""
+    if render.FAMILIES[encoder.family]["mrope"]:
+        position = position.expand(3, -1, -1)
+    return model(input_ids=tokens, attention_mask=seen[:, None], position_ids=position, past_key_values=prefix.cache,
+                 use_cache=True).logits
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# greedy answers, with the fixed words of the template verified instead of decoded
+
+
+@lru_cache(maxsize=64)
+def template_tokens(encoder_key, form: str) -> tuple[list[int], frozenset[int]]:
+    """The tokens before the number of an answer template, the same whatever the number, and all ids that spell numbers."""
+    encoder = ENCODERS[encoder_key]
+    variants = [render.answer_tokens(encoder, form.format(x=x)) for x in ("2.35", "12.71", "0.05", "107.90")]
+    forced = []
+    for column in zip(*variants):
+        if len(set(column)) > 1:
+            break
+        forced.append(column[0])
+    tokenizer = encoder.tokenizer
+    numbers = {i for i in range(len(tokenizer)) if (t := tokenizer.decode([i])) and set(t) <= set("0123456789.")}
+    return forced, frozenset(numbers)
+
+
+ENCODERS: dict[str, Encoder] = {}  # template_tokens needs a hashable name for an encoder
+
+
+@torch.no_grad()
+def answer(model, encoder: Encoder, samples: list[dict], form: str | None, max_new_tokens: int = 64):
+    """Greedy answers, token for token those of plain greedy decoding. -> token lists (with the end token, if reached),
+    number of forward passes.
+
+    `form` (render.answer_form) is only a guess of what will be said: its fixed words go through the model many at a time
+    and every one is compared with the argmax before it counts; after the first difference decoding goes on freely."""
+    forced, numbers, end = [], frozenset(), encoder.end_id
+    if form is not None:
+        ENCODERS[encoder.folder] = encoder
+        forced, numbers = template_tokens(encoder.folder, form)
+    prefix = prefill(model, encoder, samples, forced)
+    forwards, device, rows = 1, prefix.logits.device, range(len(samples))
+    best = prefix.logits.argmax(-1).tolist()
+    out, seen, position = [], prefix.seen, prefix.position.clone()
+    for b in rows:  # forced words that the model would not have said stay in the cache as holes
+        k = next((j for j, t in enumerate(forced) if best[b][j] != t), len(forced))
+        out.append(list(forced[:k]) + [best[b][k]])
+        first = int(seen[b].sum()) - len(forced)
+        seen[b, first + k:first + len(forced)] = False
+        position[b] -= len(forced) - k
+    guessed = [False] * len(samples)
+
+    def finish(b):  # the rest of the template, once the row's number is complete
+        if guessed[b] or len(out[b]) <= len(forced) or out[b][:len(forced)] != list(forced) or out[b][-1] in numbers:
+            return []
+        guessed[b] = True
+        number = encoder.tokenizer.decode(out[b][len(forced):-1])
+        whole = render.answer_tokens(encoder, form.format(x=number)) + [end]
+        return whole[len(out[b]):] if whole[:len(out[b])] == out[b] else []
+
+    def live(b):
+        return out[b][-1] != end and len(out[b]) < max_new_tokens
+
+    while any(live(b) for b in rows):
+        feed = [[out[b][-1]] + (finish(b) if form else []) if live(b) else [] for b in rows]
+        width = max(map(len, feed))
+        tokens = torch.tensor([f + [end] * (width - len(f)) for f in feed], device=device)
+        real = torch.tensor([[True] * len(f) + [False] * (width - len(f)) for f in feed], device=device)
+        causal = torch.ones(width, width, dtype=torch.bool, device=device).tril()
+        see = torch.cat([seen[:, None].expand(-1, width, -1), causal.expand(len(feed), -1, -1)], 2)
+        where = position[:, None] + torch.arange(width, device=device)
+        best = step(model, encoder, prefix, tokens, where, see).argmax(-1).tolist()
+        forwards += 1
+        kept = [0] * len(feed)
+        for b in rows:
+            for j in range(len(feed[b])):  # the fed token j holds if the model said it after token j - 1
+                if j and feed[b][j] != best[b][j - 1]:
+                    break
+                kept[b] = j + 1
+            if kept[b]:
+                out[b] += feed[b][1:kept[b]]
+                if out[b][-1] != end:
+                    out[b].append(best[b][kept[b] - 1])
+                out[b] = out[b][:max_new_tokens]
+        holds = torch.arange(width, device=device) < torch.tensor(kept, device=device)[:, None]
+        seen = torch.cat([seen, holds & real], 1)
+        position = position + torch.tensor(kept, device=device)
+    return out, forwards
+
+
+def decode_text(encoder: Encoder, tokens: list[int]) -> str:
+    return encoder.tokenizer.decode([t for t in tokens if t != encoder.end_id])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# queries
+
+
+def draw_queries(records: Records, count: int | None, seed: int = 0) -> list[tuple[int, int]]:
+    """(record, point) pairs to ask. count None: each labelled point once. Else `count` random points (Sec. 3: 8,192), each
+    at most once, sorted so that an image is opened once; all of them when there are fewer."""
+    if count is None or len(records) <= count:
+        pairs = [(i, k) for i in range(len(records)) for k in range(len(records[i]["depth"]))]
+        if count is None or len(pairs) <= count:
+            return pairs
+        chosen = np.random.default_rng(seed).choice(len(pairs), count, replace=False)
+        return [pairs[j] for j in sorted(chosen)]
+    rng, pairs = np.random.default_rng(seed), set()
+    while len(pairs) < count:
+        i = int(rng.integers(len(records)))
+        pairs.add((i, int(rng.integers(max(1, len(records[i]["depth"]))))))
+    return sorted(pairs)
+
+
+class QueryBatches(torch.utils.data.Dataset):
+    """Rendered and encoded queries, a batch an item, so that loader workers can prepare them. An unreadable image stops
+    the evaluation: a score over fewer points than it claims would be wrong."""
+
+    def __init__(self, records: Records, task: str, pairs: list, batch_size: int, settings: dict, encoder: Encoder, seed: int):
+        self.records, self.task, self.pairs, self.batch_size = records, task, pairs, batch_size
+        self.settings, self.encoder, self.seed = settings, encoder, seed
+
+    def __len__(self):
+        return math.ceil(len(self.pairs) / self.batch_size)
+
+    def __getitem__(self, b):
+        queries, samples = [], []
+        for i, point in self.pairs[b * self.batch_size:(b + 1) * self.batch_size]:
+            query = render.TASKS[self.task](self.records, i, np.random.default_rng((self.seed, i, point)), point)
+            views, question, _ = render.render(query, self.settings, self.encoder.grid)
+            queries.append(query)
+            samples.append(render.encode(self.encoder, views, question))
+        return queries, samples
+
+
+def ask(model, encoder: Encoder, settings: dict, records: Records, pairs: list, task: str = "distance", batch_size: int = 32,
+        workers: int = 0, max_new_tokens: int = 64, seed: int = 0, free: bool = False):
+    """Ask the model each query -> yields (queries, answer texts, forward passes) batch by batch. free: no template."""
+    dataset = QueryBatches(records, task, pairs, batch_size, settings, encoder, seed)
+    loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=lambda x: x)
+    form = None if free or settings["camera"] == "ray" else render.answer_form(task, settings["prompt"])
+    for queries, samples in loader:
+        tokens, forwards = answer(model, encoder, samples, form, max_new_tokens)
+        yield queries, [decode_text(encoder, t) for t in tokens], forwards
+
+
+def prediction(query: Query, text: str, **more) -> dict:
+    """One line of predictions.jsonl."""
+    record, (x, y) = query.records[0], query.points[0] if query.points else (None, None)
+    line = {"image": record["image"], "pixel": [x, y], "task": query.task, "true": round(query.value, 4),
+            "pred": render.parse_answer(text, query.task), "text": text}
+    if query.task == "distance":  # true / ray is z
+        line["ray"] = round(float(render.ray_length(x, y, record["intrinsics"])), 6)
+    return {**line, **more}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# metrics: pred and true are (N,) arrays; pred is NaN where an answer could not be parsed
+
+
+def within(pred: np.ndarray, true: np.ndarray, factor: float) -> np.ndarray:
+    """(N,) bool: max(pred/true, true/pred) < factor. Unparsed and non-positive answers are wrong."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return (pred > 0) & (np.maximum(pred / true, true / pred) < factor)
+
+
+def metrics(pred: np.ndarray, true: np.ndarray) -> dict:
+    """delta1..3 over all answers; the errors over the positive parsed ones (`n - unparsed - nonpositive` of them)."""
+    out = {f"delta{k}": float(within(pred, true, 1.25 ** k).mean()) for k in (1, 2, 3)}
+    ok = pred > 0
+    p, t = pred[ok], true[ok]
+    log = np.log(p / t)
+    errors = {"abs_rel": np.abs(p - t) / t, "rmse": (p - t) ** 2, "log10": np.abs(log) / math.log(10)}
+    out.update({k: float(v.mean()) if len(p) else None for k, v in errors.items()})
+    out["rmse"] = math.sqrt(out["rmse"]) if len(p) else None
+    out["silog"] = float(100 * log.std()) if len(p) else None
+    return {**out, "unparsed": int(np.isnan(pred).sum()), "nonpositive": int((pred <= 0).sum()), "n": len(true)}
+
+
+def interval(hits: np.ndarray, images: np.ndarray, draws: int = 2000, seed: int = 0) -> list[float] | None:
+    """95 % interval of the mean of hits by resampling images, not points: points of one image err together."""
+    _, index = np.unique(images, return_inverse=True)
+    count = np.bincount(index).astype(float)
+    if len(count) < 2:
+        return None
+    total, rng = np.bincount(index, weights=hits), np.random.default_rng(seed)
+    means = []
+    for _ in range(draws):
+        pick = rng.integers(len(count), size=len(count))
+        means.append(total[pick].sum() / count[pick].sum())
+    return [float(q) for q in np.quantile(means, (0.025, 0.975))]
+
+
+def best_constant(true: np.ndarray) -> float:
+    """The one answer that is within 25 % of most labels: the densest window of width 2 log 1.25 on the log axis."""
+    t = np.sort(np.log(true))
+    width = 2 * math.log(1.25) - 1e-9
+    counts = np.searchsorted(t, t + width, side="right") - np.arange(len(t))
+    k = int(counts.argmax())
+    return float(np.exp((t[k] + t[k + counts[k] - 1]) / 2))
+
+
+def score(lines: list[dict]) -> dict:
+    """Predictions of one dataset -> metrics, Euclidean and by z where the ray is known, and the constant rows."""
+    true = np.array([line["true"] for line in lines], float)
+    pred = np.array([np.nan if line["pred"] is None else line["pred"] for line in lines], float)
+    images = np.array([line["image"] for line in lines])
+    out = metrics(pred, true)
+    out["delta1_ci"] = interval(within(pred, true, 1.25), images)
+    best = best_constant(true)
+    out["always_2m"] = float(within(np.full_like(true, 2.0), true, 1.25).mean())
+    out["best_constant"] = {"value": round(best, 3), "delta1": float(within(np.full_like(true, best), true, 1.25).mean())}
+    if all("ray" in line for line in lines):  # a ratio, so delta and AbsRel are the same by z; a constant's are not
+        ray = np.array([line["ray"] for line in lines])
+        by_z = metrics(pred / ray, true / ray)
+        out["by_z"] = {k: by_z[k] for k in ("delta1", "abs_rel", "rmse", "log10", "silog")}
+        out["by_z"]["always_2m"] = float(within(np.full_like(true, 2.0), true / ray, 1.25).mean())
+    return out
+
+
+def summarize(lines: list[dict]) -> dict:
+    """All predictions -> {"datasets": {name: metrics}, "average": {...}}, in the paper's order. Another task than distance
+    is a column of its own, "name/task"."""
+    groups: dict[str, list[dict]] = {}
+    for line in lines:
+        name = line.get("dataset", "data")
+        groups.setdefault(name if line.get("task", "distance") == "distance" else f"{name}/{line['task']}", []).append(line)
+    order = list(PAPER_ORDER)
+    names = sorted(groups, key=lambda n: (order.index(n) if n in order else len(order), n))
+    datasets = {name: score(groups[name]) for name in names}
+    average = {}
+    for key in ("delta1", "delta2", "delta3", "abs_rel", "rmse", "log10", "silog", "always_2m"):
+        values = [d[key] for d in datasets.values()]
+        average[key] = None if any(v is None for v in values) else sum(values) / len(values)
+    return {"datasets": datasets, "average": average}
+
+
+def table(result: dict) -> str:
+    """One column a dataset, as in Table 1, and the average."""
+    def show(value):
+        return "-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+
+    columns = {**result["datasets"], "average": result["average"]}
+    rows = {k: k for k in ("delta1", "delta2", "delta3", "abs_rel", "rmse", "log10", "silog", "unparsed", "n")}
+    text = [["", *columns]]
+    for key, label in rows.items():
+        text.append([label, *(show(c.get(key)) if key in c else "" for c in columns.values())])
+    text[2:2] = [["  95 % interval", *(f"{c['delta1_ci'][0]:.3f}-{c['delta1_ci'][1]:.3f}" if c.get("delta1_ci") else ""
+                                       for c in columns.values())]]
+    text.append(["always 2.0 m: delta1", *(show(c["always_2m"]) for c in columns.values())])
+    text.append(["best constant: delta1", *(f"{c['best_constant']['delta1']:.3f} ({c['best_constant']['value']:g} m)"
+                                            if "best_constant" in c else "" for c in columns.values())])
+    if any(name in PAPER_ORDER for name in columns):
+        text.append(["paper, always 2.0 m", *(show(PAPER_ORDER.get(name)) if name in PAPER_ORDER else "" for name in columns)])
+    widths = [max(len(row[k]) for row in text) for k in range(len(text[0]))]
+    lines = ["  ".join(cell.ljust(w) if k == 0 else cell.rjust(w) for k, (cell, w) in enumerate(zip(row, widths)))
+             for row in text]
+    z = "  ".join(f"{n} {c['by_z']['delta1']:.3f} (always 2.0 m {c['by_z']['always_2m']:.3f}, abs_rel {show(c['by_z']['abs_rel'])}, "
+                  f"rmse {show(c['by_z']['rmse'])})" for n, c in columns.items() if "by_z" in c)
+    return "\n".join(lines + ([f"by z instead of Euclidean, delta1: {z}"] if z else []))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# files
+
+
+def read_predictions(path: Path) -> list[dict]:
+    """Lines of a predictions file; raises ValueError with file, line and value."""
+    lines = []
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file of predictions.")
+    for number, text in enumerate(path.read_text().splitlines(), 1):
+        if not text.strip():
+            continue
+        try:
+            line = json.loads(text)
+            true, pred = float(line["true"]), line["pred"]
+            line["image"]
+        except (ValueError, KeyError, TypeError) as e:
+            raise ValueError(f"{path}, line {number}: needs an object with image, pixel, true and pred ({e!r}).") from None
+        if not (math.isfinite(true) and true > 0):
+            raise ValueError(f"{path}, line {number}: true {true} is not a positive number.")
+        if isinstance(pred, str):  # an answer as text is parsed as ours are
+            line["pred"] = render.parse_answer(pred, line.get("task", "distance"))
+        elif pred is not None and not math.isfinite(pred):
+            line["pred"] = None
+        lines.append(line)
+    if not lines:
+        raise ValueError(f"{path}: holds no predictions.")
+    return lines
+
+
+def read_parts(out: Path) -> dict[int, dict]:
+    """Answers of an interrupted run, by query number; a last line that was cut off is dropped."""
+    done = {}
+    for path in sorted(out.glob("predictions.part-*.jsonl")):
+        for text in path.read_text().splitlines():
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue
+            done[line["query"]] = line
+    return done
+
+
+def write_text(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def default_data() -> list[str]:
+    found = sorted(str(p) for p in Path("data").glob("*/val.jsonl"))
+    if not found:
+        raise ValueError("no data: there is no data/*/val.jsonl. Prepare a set (python prepare.py --dataset toy), or give "
+                         "--data FILE.jsonl ...")
+    return found
+
+
+def dataset_name(path: str) -> str:
+    """data/nyuv2/val.jsonl -> nyuv2; any other file by its own name."""
+    path = Path(path)
+    return path.parent.name if path.stem in ("train", "val") else path.stem
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     fromfile_prefix_chars="@")
+    parser.convert_arg_line_to_args = lambda line: line.split("#")[0].split()
+    flag = parser.add_argument
+    # I/O
+    flag("checkpoint", nargs="?", help="model folder or hub name")
+    flag("--data", nargs="+", metavar="JSONL", help="default: every data/*/val.jsonl")
+    flag("--image-root", help="folder of the images, if not each jsonl's own")
+    flag("--label-type", choices=("euclidean", "z"), help="what the files hold, if they do not say")
+    flag("--out", help="folder for predictions.jsonl and metrics.json; default: <checkpoint>/eval, out/constant, out/predictions")
+    # what is asked
+    flag("--queries", type=int, default=NUM_QUERIES, help="random points a set (Sec. 3)")
+    flag("--all", action="store_true", help="each labelled point once, instead")
+    flag("--tasks", nargs="+", default=None, choices=list(render.TASKS), help="default: distance (Table 6: all)")
+    flag("--seed", type=int, default=0)
+    render.add_settings_flags(parser)
+    # instead of a model
+    flag("--constant", type=float, metavar="METRES", help="always this answer (Table 1: 2.0)")
+    flag("--predictions", metavar="FILE", help="score these answers")
+    # decoding, system
+    flag("--max-new-tokens", type=int, default=64)
+    flag("--batch-size", type=int, default=32)
+    flag("--workers", type=int, default=min(4, (os.cpu_count() or 2) - 1), help="processes that load images, per rank")
+    flag("--device", default="auto")
+    flag("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
+    return parser.parse_args(argv)
+
+
+def list_queries(args) -> list[tuple[str, Records, str, list]]:
+    """-> (dataset name, records, task, (record, point) pairs) for each file and task."""
+    groups = []
+    for path in args.data or default_data():
+        records = Records(path, args.image_root, args.label_type)
+        pairs = draw_queries(records, None if args.all else args.queries, args.seed)
+        if not pairs:
+            raise ValueError(f"{path}: has no labelled point.")
+        groups += [(dataset_name(path), records, task, pairs) for task in args.tasks or ["distance"]]
+    return groups
+
+
+def run_model(args, out: Path, groups: list) -> list[dict] | None:
+    """Ask all queries, split over the ranks of torchrun; each rank appends to a file of its own, so an interrupted run
+    goes on where it was. -> all lines on rank 0, else None."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = pick_device(args.device)
+    settings = render.load_settings(args.checkpoint, render.given_settings(args), quiet=rank > 0)
+    encoder = render.load_encoder(args.checkpoint)
+    model = load_model(args.checkpoint, device, pick_dtype(args.dtype, device))
+    weights = max((p.stat().st_mtime for p in Path(encoder.folder).glob("*.safetensors")), default=0)
+    asked = {"checkpoint": args.checkpoint, "weights_time": weights, "settings": settings, "seed": args.seed, "all": args.all,
+             "queries": args.queries, "label_type": args.label_type, "max_new_tokens": args.max_new_tokens,
+             "data": [(r.path, task, len(pairs)) for _, r, task, pairs in groups]}
+    asked = json.loads(json.dumps(asked))
+    run = out / "run.json"
+    parts = list(out.glob("predictions.part-*.jsonl"))
+    if parts and (not run.is_file() or json.loads(run.read_text()) != asked):
+        raise ValueError(f"{out}: holds the beginning of another evaluation. Give another --out, or delete its "
+                         "predictions.part-*.jsonl.")
+    if rank == 0:
+        write_text(run, json.dumps(asked, indent=2) + "\n")
+    done = read_parts(out)
+    number, forwards, asked_now = 0, 0, 0
+    total = sum(len(pairs) for *_, pairs in groups)
+    mine = sum(len(range(rank, len(pairs), world)) for *_, pairs in groups)
+    bar = tqdm(total=mine, disable=rank > 0, desc="queries", dynamic_ncols=True)
+    with open(out / f"predictions.part-{rank}-of-{world}-{time.time_ns()}.jsonl", "w") as file:
+        for name, records, task, pairs in groups:
+            numbered = [(number + k, pair) for k, pair in enumerate(pairs)][rank::world]
+            number += len(pairs)
+            todo = [(n, pair) for n, pair in numbered if n not in done]
+            bar.update(len(numbered) - len(todo))
+            at = 0
+            for queries, texts, count in ask(model, encoder, settings, records, [p for _, p in todo], task, args.batch_size,
+                                             args.workers, args.max_new_tokens, args.seed):
+                forwards += count
+                for query, text in zip(queries, texts):
+                    line = prediction(query, text, dataset=name, query=todo[at][0])
+                    file.write(json.dumps(line) + "\n")
+                    at += 1
+                file.flush()
+                asked_now += len(queries)
+                bar.update(len(queries))
+    bar.close()
+    if asked_now and rank == 0:
+        batches = sum(math.ceil(len(range(rank, len(p), world)) / args.batch_size) for *_, p in groups)
+        print(f"{asked_now} queries, {forwards / max(1, batches):.1f} forward passes a batch")
+    if rank == 0:  # ranks share a folder, so the others are done when all lines are there
+        while len(done := read_parts(out)) < total:
+            time.sleep(1)
+        lines = [done[n] for n in range(total)]
+        write_text(out / "predictions.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        for path in out.glob("predictions.part-*.jsonl"):
+            path.unlink()
+        return lines
+    return None
+
+
+def main(argv=None) -> None:
+    args = parse_args(argv)
+    try:
+        if (args.checkpoint is None) + (args.constant is None) + (args.predictions is None) != 2:
+            raise ValueError("give one of: a checkpoint, --constant METRES, --predictions FILE.")
+        kind = "constant" if args.constant is not None else "predictions"
+        out = Path(args.out or (Path(args.checkpoint) / "eval" if args.checkpoint and Path(args.checkpoint).is_dir()
+                                else Path("out") / (args.checkpoint or kind).replace("/", "--")))
+        if args.checkpoint:
+            render.find_checkpoint(args.checkpoint)
+        if args.predictions:
+            lines = read_predictions(Path(args.predictions))
+        else:
+            groups = list_queries(args)
+            if args.constant is not None:
+                lines = [prediction(render.TASKS[task](records, i, np.random.default_rng((args.seed, i, point)), point),
+                                    f"{args.constant:g}", dataset=name)
+                         for name, records, task, pairs in groups for i, point in pairs]
+        out.mkdir(parents=True, exist_ok=True)
+        if args.checkpoint:
+            lines = run_model(args, out, groups)
+        elif args.constant is not None:
+            write_text(out / "predictions.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        if lines is not None:
+            result = summarize(lines)
+            write_text(out / "metrics.json", json.dumps(result, indent=2) + "\n")
+            print(table(result))
+            print(f"{out}/metrics.json")
+    except (ValueError, OSError) as e:
+        fail(e)
+
+
+if __name__ == "__main__":
+    main()

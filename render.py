@@ -1,0 +1,683 @@
+"""
+What the model sees: one record of a jsonl file -> image(s) with a marker, a question, an answer, tokens.
+
+    unify the focal length -> crop or pad to the patch grid -> draw the marker -> question and answer -> tokens, patches
+
+Every other script calls these functions, so that training, evaluation, GRPO and point clouds cannot differ in what they
+show the model. Run as a script it draws a contact sheet, so that a person can see it too:
+
+    python render.py data/toy/val.jsonl                                   # -> sheet.png
+    python render.py data/nyuv2/val.jsonl --focal 1000 --marker cross --crop 1000 1400 700 1200 --n 6
+    python render.py data/toy/val.jsonl --settings ckpt/toy               # as that checkpoint was trained to see it
+
+Reads a jsonl (README, "file formats"), writes a PNG. Paper: Sec. 3.1 (markers, prompts), 3.3 (camera strategies), 3.4.
+"""
+import argparse
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageOps
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what a checkpoint was trained to see: ckpt/<run>/depthlm.json overrides these, flags override both
+
+DEFAULTS = {"focal": 1000, "marker": "arrow", "marker_size": 5, "prompt": "paper", "camera": "unify", "tasks": ["distance"]}
+PIXTRAL = {"focal": 750}  # App. A.6: memory
+DEPTHLM_12B = {"focal": 750, "prompt": "release"}  # facebook/DepthLM has no depthlm.json
+MARKERS = ("arrow", "cross", "dot")
+PROMPTS = ("paper", "release", "text")
+CAMERAS = ("unify", "none", "prompt", "ray")
+COLORS = {"red": (255, 0, 0), "blue": (0, 0, 255)}
+MARGIN = 6  # px kept free around a query in a random crop, so that the arrow fits
+
+# How the families differ, by `model_type` of config.json. Everything else is read from the checkpoint's own files.
+FAMILIES = {
+    "qwen2_5_vl": {"image_token": "<|image_pad|>", "mrope": True},
+    "qwen3_vl": {"image_token": "<|image_pad|>", "mrope": True},
+    "llava": {"image_token": "[IMG]", "row_end": "[IMG_BREAK]", "image_end": "[IMG_END]", "mrope": False},  # Pixtral
+}
+PIXTRAL_TEMPLATE = ("<s>{% for m in messages %}[INST]{% for c in m['content'] %}{% if c['type'] == 'image' %}[IMG]"
+                    "{% else %}{{ c['text'] }}{% endif %}{% endfor %}[/INST]{% endfor %}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# records
+
+
+class Records:
+    """A jsonl file opened by its index: any of 16 million records is read by one seek, none is kept in memory.
+
+    records[i] -> dict with "image" an absolute path, "depth" Euclidean metres (N,) float, "pixel_coords" (N, 2) float,
+    "where" the file and line for messages. `label_type` "z" or "euclidean" says what the file holds, over the record's
+    own `depth_type`. Raises ValueError with file, line, value and remedy."""
+
+    def __init__(self, path: str, image_root: str | None = None, label_type: str | None = None):
+        self.path, self.label_type = str(path), label_type
+        self.image_root = Path(image_root) if image_root else Path(path).parent
+        self.offsets = open_index(self.path)
+        if len(self.offsets) < 2:
+            raise ValueError(f"{path}: holds no record. Make it with prepare.py, or check the path.")
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, i: int) -> dict:
+        where = f"{self.path}, line {i + 1}"
+        with open(self.path, "rb") as file:
+            file.seek(int(self.offsets[i]))
+            line = file.read(int(self.offsets[i + 1] - self.offsets[i]))
+        try:
+            record = json.loads(line)
+        except ValueError as e:
+            raise ValueError(f"{where}: not a JSON object ({e}). The line is damaged or cut off: "
+                             "write the file again.") from None
+        return check_record(record, where, self.image_root, self.label_type)
+
+
+def open_index(path: str) -> np.ndarray:
+    """Byte offset of each line of a jsonl, and the file's size: (N + 1,) int64, memory-mapped from <name>.idx beside it.
+    The index is rebuilt when it is missing, older than the jsonl, or of another file size."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file. Make it with prepare.py, or check the path.")
+    index, size = path.with_suffix(".idx"), path.stat().st_size
+    if index.is_file() and index.stat().st_size >= 8 and index.stat().st_mtime_ns >= path.stat().st_mtime_ns:
+        offsets = np.memmap(index, dtype="<i8", mode="r")
+        if int(offsets[-1]) == size:
+            return offsets
+    starts, at = [np.zeros(1, np.int64)], 0
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 24):
+            starts.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == 10) + at + 1)
+            at += len(chunk)
+    offsets = np.concatenate(starts)
+    offsets = offsets if offsets[-1] == size else np.append(offsets, size)  # a last line without a line feed
+    try:
+        temporary = index.with_name(f".{index.name}.{os.getpid()}")
+        offsets.astype("<i8").tofile(temporary)
+        os.replace(temporary, index)
+    except OSError:
+        pass  # a read-only folder: the index stays in memory
+    return offsets
+
+
+def check_record(record: dict, where: str, image_root: Path = Path(), label_type: str | None = None) -> dict:
+    """Validate a record and bring it to one form (see Records). Raises ValueError."""
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: a record is a JSON object, this is {type(record).__name__}.")
+    for key in ("image", "intrinsics", "pixel_coords", "depth"):
+        if key not in record:
+            hint = " (rename 'image_path' to 'image')" if key == "image" and "image_path" in record else ""
+            raise ValueError(f"{where}: key '{key}' is missing{hint}; it has {sorted(record)}.")
+    try:
+        fx, fy, cx, cy, w, h = (float(v) for v in record["intrinsics"])
+        xy = np.asarray(record["pixel_coords"], float).reshape(-1, 2)
+        depth_m = np.asarray(record["depth"], float).reshape(-1)
+    except (TypeError, ValueError):
+        raise ValueError(f"{where}: needs intrinsics [fx, fy, cx, cy, w, h], pixel_coords [[x, y], ...] and "
+                         "depth [metres, ...] as numbers.") from None
+    if not (fx > 0 and fy > 0 and w >= 1 and h >= 1 and all(map(math.isfinite, (fx, fy, cx, cy, w, h)))):
+        raise ValueError(f"{where}: intrinsics {record['intrinsics']} need positive, finite fx, fy, w, h (in pixels).")
+    if len(xy) != len(depth_m):
+        raise ValueError(f"{where}: {len(xy)} pixel_coords but {len(depth_m)} depths; they go in pairs.")
+    bad = ~(np.isfinite(depth_m) & (depth_m > 0))
+    if bad.any():
+        raise ValueError(f"{where}: depth {depth_m[bad][0]} of point {np.flatnonzero(bad)[0]} is not a positive "
+                         "distance in metres; drop the point.")
+    x, y = xy.T
+    bad = ~((x >= -0.5) & (x <= w - 0.5) & (y >= -0.5) & (y <= h - 0.5))
+    if bad.any():
+        raise ValueError(f"{where}: point {xy[bad][0].tolist()} is outside of the {w:g} x {h:g} image; drop it, or "
+                         "correct the intrinsics.")
+    kind = label_type or record.get("depth_type", "euclidean")
+    if kind not in ("z", "euclidean"):
+        raise ValueError(f"{where}: depth_type '{kind}' is neither 'z' nor 'euclidean'.")
+    if kind == "z":
+        depth_m = depth_m * ray_length(x, y, (fx, fy, cx, cy))
+    return {**record, "image": str(image_root / record["image"]), "intrinsics": (fx, fy, cx, cy, w, h),
+            "pixel_coords": xy, "depth": depth_m, "where": where}
+
+
+def ray_length(x, y, intrinsics) -> np.ndarray:
+    """Euclidean distance / z of a pixel: the length of its ray to the plane z = 1 (no unit)."""
+    fx, fy, cx, cy = intrinsics[:4]
+    return np.sqrt(1 + ((np.asarray(x) - cx) / fx) ** 2 + ((np.asarray(y) - cy) / fy) ** 2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# images
+
+
+def open_image(path: str, size: tuple[float, float] | None = None) -> Image.Image:
+    """Any image file as 8-bit RGB: grey, palette, CMYK, 16-bit; alpha is laid on black; EXIF rotation is applied, unless
+    `size` (the labels' width and height) says that the labels were made on the unrotated pixels."""
+    try:
+        with Image.open(path) as file:
+            image = file
+            upright = ImageOps.exif_transpose(image)
+            if size is None or upright.size == tuple(map(int, size)) or image.size != tuple(map(int, size)):
+                image = upright
+            if image.mode.startswith("I") or image.mode == "F":  # 16 bits to 8; anything else than I;16 by its range
+                values = np.asarray(image, np.float64)
+                top = 65535.0 if image.mode != "F" and values.max() <= 65535 else max(values.max(), 1e-9)
+                image = Image.fromarray(np.round(values * (255.0 / top)).astype(np.uint8))
+            if "A" in image.getbands() or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such image. Image paths are relative to the jsonl's folder (or --image-root).") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        raise ValueError(f"{path}: cannot be read as an image ({e}). Replace the file or drop its record.") from None
+
+
+def match_size(image: Image.Image, intrinsics, where: str) -> tuple[tuple, float, float]:
+    """Intrinsics for the image as it is on disk, and the scale from label pixels to its pixels. An image that was
+    resized after labelling is accepted if both axes agree within 1 %; anything else raises ValueError."""
+    fx, fy, cx, cy, w, h = intrinsics
+    sx, sy = image.width / w, image.height / h
+    if abs(sx / sy - 1) > 0.01:
+        raise ValueError(f"{where}: the image is {image.width} x {image.height}, its intrinsics say {w:g} x {h:g}: not a "
+                         "resized version of the same image. Correct the record's intrinsics, or the image.")
+    scaled = (fx * sx, fy * sy, (cx + 0.5) * sx - 0.5, (cy + 0.5) * sy - 0.5, image.width, image.height)
+    return scaled, sx, sy
+
+
+@dataclass
+class View:
+    """An image as the model gets it: pixels (H, W, 3) uint8, the camera of these pixels, and how original pixels map:
+    x' = scale_x (x + 0.5) - 0.5 - left."""
+    pixels: np.ndarray
+    intrinsics: tuple
+    scale: tuple[float, float]
+    offset: tuple[int, int]
+
+    def move(self, x: float, y: float) -> tuple[float, float]:
+        (sx, sy), (left, top) = self.scale, self.offset
+        return sx * (x + 0.5) - 0.5 - left, sy * (y + 0.5) - 0.5 - top
+
+
+def unify_focal(image: Image.Image, intrinsics, focal: float | None, grid: int, crop=None, keep=(), rng=None) -> View:
+    """Resize so that fx = fy = `focal` px exactly (Sec. 3.4), both sides a multiple of `grid`. focal None keeps the scale.
+
+    crop (w_min, w_max, h_min, h_max): training, a random window of that size at a true random place that keeps the
+    `keep` pixels (original coordinates) inside. crop None: evaluation, nothing is lost, the edge is repeated to fill the
+    grid. Only the window is resampled, from its exact (fractional) box in the original: no second resize, no rounding
+    of the focal length; in exchange the last fraction of a pixel at the right and bottom is dropped."""
+    # paper: W' = f/fx W is rounded there, and the processor resizes again to the patch grid; here the focal is exact
+    fx, fy, cx, cy = intrinsics[:4]
+    scale = (focal / fx, focal / fy) if focal else (1.0, 1.0)
+    window = []
+    for axis, (length, s) in enumerate(zip(image.size, scale)):
+        whole = max(1, math.floor(length * s + 1e-6))
+        start, size = 0, whole
+        if crop is not None:
+            at = [s * (p[axis] + 0.5) - 0.5 for p in keep] or [whole / 2]
+            needed = max(at) - min(at) + 2 * MARGIN + 1
+            size = max(int(rng.integers(crop[2 * axis], crop[2 * axis + 1] + 1)), math.ceil(needed))
+            size = max(min(size, whole) // grid * grid, min(grid, whole))
+            first = math.ceil(max(0, min(max(at) + MARGIN, whole - 1) - size + 1))
+            last = math.floor(min(whole - size, max(min(at) - MARGIN, 0)))
+            start = int(rng.integers(first, last + 1)) if first < last else min(first, whole - size)
+        window.append((start, size, min(start / s, length), min((start + size) / s, length)))
+    (left, width, x0, x1), (top, height, y0, y1) = window
+    if scale == (1.0, 1.0):
+        pixels = np.asarray(image.crop((left, top, left + width, top + height)))
+    else:
+        pixels = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC, box=(x0, y0, x1, y1)))
+    pad = ((0, -height % grid), (0, -width % grid), (0, 0))
+    pixels = np.pad(pixels, pad, mode="edge") if any(p[1] for p in pad) else np.array(pixels)
+    camera = (fx * scale[0], fy * scale[1], (cx + 0.5) * scale[0] - 0.5 - left, (cy + 0.5) * scale[1] - 0.5 - top,
+              width, height)
+    return View(pixels, camera, scale, (left, top))
+
+
+def draw_marker(pixels: np.ndarray, x: float, y: float, shape: str = "arrow", size: int = 5, color=(255, 0, 0)) -> None:
+    """Draw a marker for the point (x, y) into pixels (H, W, 3), in place (App. A.1). The arrow points at it from the left
+    (from the right where the left border is too near) and leaves the pixel itself visible, as the cross does."""
+    height, width = pixels.shape[:2]
+    x, y = min(max(math.floor(x + 0.5), 0), width - 1), min(max(math.floor(y + 0.5), 0), height - 1)
+    half = max(1, size // 2)
+    if shape == "arrow":
+        side = -1 if x >= size else 1
+        spots = [(side * k, 0) for k in range(1, size + 1)]
+        spots += [(side * (1 + k), sign * k) for k in range(1, (size - 1) // 2 + 1) for sign in (-1, 1)]
+    elif shape == "cross":
+        spots = [s for k in range(1, half + 1) for s in ((k, 0), (-k, 0), (0, k), (0, -k))]
+    elif shape == "dot":
+        spots = [(i, j) for i in range(-half, half + 1) for j in range(-half, half + 1) if i * i + j * j <= half * half + 1]
+    else:
+        raise ValueError(f"marker '{shape}' is none of {MARKERS}.")
+    for dx, dy in spots:
+        if 0 <= x + dx < width and 0 <= y + dy < height:
+            pixels[y + dy, x + dx] = color
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# tasks: one function each, records -> what is asked about which pixels, and the true value (Sec. 3.4)
+
+
+@dataclass
+class Query:
+    """One question before it is rendered: the record(s) it is about, the pixels (in the first record's image, as
+    labelled), the true value, and the number that the question gives (time or speed)."""
+    task: str
+    records: list[dict]
+    points: list[tuple[float, float]]
+    value: float
+    given: float | None = None
+
+
+def ask_distance(records: Records, i: int, rng, point: int | None = None) -> Query:
+    """Euclidean distance of a point from the camera [m]: metric depth."""
+    record, point = records[i], point
+    point = pick(record, rng) if point is None else point
+    return Query("distance", [record], [tuple(record["pixel_coords"][point])], float(record["depth"][point]))
+
+
+def pick(record: dict, rng) -> int:
+    if not len(record["depth"]):
+        raise ValueError(f"{record['where']}: has no labelled point.")
+    return int(rng.integers(len(record["depth"])))
+
+
+TASKS: dict[str, Callable] = {"distance": ask_distance}
+
+# task -> prompt -> question, answer. {x} is the value. "release" is the think/answer form of Sec. 3.2.
+THINK = ("Output the thinking process in <think> </think> and final answer (the {unit} number only, without the unit) in "
+         "<answer> </answer> tags.")
+QUESTIONS = {
+    "distance": {"paper": "How many meters is this point from the camera?",
+                 "release": "How far is this point from the camera? " + THINK.format(unit="meter")},
+}
+ANSWERS = {"distance": "The point is around {x} meters away from the camera."}
+TEXT_QUESTION = "Given this image of size (width = {w}, height = {h}), how far is the pixel at ({u}, {v}) from the camera?"
+CAMERA_QUESTION = ("Given this image of size (width = {w}, height = {h}), where the camera intrinsics are (fx = {fx}, fy = {fy}, "
+                   "cx = {cx}, cy = {cy}) and the images are without distortions, how many meters is this point away from "
+                   "the camera?")
+RAY_ANSWER = "The point is around {right} degrees to the {side}, {up} degrees {updown} and {x} meters away from the camera."
+
+
+def answer_form(task: str, prompt: str) -> str:
+    """The answer as a template with {x} for the number; what comes before {x} is the same for every answer."""
+    sentence = ANSWERS[task]
+    return f"<think> {sentence} </think>\n\n<answer> {{x}} </answer>" if prompt == "release" else sentence
+
+
+def phrase(query: Query, view: View, settings: dict) -> tuple[str, str]:
+    """-> question, answer (Sec. 3.1, App. A.1 and A.5). Numbers have two decimals."""
+    prompt, camera, x = settings["prompt"], settings["camera"], f"{query.value:.2f}"
+    fx, fy, cx, cy, w, h = view.intrinsics
+    question, answer = QUESTIONS[query.task].get(prompt), answer_form(query.task, prompt)
+    if query.task == "distance" and prompt == "text":
+        u, v = (math.floor(p + 0.5) for p in view.move(*query.points[0]))
+        question = TEXT_QUESTION.format(w=w, h=h, u=u, v=v)
+    elif query.task == "distance" and camera == "prompt":
+        question = CAMERA_QUESTION.format(w=w, h=h, fx=f"{fx:.2f}", fy=f"{fy:.2f}", cx=f"{cx:.2f}", cy=f"{cy:.2f}")
+    elif query.task == "distance" and camera == "ray":
+        u, v = view.move(*query.points[0])
+        right, up = math.degrees(math.atan2(u - cx, fx)), math.degrees(math.atan2(cy - v, fy))
+        answer = RAY_ANSWER.format(right=f"{abs(right):.0f}", side="right" if right >= 0 else "left", up=f"{abs(up):.0f}",
+                                   updown="above" if up >= 0 else "below", x="{x}")
+    if question is None:
+        raise ValueError(f"task '{query.task}' has no prompt '{prompt}'.")
+    return question.format(given=query.given), answer.format(x=x)
+
+
+def render(query: Query, settings: dict, grid: int, crop=None, rng=None) -> tuple[list[View], str, str]:
+    """A query as the model gets it -> views (one per image, markers drawn), question, answer."""
+    views = []
+    for k, record in enumerate(query.records):
+        image = open_image(record["image"], record["intrinsics"][4:])
+        intrinsics, sx, sy = match_size(image, record["intrinsics"], record["where"])
+        points = [(sx * (x + 0.5) - 0.5, sy * (y + 0.5) - 0.5) for x, y in query.points] if k == 0 else []
+        view = unify_focal(image, intrinsics, settings["focal"] if settings["camera"] == "unify" else None, grid, crop,
+                           points, rng)
+        if settings["prompt"] != "text":
+            for point, color in zip(points, COLORS.values()):
+                draw_marker(view.pixels, *view.move(*point), settings["marker"], settings["marker_size"], color)
+        view.scale = (view.scale[0] * sx, view.scale[1] * sy)  # from label pixels from here on
+        views.append(view)
+    return views, *phrase(query, views[0], settings)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# numbers in answers
+
+UNITS = {"distance": {"m": 1.0, "meter": 1.0, "meters": 1.0, "metre": 1.0, "metres": 1.0, "cm": 0.01, "centimeter": 0.01,
+                      "centimeters": 0.01, "centimetre": 0.01, "centimetres": 0.01, "mm": 0.001, "millimeters": 0.001,
+                      "millimetres": 0.001, "km": 1000.0, "kilometer": 1000.0, "kilometers": 1000.0, "kilometres": 1000.0,
+                      "ft": 0.3048, "foot": 0.3048, "feet": 0.3048, "in": 0.0254, "inch": 0.0254, "inches": 0.0254,
+                      "yard": 0.9144, "yards": 0.9144}}
+NUMBER = r"[-+\u2212]?(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+
+
+def parse_answer(text: str, task: str = "distance") -> float | None:
+    """The number of an answer in metres (seconds, m/s: the task's unit), or None: a wrong answer, counted as unparsed.
+
+    The last <answer> tag decides if there is one; else the first number that stands before a unit, converted to metres;
+    else the only number there is. Several bare numbers, no number, or a number that is not finite: None."""
+    units = UNITS.get(task, UNITS["distance"])
+    tags = re.findall(r"<answer>(.*?)(?:</answer>|$)", text or "", re.S)
+    text = tags[-1] if tags else text or ""
+    found = [(m.group(), text[m.end():]) for m in re.finditer(rf"(?<![\w.]){NUMBER}(?![\d])", text)]
+    pattern = re.compile(r"[\s\-]*(" + "|".join(sorted(map(re.escape, units), key=len, reverse=True)) + r")(?![A-Za-z/])")
+    with_unit = [(n, unit.group(1)) for n, rest in found if (unit := pattern.match(rest))]
+    with_unit = [(n, u) for n, u in with_unit if u != "in" or len(with_unit) == 1]  # "2 in front" is no length
+    if with_unit:
+        number, factor = with_unit[0][0], units[with_unit[0][1]]
+    elif len(found) == 1 or (tags and found):
+        number, factor = found[0][0], 1.0
+    else:
+        return None
+    value = float(number.replace(",", "").replace("\u2212", "-")) * factor
+    return value if math.isfinite(value) else None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# tokens and patches
+
+
+@dataclass
+class Encoder:
+    """What turns views and text into model inputs, all read from the checkpoint folder."""
+    folder: str
+    family: str
+    tokenizer: object
+    patch: int  # px
+    merge: int  # patches per token and axis
+    table: np.ndarray  # (3, 256) float32: the normalised value of each uint8, per channel
+    image_id: int
+    row_end_id: int | None = None
+    image_end_id: int | None = None
+    cache: dict = field(default_factory=dict)
+
+    @property
+    def grid(self) -> int:
+        """Image sides are multiples of this, px."""
+        return self.patch * self.merge
+
+    @property
+    def end_id(self) -> int:
+        """The end-of-turn token that closes an answer."""
+        return self.tokenizer.eos_token_id
+
+
+def find_checkpoint(path: str) -> str:
+    """A local folder, or the folder to which a Hugging Face repository is downloaded."""
+    if Path(path).is_dir():
+        if not (Path(path) / "config.json").is_file():
+            raise ValueError(f"{path}: has no config.json, so it is not a checkpoint folder. Give the folder that "
+                             "train_sft.py wrote (ckpt/<run>), or a Hugging Face repository name.")
+        return str(path)
+    if Path(path).exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") != 1 or path.endswith("/"):
+        raise ValueError(f"{path}: no such checkpoint folder.")
+    from huggingface_hub import snapshot_download
+    try:
+        return snapshot_download(path, allow_patterns=["*.json", "*.txt", "*.model", "*.jinja", "*.safetensors"])
+    except Exception as e:  # offline, no such repository, no access: one line for all
+        raise ValueError(f"{path}: neither a local folder nor a repository that can be downloaded "
+                         f"({type(e).__name__}).") from None
+
+
+def load_settings(path: str, overrides: dict | None = None, quiet: bool = False) -> dict:
+    """What the checkpoint was trained to see: depthlm.json, else its family's defaults; overrides (None = not given) win."""
+    folder = Path(find_checkpoint(path))
+    settings = dict(DEFAULTS)
+    if (folder / "depthlm.json").is_file():
+        settings.update(json.loads((folder / "depthlm.json").read_text()))
+    else:
+        if model_type(folder) == "llava":
+            settings.update(DEPTHLM_12B if "depthlm" in str(path).lower() else PIXTRAL)
+        if not quiet:
+            shown = ", ".join(f"{k} {v}" for k, v in settings.items())
+            print(f"{path}: no depthlm.json, so the defaults of its family: {shown}", file=sys.stderr)
+    settings.update({k: v for k, v in (overrides or {}).items() if v is not None})
+    for key, allowed in (("marker", MARKERS), ("prompt", PROMPTS), ("camera", CAMERAS)):
+        if settings[key] not in allowed:
+            raise ValueError(f"{key} '{settings[key]}' is none of {allowed}.")
+    if not settings["focal"] > 0:
+        raise ValueError(f"focal {settings['focal']}: needs a positive number of pixels.")
+    return settings
+
+
+def model_type(folder) -> str:
+    kind = json.loads((Path(folder) / "config.json").read_text()).get("model_type")
+    if kind not in FAMILIES:
+        raise ValueError(f"{folder}: model_type '{kind}' in config.json is unknown here; known: {', '.join(FAMILIES)}. "
+                         "Its answers can still be scored: evaluate.py --export-queries, then --predictions FILE.")
+    return kind
+
+
+def load_encoder(path: str) -> Encoder:
+    """The tokenizer and the image constants of a checkpoint. (AutoProcessor would need torchvision.)"""
+    from transformers import AutoTokenizer
+    folder = Path(find_checkpoint(path))
+    family = FAMILIES[kind := model_type(folder)]
+    vision = json.loads((folder / "config.json").read_text())["vision_config"]
+    processor = {}
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (folder / name).is_file():
+            found = json.loads((folder / name).read_text())
+            processor = found.get("image_processor", found)
+            break
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if (folder / "chat_template.json").is_file():
+        tokenizer.chat_template = json.loads((folder / "chat_template.json").read_text())["chat_template"]
+    if tokenizer.chat_template is None:
+        if kind != "llava":
+            raise ValueError(f"{folder}: has no chat template; copy chat_template.json from the base model.")
+        tokenizer.chat_template = PIXTRAL_TEMPLATE
+    default = {"image_mean": (0.5,) * 3, "image_std": (0.5,) * 3} if kind == "qwen3_vl" else {
+        "image_mean": (0.48145466, 0.4578275, 0.40821073), "image_std": (0.26862954, 0.26130258, 0.27577711)}
+    mean, std = (np.array(processor.get(k, default[k]), np.float32)[:, None] for k in ("image_mean", "image_std"))
+    scaled = (np.arange(256, dtype=np.float64) * processor.get("rescale_factor", 1 / 255)).astype(np.float32)
+    ids = {k: tokenizer.convert_tokens_to_ids(family[k]) for k in ("row_end", "image_end") if k in family}
+    return Encoder(str(folder), kind, tokenizer, vision.get("patch_size", 16 if kind != "qwen2_5_vl" else 14),
+                   vision.get("spatial_merge_size", 2) if family["mrope"] else 1, (scaled[None] - mean) / std,
+                   tokenizer.convert_tokens_to_ids(family["image_token"]), ids.get("row_end"), ids.get("image_end"))
+
+
+def patchify(pixels: np.ndarray, encoder: Encoder) -> np.ndarray:
+    """(H, W, 3) uint8 -> what the vision tower takes, still uint8: Qwen (patches, 3 * patch * patch), the merge x merge
+    patches of a token next to each other; Pixtral (3, H, W)."""
+    if encoder.family == "llava":
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    p, m = encoder.patch, encoder.merge
+    h, w = pixels.shape[0] // p, pixels.shape[1] // p
+    blocks = pixels.reshape(h // m, m, p, w // m, m, p, 3).transpose(0, 3, 1, 4, 6, 2, 5)
+    return np.ascontiguousarray(blocks).reshape(h * w, 3 * p * p)
+
+
+def prompt_tokens(encoder: Encoder, question: str, images: int) -> list[int]:
+    """Chat template around images and question; one image token per image."""
+    key = (question, images)
+    if key not in encoder.cache:
+        content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
+        text = encoder.tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
+                                                     add_generation_prompt=True)
+        if len(encoder.cache) > 4096:
+            encoder.cache.clear()
+        encoder.cache[key] = encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
+    return encoder.cache[key]
+
+
+def encode(encoder: Encoder, views: list[View], question: str, answer: list[int] = ()) -> dict:
+    """-> one sample: input_ids (T,), position_ids (3, T) (mRoPE) or (1, T), pixels: list of uint8 arrays, sizes: their
+    patch grids [(rows, columns)], prompt_length. answer: tokens behind the prompt, for training with the end token."""
+    sizes = [(v.pixels.shape[0] // encoder.patch, v.pixels.shape[1] // encoder.patch) for v in views]
+    ids, positions, at, image = [], [], 0, iter(sizes)
+    for token in prompt_tokens(encoder, question, len(views)):
+        if token != encoder.image_id:
+            ids.append(token)
+            positions.append(np.full((3, 1), at))
+            at += 1
+            continue
+        rows, columns = (n // encoder.merge for n in next(image))
+        if encoder.family == "llava":  # each row of patches ends with a break token, the last with the end token
+            row = [encoder.image_id] * columns + [encoder.row_end_id]
+            block = row * (rows - 1) + row[:-1] + [encoder.image_end_id]
+            grid = np.broadcast_to(np.arange(len(block)), (3, len(block)))
+            step = len(block)
+        else:  # image tokens share one time, and rows and columns count on (mRoPE)
+            block = [encoder.image_id] * (rows * columns)
+            grid = np.stack([np.zeros(rows * columns, int), *np.divmod(np.arange(rows * columns), columns)])
+            step = max(rows, columns)
+        ids += block
+        positions.append(grid + at)
+        at += step
+    prompt_length = len(ids)
+    ids += answer
+    positions.append(np.broadcast_to(np.arange(at, at + len(answer)), (3, len(answer))))
+    positions = np.concatenate(positions, 1)
+    return {"input_ids": np.array(ids), "position_ids": positions if FAMILIES[encoder.family]["mrope"] else positions[:1],
+            "pixels": [patchify(v.pixels, encoder) for v in views], "sizes": sizes, "prompt_length": prompt_length}
+
+
+def answer_tokens(encoder: Encoder, text: str) -> list[int]:
+    return encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def pack(samples: list[dict]) -> dict:
+    """Samples one after another in one row, not padded: input_ids (1, S), position_ids (3 or 1, 1, S), segments (n + 1,)
+    where each sample starts; and for the loss, targets: the answer tokens, predict_at: the position that predicts each."""
+    import torch
+    lengths = [len(s["input_ids"]) for s in samples]
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    ids = np.concatenate([s["input_ids"] for s in samples])
+    at = np.concatenate([np.arange(a + s["prompt_length"], b) for s, a, b in zip(samples, starts, starts[1:])])
+    pixels = [p for s in samples for p in s["pixels"]]
+    if pixels and pixels[0].ndim == 2:
+        pixels = np.concatenate(pixels)
+    elif pixels:  # Pixtral's patch convolution takes a padded batch
+        height, width = (max(p.shape[k] for p in pixels) for k in (1, 2))
+        pixels = np.stack([np.pad(p, ((0, 0), (0, height - p.shape[1]), (0, width - p.shape[2]))) for p in pixels])
+    return {"input_ids": torch.from_numpy(ids)[None], "segments": torch.from_numpy(starts.astype(np.int32)),
+            "position_ids": torch.from_numpy(np.concatenate([s["position_ids"] for s in samples], 1))[:, None],
+            "pixels": torch.from_numpy(pixels) if len(pixels) else None, "sizes": [z for s in samples for z in s["sizes"]],
+            "predict_at": torch.from_numpy(at - 1), "targets": torch.from_numpy(ids[at])}
+
+
+def model_inputs(batch: dict, encoder: Encoder, device="cpu") -> dict:
+    """A packed batch as arguments of the model: moved to the device as uint8 and normalised there, by a table, so that
+    the values are bit for bit those of the image processors of transformers."""
+    import torch
+    inputs = {k: batch[k].to(device, non_blocking=True) for k in ("input_ids", "position_ids", "segments")}
+    if encoder.family == "llava":
+        inputs["position_ids"] = inputs["position_ids"][0]
+    if batch["pixels"] is None:
+        return inputs
+    pixels = batch["pixels"].to(device, non_blocking=True)
+    table = torch.from_numpy(encoder.table).to(device)
+    if encoder.family == "llava":
+        sizes = torch.tensor(batch["sizes"]) * encoder.patch
+        values = torch.stack([table[c][pixels[:, c].int()] for c in range(3)], 1)
+        for value, (height, width) in zip(values, sizes.tolist()):  # padding is 0 after normalisation
+            value[:, height:], value[:, :, width:] = 0, 0
+        return {**inputs, "pixel_values": values, "image_sizes": sizes}
+    n, p = len(pixels), encoder.patch * encoder.patch
+    pixels = pixels.view(n, 3, p)
+    values = torch.stack([table[c][pixels[:, c].int()] for c in range(3)], 1)
+    # a still image is shown to both frames of the temporal patch
+    values = values[:, :, None].expand(n, 3, 2, p).reshape(n, 6 * p)
+    grids = torch.tensor([(1, rows, columns) for rows, columns in batch["sizes"]])
+    return {**inputs, "pixel_values": values, "image_grid_thw": grids.to(device)}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the contact sheet
+
+
+def contact_sheet(tiles: list[tuple[list[View], str, str]], columns: int = 3, width: int = 480) -> Image.Image:
+    """Rendered queries as one picture: the image(s) with markers, question and answer under each."""
+    import textwrap
+    cells = []
+    for views, question, answer in tiles:
+        images = [Image.fromarray(v.pixels) for v in views]
+        scale = width / sum(i.width for i in images)
+        images = [i.resize((max(1, round(i.width * scale)), max(1, round(i.height * scale))),
+                           Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS) for i in images]
+        lines = textwrap.wrap("Q: " + question, width // 6) + textwrap.wrap("A: " + answer, width // 6)
+        height = max(i.height for i in images)
+        cell = Image.new("RGB", (width, height + 14 * len(lines) + 10), "white")
+        x = 0
+        for image in images:
+            cell.paste(image, (x, 0))
+            x += image.width
+        ImageDraw.Draw(cell).multiline_text((2, height + 3), "\n".join(lines), fill="black", spacing=3)
+        cells.append(cell)
+    rows = [cells[k:k + columns] for k in range(0, len(cells), columns)]
+    heights = [max(c.height for c in row) for row in rows]
+    sheet = Image.new("RGB", (columns * (width + 8), sum(heights) + 8 * len(rows)), "white")
+    y = 0
+    for row, height in zip(rows, heights):
+        for k, cell in enumerate(row):
+            sheet.paste(cell, (k * (width + 8), y))
+        y += height + 8
+    return sheet
+
+
+def add_settings_flags(parser: argparse.ArgumentParser) -> None:
+    """What the model sees, the same flags in every script. None: as the checkpoint says, else the paper's."""
+    parser.add_argument("--focal", type=float, help="unified focal length, px (Sec. 3.4: 1000; Pixtral 750)")
+    parser.add_argument("--marker", choices=MARKERS, help="marker shape (App. A.1): arrow")
+    parser.add_argument("--marker-size", type=int, help="marker size, px (App. A.1): 5")
+    parser.add_argument("--prompt", choices=PROMPTS, help="paper (Sec. 3.1), release: think/answer (Sec. 3.2), text: "
+                        "coordinates in the text (App. A.1)")
+    parser.add_argument("--camera", choices=CAMERAS, help="camera strategy (Sec. 3.3, App. A.5): unify")
+
+
+def given_settings(args: argparse.Namespace) -> dict:
+    return {k: getattr(args, k) for k in ("focal", "marker", "marker_size", "prompt", "camera")}
+
+
+def fail(message) -> None:
+    """One line about what is wrong and what helps, and a non-zero exit."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", help="a jsonl file")
+    parser.add_argument("--out", default="sheet.png", help="the picture to write")
+    parser.add_argument("--n", type=int, default=9, help="samples on the sheet")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--image-root", help="folder of the images, if not the jsonl's own")
+    parser.add_argument("--task", default="distance", choices=list(TASKS))
+    parser.add_argument("--settings", help="checkpoint folder whose depthlm.json is followed")
+    parser.add_argument("--grid", type=int, default=28, help="image sides are multiples of this, px")
+    parser.add_argument("--crop", type=int, nargs=4, metavar=("W0", "W1", "H0", "H1"), help="random crop as in training")
+    add_settings_flags(parser)
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> None:
+    args = parse_args(argv)
+    try:
+        settings = {**DEFAULTS, **{k: v for k, v in given_settings(args).items() if v is not None}}
+        grid = args.grid
+        if args.settings:
+            settings, grid = load_settings(args.settings, given_settings(args)), load_encoder(args.settings).grid
+        records, rng = Records(args.data, args.image_root), np.random.default_rng(args.seed)
+        tiles = []
+        for i in rng.permutation(len(records))[:args.n]:
+            query = TASKS[args.task](records, int(i), rng)
+            tiles.append(render(query, settings, grid, args.crop, rng))
+        contact_sheet(tiles).save(args.out)
+    except ValueError as e:
+        fail(e)
+    print(f"{args.out}: {len(tiles)} samples, images of {tiles[0][0][0].pixels.shape[1]} x {tiles[0][0][0].pixels.shape[0]} px "
+          f"and the like, focal {settings['focal']:g} px")
+
+
+if __name__ == "__main__":
+    main()
