@@ -43,6 +43,7 @@ from array import array
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from itertools import islice
 from typing import Callable, NamedTuple
@@ -74,7 +75,7 @@ DATASETS = {
             "lidar_pose, lidar_camera_projection, vehicle_pose",
         url="https://waymo.com/open/download (registration)", size="about 1 TB", licence="Waymo Open Dataset licence"),
     "nuscenes": dict(
-        range=(1, 200), splits=("train", "val"), marks=("v1.0-trainval", "v1.0-mini"),
+        range=(1, 200), splits=("train", "val"), marks=("v1.0-trainval", "v1.0-mini", "samples"),
         get="train: v1.0-trainval metadata and blobs 01-10; val: v1.0-mini.tgz, or the same scenes of trainval",
         url="https://www.nuscenes.org/nuscenes#download (registration)", size="mini 4 GB, trainval about 300 GB",
         licence="CC BY-NC-SA 4.0, non-commercial"),
@@ -282,17 +283,31 @@ def remap(image, size, source, step=16):
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
 
-def read_depth_png(path, scale):
-    """16-bit PNG -> float32 metres; `scale` units are a metre."""
-    with Image.open(path) as image:
+@contextmanager
+def naming(path):
+    """Errors of reading `path` say which file it was."""
+    try:
+        yield
+    except Exception as error:                            # readers of broken files raise whatever they like
+        raise ValueError(str(error) if path in str(error) else f"{path}: {error or type(error).__name__}") from error
+
+
+def read_png(path):
+    """16-bit grey PNG -> uint16 (H, W)."""
+    with naming(path), Image.open(path) as image:
         if image.mode not in ("I;16", "I", "I;16B", "L"):
-            raise ValueError(f"{path} is not a 16-bit grey PNG (mode {image.mode})")
-        return np.asarray(image).astype(np.uint16).astype(np.float32) / np.float32(scale)
+            raise ValueError(f"not a 16-bit grey PNG (mode {image.mode})")
+        return np.asarray(image).astype(np.uint16)
+
+
+def read_depth_png(path, scale):
+    """16-bit grey PNG -> float32 metres; `scale` units are a metre."""
+    return read_png(path).astype(np.float32) / np.float32(scale)
 
 
 def image_size(path):
     """(w, h) of an image, of which the end must be there too: a half-extracted archive leaves cut files."""
-    with Image.open(path) as image:
+    with naming(path), Image.open(path) as image:
         size, kind = image.size, image.format
         with open(path, "rb") as f:
             f.seek(max(0, os.path.getsize(path) - 1024))
@@ -573,7 +588,8 @@ def load_map(frame, path, scale, kind="z"):
 
 def load_lidar(frame, path, read, camera_from_lidar):
     """A point cloud, moved into the camera at the time of the image."""
-    points = move(camera_from_lidar, read(path))
+    with naming(path):
+        points = move(camera_from_lidar, read(path))
     return frame._replace(depth=project(points, frame.intrinsics), kind="lidar")
 
 
@@ -781,19 +797,16 @@ def frames_waymo(root, split):
 
 @lru_cache(maxsize=2)
 def nuscenes_tables(root, version):
-    """Key frames of all scenes: {scene name: [sample_data record and its calibrated sensor and channel]}, poses by token."""
+    """The tables that lead from an image to its scene, sensors and poses, by token; of the largest ones only key frames."""
     def table(name):
         return read_json_list(os.path.join(root, version, name + ".json"))
-    scenes = {r["token"]: r["name"] for r in table("scene")}
-    samples = {r["token"]: scenes.get(r["scene_token"]) for r in table("sample")}
-    channels = {r["token"]: r["channel"] for r in table("sensor")}
-    sensors = {r["token"]: r | {"channel": channels.get(r["sensor_token"], "")} for r in table("calibrated_sensor")}
-    rows = [{k: r[k] for k in ("token", "sample_token", "ego_pose_token", "calibrated_sensor_token", "filename", "timestamp",
+    data = [{k: r[k] for k in ("token", "sample_token", "ego_pose_token", "calibrated_sensor_token", "filename", "timestamp",
                                "width", "height")} for r in table("sample_data")
             if r["is_key_frame"] and r["filename"].split("/")[1].startswith(("CAM", "LIDAR"))]
-    wanted = {r["ego_pose_token"] for r in rows}
+    wanted = {r["ego_pose_token"] for r in data}
     poses = {r["token"]: transform(r["rotation"], r["translation"]) for r in table("ego_pose") if r["token"] in wanted}
-    return samples, sensors, rows, poses
+    tables = {name: {r["token"]: r for r in table(name)} for name in ("scene", "sample", "sensor", "calibrated_sensor")}
+    return tables | {"ego_pose": poses}, data
 
 
 def read_nuscenes_sweep(path):
@@ -802,31 +815,41 @@ def read_nuscenes_sweep(path):
 
 def frames_nuscenes(root, split):
     """Key frames. LiDAR -> ego -> world at the sweep's time, world -> ego -> camera at the image's time."""
-    versions_there = [v for v in ("v1.0-trainval", "v1.0-mini") if os.path.isdir(os.path.join(root, v))]
-    version = versions_there[-1 if split == "val" else 0]
-    samples, sensors, rows, poses = nuscenes_tables(root, version)
-    chosen = [r for r in rows if (samples.get(r["sample_token"]) in NUSCENES_VAL) == (split == "val")]
-    sweeps = {r["sample_token"]: r for r in chosen if "LIDAR_TOP" in r["filename"]}
-    images = [r for r in chosen if "/CAM" in r["filename"]]
-    for row in sorted(images, key=lambda r: (samples.get(r["sample_token"]) or "", r["timestamp"], r["filename"])):
-        frame = Frame(row["token"], os.path.join(root, row["filename"]), None, scene=samples.get(row["sample_token"]),
-                      time=row["timestamp"] / 1e6)
+    there = [v for v in ("v1.0-trainval", "v1.0-mini") if os.path.isdir(os.path.join(root, v))]
+    if not there:
+        fail(f"{root} has neither v1.0-trainval nor v1.0-mini: extract the metadata archive there, too", 2)
+    version = there[-1 if split == "val" else 0]
+    tables, data = nuscenes_tables(root, version)
+
+    def look_up(name, token):
+        if token not in tables[name]:
+            raise ValueError(f"{version}: token {token} is not in {name}.json: extract the metadata again")
+        return tables[name][token]
+
+    def world_from(row):
+        sensor = look_up("calibrated_sensor", row["calibrated_sensor_token"])
+        return sensor, look_up("ego_pose", row["ego_pose_token"]) @ transform(sensor["rotation"], sensor["translation"])
+
+    sweeps = {r["sample_token"]: r for r in data if "/LIDAR_TOP/" in r["filename"]}
+    for row in sorted(data, key=lambda r: (r["timestamp"], r["filename"])):
+        frame = Frame(row["token"], os.path.join(root, row["filename"]), None, time=row["timestamp"] / 1e6)
         try:
+            scene = look_up("scene", look_up("sample", row["sample_token"])["scene_token"])["name"]
+            if (scene in NUSCENES_VAL) != (split == "val") or "/CAM" not in row["filename"]:
+                continue
+            if row["sample_token"] not in sweeps:
+                raise ValueError(f"no key frame of LIDAR_TOP in sample_data.json for sample {row['sample_token']}")
             sweep = sweeps[row["sample_token"]]
-            (camera, pose_camera), (lidar, pose_lidar) = (
-                (sensors[r["calibrated_sensor_token"]], poses[r["ego_pose_token"]]) for r in (row, sweep))
-        except KeyError as error:
-            yield frame._replace(load=partial(unreadable, why=f"{version}: {row['filename']} refers to {error}, which is "
-                                              "in no table: extract the metadata again"))
+            (camera, pose), (_, world_from_lidar) = world_from(row), world_from(sweep)
+            channel = look_up("sensor", camera["sensor_token"])["channel"]
+        except ValueError as error:
+            yield frame._replace(load=partial(unreadable, why=str(error)))
             continue
-        world_from_camera = pose_camera @ transform(camera["rotation"], camera["translation"])
-        world_from_lidar = pose_lidar @ transform(lidar["rotation"], lidar["translation"])
         k = camera["camera_intrinsic"]
         yield frame._replace(
             load=partial(load_lidar, path=os.path.join(root, sweep["filename"]), read=read_nuscenes_sweep,
-                         camera_from_lidar=np.linalg.inv(world_from_camera) @ world_from_lidar),
-            intrinsics=(k[0][0], k[1][1], k[0][2], k[1][2], row["width"], row["height"]), camera=camera["channel"],
-            pose=world_from_camera)
+                         camera_from_lidar=np.linalg.inv(pose) @ world_from_lidar),
+            intrinsics=(k[0][0], k[1][1], k[0][2], k[1][2], row["width"], row["height"]), scene=scene, camera=channel, pose=pose)
 
 
 def load_scannetpp(frame, depth, mask):
@@ -1064,8 +1087,7 @@ def frames_eth3d(root, split):
 
 def load_sunrgbd(frame, depth, paper):
     """Millimetres with their bits rotated left by three: what lies beyond 8.19 m has low bits set."""
-    with Image.open(depth) as image:
-        raw = np.asarray(image).astype(np.uint16)
+    raw = read_png(depth)
     metres = ((raw >> 3) | (raw << 13)).astype(np.float32) / np.float32(1000)
     # paper: raw / 10000 is 0.8 x the true depth (and wraps beyond 8.19 m): only with --paper-labels
     return frame._replace(depth=raw.astype(np.float32) / np.float32(10000) if paper else metres)
@@ -1180,18 +1202,15 @@ def parse_intrinsics(text):
 
 
 def load_folder(frame, depth, depth_scale, depth_type, pose):
-    """A depth map of the image's size, or smaller with the same field of view (as phones record it)."""
+    """A depth map of the image's size, .npy or PNG, and the pose if there is one."""
     if depth.endswith(".npy"):
-        depth = np.load(depth).astype(np.float32) / np.float32(depth_scale or 1)
+        with naming(depth):
+            depth = np.load(depth).astype(np.float32) / np.float32(depth_scale or 1)
     else:
         depth = read_depth_png(depth, depth_scale or 1000)
     if os.path.exists(pose):
-        frame = frame._replace(pose=np.loadtxt(pose).reshape(4, 4))
-    size = image_size(frame.image)
-    if depth.ndim == 2 and depth.shape != (size[1], size[0]) and depth_type == "z":
-        if abs(depth.shape[1] / depth.shape[0] * size[1] / size[0] - 1) > 0.02:
-            raise ValueError("depth map of {1} x {0}, image of {2} x {3}".format(*depth.shape, *size))
-        return frame._replace(depth=spread_small_map(depth, size, frame.intrinsics), kind="points")
+        with naming(pose):
+            frame = frame._replace(pose=np.loadtxt(pose).reshape(4, 4))
     return frame._replace(depth=depth, kind=depth_type)
 
 
@@ -1581,7 +1600,8 @@ def check(paths, image_root=None):
         print(f"{r['path'][-31:]:32}{r['images']:>9}{r['points']:>11}{r['low']:>8.2f}"
               + "".join(f"{q:>7.2f}" for q in r["quantiles"]) + f"{r['high']:>8.2f}{focals:>15}{r['two']:>7.3f}"
               + f"{format(PAPER_CONSTANT[name], '.3f') if name and split_of(r['path']) != 'train' else '-':>7}")
-        r["notes"] += [f"labels are {r['kind']}" + (f", and look like it" if r["looks"] == r["kind"] else "")]
+        r["notes"] += [f"labels are said to be {r['kind']}" + (f", and look like it" if r["looks"] == r["kind"] else "")]
+    print("always 2.0 m in the paper: " + ", ".join(f"{name} {value:.3f}" for name, value in PAPER_CONSTANT.items()))
     compared = [(r["path"], scenes) for r, scenes in results]
     for path in paths:
         other = {"train": "val", "val": "train"}.get(split_of(path))
@@ -1707,20 +1727,20 @@ def missing_raw(dataset, root, why):
 
 
 def find_root(dataset, root):
-    """The folder that looks like the dataset: root, one or two below it, or above it. None if there is none."""
-    def looks(folder):
-        return any(next(glob.iglob(os.path.join(glob.escape(folder), mark)), None) for mark in DATASETS[dataset]["marks"])
+    """The folder that looks like the dataset: root, one or two below it, or one or two above it. None if there is none."""
+    def marks(folder):
+        return (path for mark in DATASETS[dataset]["marks"] for path in glob.iglob(os.path.join(glob.escape(folder), mark)))
     if not os.path.isdir(root):
         return None
     below = [os.path.join(root, a) for a in folders(root)]
     below += [os.path.join(a, b) for a in below[:200] for b in folders(a)[:200]]
-    above = os.path.abspath(root)
-    for folder in (root, *below, os.path.dirname(above), os.path.dirname(os.path.dirname(above))):
-        if looks(folder):
-            if folder != root:
-                print(f"prepare.py: {root} is not the root of {dataset}; using {folder}", file=sys.stderr)
-            return folder
-    return None
+    found = next((folder for folder in (root, *below) if next(marks(folder), None)), None)
+    inside = os.path.abspath(root)                        # further up only where root is a part of what is found
+    for folder in (os.path.dirname(inside), os.path.dirname(os.path.dirname(inside))):
+        found = found or next((folder for path in marks(folder) if (path + os.sep).startswith(inside + os.sep)), None)
+    if found and found != root:
+        print(f"prepare.py: {root} is not the root of {dataset}; using {found}", file=sys.stderr)
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
