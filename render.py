@@ -89,7 +89,8 @@ def open_index(path: str) -> np.ndarray:
     if not path.is_file():
         raise ValueError(f"{path}: no such file. Make it with prepare.py, or check the path.")
     index, size = path.with_suffix(".idx"), path.stat().st_size
-    if index.is_file() and index.stat().st_size >= 8 and index.stat().st_mtime_ns >= path.stat().st_mtime_ns:
+    fresh = index.is_file() and index.stat().st_mtime_ns >= path.stat().st_mtime_ns
+    if fresh and index.stat().st_size % 8 == 0 < index.stat().st_size:
         offsets = np.memmap(index, dtype="<i8", mode="r")
         if int(offsets[-1]) == size:
             return offsets
@@ -117,6 +118,8 @@ def check_record(record: dict, where: str, image_root: Path = Path(), label_type
         if key not in record:
             hint = " (rename 'image_path' to 'image')" if key == "image" and "image_path" in record else ""
             raise ValueError(f"{where}: key '{key}' is missing{hint}; it has {sorted(record)}.")
+    if not isinstance(record["image"], str):
+        raise ValueError(f"{where}: image {record['image']!r} is not a path.")
     try:
         fx, fy, cx, cy, w, h = (float(v) for v in record["intrinsics"])
         xy = np.asarray(record["pixel_coords"], float).reshape(-1, 2)
@@ -221,9 +224,10 @@ def unify_focal(image: Image.Image, intrinsics, focal: float | None, grid: int, 
         start, size = 0, whole
         if crop is not None:
             at = [s * (p[axis] + 0.5) - 0.5 for p in keep] or [whole / 2]
-            needed = max(at) - min(at) + 2 * MARGIN + 1
-            size = max(int(rng.integers(crop[2 * axis], crop[2 * axis + 1] + 1)), math.ceil(needed))
-            size = max(min(size, whole) // grid * grid, min(grid, whole))
+            needed = math.ceil(max(at) - min(at) + 2 * MARGIN + 1)
+            size = max(int(rng.integers(crop[2 * axis], crop[2 * axis + 1] + 1)) // grid, -(-needed // grid)) * grid
+            if size > whole:
+                size = whole // grid * grid if whole // grid * grid >= min(needed, whole) else whole
             first = math.ceil(max(0, min(max(at) + MARGIN, whole - 1) - size + 1))
             last = math.floor(min(whole - size, max(min(at) - MARGIN, 0)))
             start = int(rng.integers(first, last + 1)) if first < last else min(first, whole - size)
@@ -233,7 +237,11 @@ def unify_focal(image: Image.Image, intrinsics, focal: float | None, grid: int, 
         pixels = np.asarray(image.crop((left, top, left + width, top + height)))
     else:
         pixels = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC, box=(x0, y0, x1, y1)))
-    pad = ((0, -height % grid), (0, -width % grid), (0, 0))
+    # the last original pixel may lie in the dropped fraction: it gets a pixel of the repeated edge
+    least = (width, height) if crop is not None else (max(n, math.floor(s * (length - 0.5)) + 1)
+                                                      for n, s, length in zip((width, height), scale, image.size))
+    wide, high = (-(-n // grid) * grid for n in least)
+    pad = ((0, high - height), (0, wide - width), (0, 0))
     pixels = np.pad(pixels, pad, mode="edge") if any(p[1] for p in pad) else np.array(pixels)
     camera = (fx * scale[0], fy * scale[1], (cx + 0.5) * scale[0] - 0.5 - left, (cy + 0.5) * scale[1] - 0.5 - top,
               width, height)
@@ -247,7 +255,7 @@ def draw_marker(pixels: np.ndarray, x: float, y: float, shape: str = "arrow", si
     x, y = min(max(math.floor(x + 0.5), 0), width - 1), min(max(math.floor(y + 0.5), 0), height - 1)
     half = max(1, size // 2)
     if shape == "arrow":
-        side = -1 if x >= size else 1
+        side = -1 if x >= size or 2 * x >= width else 1
         spots = [(side * k, 0) for k in range(1, size + 1)]
         spots += [(side * (1 + k), sign * k) for k in range(1, (size - 1) // 2 + 1) for sign in (-1, 1)]
     elif shape == "cross":
@@ -357,7 +365,9 @@ UNITS = {"distance": {"m": 1.0, "meter": 1.0, "meters": 1.0, "metre": 1.0, "metr
                       "millimetres": 0.001, "km": 1000.0, "kilometer": 1000.0, "kilometers": 1000.0, "kilometres": 1000.0,
                       "ft": 0.3048, "foot": 0.3048, "feet": 0.3048, "in": 0.0254, "inch": 0.0254, "inches": 0.0254,
                       "yard": 0.9144, "yards": 0.9144}}
-NUMBER = r"[-+\u2212]?(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+THOUSANDS = r"[1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?"
+NUMBER = re.compile(rf"(?<![\w.])[-+\u2212]?(?:{THOUSANDS}|\d+[.,]\d+|\d+\.?|\.\d+)(?:[eE][-+]?\d+)?(?!\d)")
+PERCENT = re.compile(r"\s*(?:%|percent)", re.I)
 
 
 def parse_answer(text: str, task: str = "distance") -> float | None:
@@ -368,9 +378,9 @@ def parse_answer(text: str, task: str = "distance") -> float | None:
     units = UNITS.get(task, UNITS["distance"])
     tags = re.findall(r"<answer>(.*?)(?:</answer>|$)", text or "", re.S)
     text = tags[-1] if tags else text or ""
-    found = [(m.group(), text[m.end():]) for m in re.finditer(rf"(?<![\w.]){NUMBER}(?![\d])", text)]
-    pattern = re.compile(r"[\s\-]*(" + "|".join(sorted(map(re.escape, units), key=len, reverse=True)) + r")(?![A-Za-z/])")
-    with_unit = [(n, unit.group(1)) for n, rest in found if (unit := pattern.match(rest))]
+    found = [(m.group(), m.end()) for m in NUMBER.finditer(text) if not PERCENT.match(text, m.end())]
+    pattern = re.compile(r"[\s\-]*(" + "|".join(sorted(map(re.escape, units), key=len, reverse=True)) + r")(?![A-Za-z/])", re.I)
+    with_unit = [(n, unit.group(1).lower()) for n, end in found if (unit := pattern.match(text, end))]
     with_unit = [(n, u) for n, u in with_unit if u != "in" or len(with_unit) == 1]  # "2 in front" is no length
     if with_unit:
         number, factor = with_unit[0][0], units[with_unit[0][1]]
@@ -378,7 +388,8 @@ def parse_answer(text: str, task: str = "distance") -> float | None:
         number, factor = found[0][0], 1.0
     else:
         return None
-    value = float(number.replace(",", "").replace("\u2212", "-")) * factor
+    number = number.replace(",", "" if re.match(rf"\D?{THOUSANDS}(?!\d)", number) else ".")
+    value = float(number.replace("\u2212", "-")) * factor
     return value if math.isfinite(value) else None
 
 
@@ -450,7 +461,10 @@ def load_settings(path: str, overrides: dict | None = None, quiet: bool = False)
 
 
 def model_type(folder) -> str:
-    kind = json.loads((Path(folder) / "config.json").read_text()).get("model_type")
+    try:
+        kind = json.loads((Path(folder) / "config.json").read_text()).get("model_type")
+    except ValueError as e:
+        raise ValueError(f"{folder}/config.json: is not JSON ({e}). Download the model folder again.") from None
     if kind not in FAMILIES:
         raise ValueError(f"{folder}: model_type '{kind}' in config.json is unknown here; known: {', '.join(FAMILIES)}. "
                          "Its answers can still be scored: evaluate.py --export-queries, then --predictions FILE.")
@@ -479,7 +493,8 @@ def load_encoder(path: str) -> Encoder:
     default = {"image_mean": (0.5,) * 3, "image_std": (0.5,) * 3} if kind == "qwen3_vl" else {
         "image_mean": (0.48145466, 0.4578275, 0.40821073), "image_std": (0.26862954, 0.26130258, 0.27577711)}
     mean, std = (np.array(processor.get(k, default[k]), np.float32)[:, None] for k in ("image_mean", "image_std"))
-    scaled = (np.arange(256, dtype=np.float64) * processor.get("rescale_factor", 1 / 255)).astype(np.float32)
+    factor = processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1.0  # Pixtral as released
+    scaled = (np.arange(256, dtype=np.float64) * factor).astype(np.float32)
     ids = {k: tokenizer.convert_tokens_to_ids(family[k]) for k in ("row_end", "image_end") if k in family}
     return Encoder(str(folder), kind, tokenizer, vision.get("patch_size", 16 if kind != "qwen2_5_vl" else 14),
                    vision.get("spatial_merge_size", 2) if family["mrope"] else 1, (scaled[None] - mean) / std,
