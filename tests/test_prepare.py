@@ -1,0 +1,941 @@
+"""prepare.py beyond the readers: sampling, workers, shards, resume, index, --check, --download, bad input, toy."""
+
+import http.server
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from test_prepare_readers import (
+    NUSC_CAMERA, OPENCV_IN_VEHICLE, ROOT, apply, argoverse_log, brown_conrady, ddad_root, eth3d_root, euclidean,
+    ibims_root, is_pose, matterport_house, nuscenes_root, omnidata_root, own_folder, prepare, prepared, ramp, records,
+    rigid, run, save, save_depth, scannetpp_scene, scannetpp_splits, sun_scene, waymo_root, well_formed)
+
+SHARED = ROOT.parent / "shared"
+
+
+# ---- sampling ----
+
+def test_depth_limits_are_euclidean(tmp_path):
+    """--min-depth and --max-depth cut the label, not z: in a corner the two differ."""
+    own_folder(tmp_path / "raw", count=1, camera=[30.0, 30.0, 39.5, 29.5, 80, 60])
+    row, = prepared(tmp_path, "folder", tmp_path / "raw", "--min-depth", 4.2, "--max-depth", 5, "--points", 100000)
+    _, exact = own_folder(tmp_path / "again", count=1, camera=[30.0, 30.0, 39.5, 29.5, 80, 60])[0]
+    inside = (exact >= 4.2) & (exact <= 5)
+    assert len(row["depth"]) == inside.sum() > 100
+    assert 4.2 <= min(row["depth"]) and max(row["depth"]) <= 5
+
+
+def test_points_and_seed(tmp_path):
+    """100 points by default, another seed draws others, the draw is spread over the image."""
+    own_folder(tmp_path / "raw", count=1, hole=False)
+    row, = prepared(tmp_path, "folder", tmp_path / "raw")
+    other, = prepared(tmp_path, "folder", tmp_path / "raw", "--seed", 1, out="other")
+    few, = prepared(tmp_path, "folder", tmp_path / "raw", "--points", 12, out="few")
+    assert len(row["depth"]) == len(other["depth"]) == 100 and row["pixel_coords"] != other["pixel_coords"]
+    halves = np.array(row["pixel_coords"]) < [40, 30]
+    assert (np.abs(halves.mean(0) - 0.5) < 0.2).all()         # 4 standard deviations of a fair draw
+    assert len(few["depth"]) == 12
+
+
+def test_few_valid_points(tmp_path):
+    """40 valid pixels give 40 labels; 3 or none give no record; the run says so and goes on."""
+    own_folder(tmp_path / "raw", count=4, hole=False)
+    for n, keep in ((1, 40), (2, 3), (3, 0)):
+        f = tmp_path / f"raw/depth/{n:04d}.png"
+        raw = np.array(Image.open(f)).astype(np.uint16)
+        raw.ravel()[keep:] = 0
+        save_depth(raw, f)
+    rows = prepared(tmp_path, "folder", tmp_path / "raw")
+    assert [len(r["depth"]) for r in rows] == [100, 40]
+
+
+def test_zero_valid_points_at_all(tmp_path, capfd):
+    """A folder in which no picture has a valid depth ends in an error, not in an empty file."""
+    own_folder(tmp_path / "raw", count=3)
+    for f in (tmp_path / "raw/depth").iterdir():
+        save_depth(np.zeros((60, 80)), f)
+    code, message = run("--dataset", "folder", "--root", tmp_path / "raw", "--split", "val", "--out", tmp_path / "out")
+    assert code != 0 and not (tmp_path / "out/val.jsonl").exists()
+    assert "depth" in (message + capfd.readouterr().err).lower()
+
+
+def test_occlusion(tmp_path):
+    """Points 25 m behind a near patch go with --occlusion; the patch itself and the far points beside it stay."""
+    fx, fy, cx, cy, w, h = NUSC_CAMERA
+
+    def at(u, v, z):
+        return np.stack([(u - cx) / fx, (v - cy) / fy, np.ones_like(u)], 1) * z
+
+    u, v = (a.ravel().astype(float) for a in np.meshgrid(np.arange(100, 200, 2), np.arange(60, 160, 2)))
+    hidden_u, hidden_v = (a.ravel() + 0.0 for a in np.meshgrid(np.arange(111, 190, 6), np.arange(71, 150, 6)))
+    free_u, free_v = (a.ravel() + 0.0 for a in np.meshgrid(np.arange(250, 380, 6), np.arange(20, 200, 6)))
+    near, hidden, free = at(u, v, 5.0), at(hidden_u, hidden_v, 30.0), at(free_u, free_v, 30.0)
+    nuscenes_root(tmp_path / "raw", ("scene-0103",), cloud=np.concatenate([near, hidden, free]))
+    row, = prepared(tmp_path, "nuscenes", tmp_path / "raw", "--points", 100000)
+    assert len(row["depth"]) == len(near) + len(hidden) + len(free)
+    row, = prepared(tmp_path, "nuscenes", tmp_path / "raw", "--points", 100000, "--occlusion", out="open")
+    xy, d = np.array(row["pixel_coords"]), np.array(row["depth"])
+    assert (d < 8).sum() == len(near) and (d > 20).sum() == len(free) and (xy[d > 20, 0] > 220).all()
+
+
+def test_stride_and_limit(tmp_path):
+    """--stride takes every k-th frame, --limit stops after so many."""
+    own_folder(tmp_path / "raw", count=9)
+    rows = prepared(tmp_path, "folder", tmp_path / "raw", "--stride", 4)
+    assert [Path(r["image"]).stem for r in rows] == ["0000", "0004", "0008"]
+    assert len(prepared(tmp_path, "folder", tmp_path / "raw", "--limit", 2, out="two")) == 2
+
+
+# ---- bytes: workers, index ----
+
+def test_same_bytes_for_any_number_of_workers(tmp_path):
+    """Sampling is a function of (seed, image), so workers cannot change the file."""
+    own_folder(tmp_path / "raw", count=70)
+    for workers in (1, 2):
+        prepared(tmp_path, "folder", tmp_path / "raw", "--workers", workers, out=f"out{workers}")
+    assert (tmp_path / "out1/val.jsonl").read_bytes() == (tmp_path / "out2/val.jsonl").read_bytes()
+
+
+def test_index(tmp_path):
+    """.idx: int64 start of each line and the file size at the end; a stale one is made anew."""
+    own_folder(tmp_path / "raw", count=5)
+    rows = prepared(tmp_path, "folder", tmp_path / "raw")
+    data = (tmp_path / "out/val.jsonl").read_bytes()
+    offsets = np.fromfile(tmp_path / "out/val.idx", np.int64)
+    assert len(offsets) == 6 and offsets[-1] == len(data)
+    assert [json.loads(data[a:b]) for a, b in zip(offsets, offsets[1:])] == rows
+
+
+def test_index_follows_the_file(tmp_path):
+    """Missing or older than its jsonl, it is made anew: a line added by hand is found."""
+    own_folder(tmp_path / "raw", count=3)
+    prepared(tmp_path, "folder", tmp_path / "raw")
+    path = tmp_path / "out/val.jsonl"
+    path.write_bytes(path.read_bytes() + path.read_bytes().splitlines(True)[0])
+    os.utime(path, (time.time() + 5, time.time() + 5))
+    assert np.array(prepare.open_index(path)).tolist()[-1] == path.stat().st_size and len(prepare.open_index(path)) == 5
+    (tmp_path / "out/val.idx").unlink()
+    assert len(prepare.open_index(path)) == 5
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_shards_joined_are_the_whole(tmp_path, count):
+    """The parts, joined in order, are the bytes of the unsharded run."""
+    own_folder(tmp_path / "raw", count=23)
+    flags = ("--dataset", "folder", "--root", tmp_path / "raw", "--split", "val", "--workers", 1)
+    assert run(*flags, "--out", tmp_path / "out")[0] == 0
+    first = 0 if run(*flags, "--out", tmp_path / "parts", "--shard", f"0/{count}")[0] == 0 else 1
+    for i in range(first, first + count):
+        assert run(*flags, "--out", tmp_path / "parts", "--shard", f"{i}/{count}")[0] == 0
+    parts = sorted((tmp_path / "parts").glob("val*.jsonl"))
+    assert len(parts) == count and all(p.stat().st_size for p in parts)
+    assert b"".join(p.read_bytes() for p in parts) == (tmp_path / "out/val.jsonl").read_bytes()
+    for beyond in (first + count, -1):
+        assert run(*flags, "--out", tmp_path / "beyond", "--shard", f"{beyond}/{count}")[0] != 0
+
+
+def test_other_flags_do_not_overwrite(tmp_path, capfd):
+    """The same command again keeps the file; another one into the same folder is refused, with the remedy."""
+    own_folder(tmp_path / "raw", count=3)
+    flags = ("--dataset", "folder", "--root", tmp_path / "raw", "--split", "val", "--out", tmp_path / "out")
+    assert run(*flags)[0] == 0
+    before = (tmp_path / "out/val.jsonl").read_bytes()
+    assert run(*flags)[0] == 0 and (tmp_path / "out/val.jsonl").read_bytes() == before
+    code, said = outcome(capfd, *flags, "--points", 30)
+    assert code != 0 and "--o" in said and (tmp_path / "out/val.jsonl").read_bytes() == before
+
+
+def test_command_line_equals_main(tmp_path):
+    """`python prepare.py ...` writes what prepare.main([...]) writes."""
+    own_folder(tmp_path / "raw", count=2)
+    prepared(tmp_path, "folder", tmp_path / "raw")
+    subprocess.run([sys.executable, ROOT / "prepare.py", "--dataset", "folder", "--root", tmp_path / "raw",
+                    "--split", "val", "--out", tmp_path / "cli"], check=True, capture_output=True, cwd=tmp_path)
+    assert (tmp_path / "cli/val.jsonl").read_bytes() == (tmp_path / "out/val.jsonl").read_bytes()
+
+
+# ---- toy rooms ----
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    out = tmp_path_factory.mktemp("toy")
+    code, message = run("--dataset", "toy", "--out", out, "--images", 40, "--val-images", 40, "--workers", 1)
+    assert code == 0, message
+    return out
+
+
+def world(row):
+    """World points of a record's labels: pinhole ray of length `depth`, through the pose."""
+    fx, fy, cx, cy = row["intrinsics"][:4]
+    x, y = np.array(row["pixel_coords"], float).T
+    r = np.stack([(x - cx) / fx, (y - cy) / fy, np.ones_like(x)], 1)
+    m = np.array(row["pose"]).reshape(4, 4)
+    return (r / np.linalg.norm(r, axis=1, keepdims=True) * np.array(row["depth"])[:, None]) @ m[:3, :3].T + m[:3, 3]
+
+
+def test_toy_is_deterministic(tmp_path, toy):
+    """The same seed gives the same labels and pictures, another one other rooms."""
+    flags = ("--dataset", "toy", "--split", "val", "--val-images", 10, "--workers", 1)
+    assert run(*flags, "--out", tmp_path / "a")[0] == run(*flags, "--out", tmp_path / "b", "--seed", 5)[0] == 0
+    a, whole, b = records(tmp_path / "a"), records(toy), records(tmp_path / "b")
+    assert a == whole[:10] and a != b
+    for row in a:
+        assert (tmp_path / "a" / row["image"]).read_bytes() == (toy / row["image"]).read_bytes()
+
+
+def test_toy_records(toy):
+    """Well formed; train and val share no room; at least 3 focal lengths and 3 sizes; several views a room."""
+    train, val = records(toy, "train"), records(toy, "val")
+    assert len(train) == len(val) == 40
+    for row in train + val:
+        well_formed(toy, row)
+    rooms = [{r["scene"] for r in rows} for rows in (train, val)]
+    assert not rooms[0] & rooms[1] and len(rooms[0]) <= 20
+    assert len({round(r["intrinsics"][0]) for r in train}) >= 3
+    assert len({tuple(r["intrinsics"][4:]) for r in train}) >= 3
+
+
+def test_toy_labels_lie_on_the_walls(toy):
+    """Back-projected labels of all views of a room lie on few axis-parallel planes; z in their place would not."""
+    def on_planes(points):
+        hit = np.zeros(len(points), bool)
+        for axis in range(3):
+            c = points[:, axis]
+            hit |= (np.abs(c[:, None] - c[None]) < 2e-3).sum(1) > 0.015 * len(c)
+        return hit.mean()
+
+    rows = records(toy, "train")
+    for scene in sorted({r["scene"] for r in rows})[:5]:
+        views = [r for r in rows if r["scene"] == scene]
+        right = on_planes(np.concatenate([world(r) for r in views]))
+        wrong = on_planes(np.concatenate([world({**r, "depth": as_z(r)}) for r in views]))
+        assert right > 0.97 and wrong < 0.8
+
+
+def test_toy_views_agree(toy):
+    """Most points of a view lie on planes on which the other views of the room have points too: the poses are right."""
+    rows = records(toy, "val")
+    for scene in sorted({r["scene"] for r in rows})[:6]:
+        clouds = [world(r) for r in rows if r["scene"] == scene]
+        eyes = np.array([r["pose"] for r in rows if r["scene"] == scene]).reshape(-1, 4, 4)[:, :3, 3]
+        assert len(clouds) >= 3 and np.ptp(eyes, axis=0).max() > 0.1
+        for k, cloud in enumerate(clouds):
+            others = np.concatenate(clouds[:k] + clouds[k + 1:])
+            shared = (np.abs(cloud[:, None] - others[None]) < 2e-3).sum(1) >= 5          # (points, 3): a plane per axis
+            assert shared.any(1).mean() > 0.6
+
+
+# ---- resume after a kill ----
+
+def start(*args, cwd):
+    return subprocess.Popen([sys.executable, str(ROOT / "prepare.py"), *map(str, args)], cwd=cwd,
+                            start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def test_resume_after_kill(tmp_path):
+    """SIGKILL in the middle, then the same command: the bytes of an uninterrupted run, nothing twice."""
+    raw = tmp_path / "raw"
+    own_folder(raw, count=8)
+    for n in range(8, 500):
+        for kind in ("rgb", "depth"):
+            os.link(raw / f"{kind}/{n % 8:04d}.png", raw / f"{kind}/{n:04d}.png")
+    flags = ("--dataset", "folder", "--root", raw, "--split", "val", "--points", 20, "--workers", 1)
+    assert run(*flags, "--out", tmp_path / "whole")[0] == 0
+    cut = tmp_path / "cut"
+    job, deadline = start(*flags, "--out", cut, cwd=tmp_path), time.time() + 20
+    while time.time() < deadline and job.poll() is None:                  # until something is on the disk
+        if sum(f.stat().st_size for f in cut.rglob("*") if f.is_file()) > 4000:
+            break
+        time.sleep(0.005)
+    os.killpg(job.pid, signal.SIGKILL)
+    assert job.wait() == -signal.SIGKILL and not (cut / "val.jsonl").exists(), "the run ended before it was killed"
+    left = sum(f.stat().st_size for f in cut.rglob("*") if f.is_file())
+    assert left > 0
+    assert run(*flags, "--out", cut)[0] == 0
+    for name in ("val.jsonl", "val.idx"):
+        assert (cut / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    names = [{f.relative_to(d) for f in d.rglob("*") if f.suffix != ".tmp"} for d in (cut, tmp_path / "whole")]
+    assert names[0] == names[1]
+
+
+# ---- bad input ----
+
+def outcome(capfd, *args):
+    """(exit code, all that was said) of a run."""
+    code, message = run(*args)
+    said = capfd.readouterr()
+    return code, message + said.out + said.err
+
+
+def attempt(capfd, tmp_path, dataset, *flags, split="val", root="raw"):
+    return outcome(capfd, "--dataset", dataset, "--root", tmp_path / root, "--split", split, "--out", tmp_path / "out",
+                   *flags)
+
+
+def survives(tmp_path, capfd, dataset, raw, named, good, split="val"):
+    """A bad file is named; then either the other frames are prepared, or the run ends in an error with no half file."""
+    code, said = outcome(capfd, "--dataset", dataset, "--root", raw, "--split", split, "--out", tmp_path / "out")
+    assert named in said and "Traceback" not in said
+    if code == 0:
+        assert len(records(tmp_path / "out", split)) == good
+    else:
+        assert not (tmp_path / "out" / f"{split}.jsonl").exists()
+
+
+def cut_file(path, share=0.5):
+    data = Path(path).read_bytes()
+    Path(path).write_bytes(data[:int(len(data) * share)])
+
+
+@pytest.mark.parametrize("part", ["rgb", "depth"])
+def test_corrupt_frame(tmp_path, capfd, part):
+    """A truncated picture or depth map (a copy that stopped) is named: which of the two is to be fetched again?"""
+    own_folder(tmp_path / "raw", count=4)
+    cut_file(tmp_path / f"raw/{part}/0002.png")
+    survives(tmp_path, capfd, "folder", tmp_path / "raw", f"{part}/0002.png", good=3)
+
+
+def test_depth_of_another_size(tmp_path, capfd):
+    """A depth map of another shape than its picture is named, never stretched in silence."""
+    own_folder(tmp_path / "raw", count=4)
+    save_depth(np.full((60, 40), 2000), tmp_path / "raw/depth/0002.png")
+    survives(tmp_path, capfd, "folder", tmp_path / "raw", "0002", good=3)
+
+
+def dangle(raw, table, key, channel="LIDAR"):
+    """Break one reference of the first key frame (of a channel) in a nuScenes table."""
+    path = raw / f"v1.0-trainval/{table}.json"
+    rows = json.loads(path.read_text())
+    next(r for r in rows if r.get("is_key_frame", True) and channel in r.get("filename", channel))[key] = "feedbeef00"
+    path.write_text(json.dumps(rows))
+
+
+@pytest.mark.parametrize("table, key", [("sample_data", "calibrated_sensor_token"), ("sample_data", "ego_pose_token"),
+                                        ("sample_data", "sample_token"), ("sample", "scene_token")])
+@pytest.mark.parametrize("channel", ["LIDAR", "CAM"])
+def test_dangling_token(tmp_path, capfd, table, key, channel):
+    """A token that no table holds is named, or the picture that is lost by it."""
+    nuscenes_root(tmp_path / "raw", ("scene-0103",), samples=2)
+    dangle(tmp_path / "raw", table, key, channel)
+    lost = min(f.name for f in (tmp_path / "raw/samples/CAM_FRONT").iterdir())
+    code, said = attempt(capfd, tmp_path, "nuscenes")
+    assert ("feedbeef00" in said or lost in said) and "Traceback" not in said
+    assert code != 0 or len(records(tmp_path / "out")) == 1
+
+
+def test_sample_of_no_scene_is_not_trained_on(tmp_path, capfd):
+    """A sample whose scene is unknown may be one of the held-out scenes: it must not slip into train."""
+    nuscenes_root(tmp_path / "raw", ("scene-0103", "scene-0001"))
+    dangle(tmp_path / "raw", "sample", "scene_token")          # the first sample is scene-0103's
+    code, _ = attempt(capfd, tmp_path, "nuscenes", split="train")
+    assert code != 0 or [r["scene"] for r in records(tmp_path / "out", "train")] == ["scene-0001"]
+
+
+def test_half_extracted_archive(tmp_path, capfd):
+    """The LiDAR file of a sample is not there (an archive of ten was not extracted): it is named."""
+    nuscenes_root(tmp_path / "raw", ("scene-0103",), samples=2)
+    gone = sorted((tmp_path / "raw/samples/LIDAR_TOP").iterdir())[0]
+    gone.unlink()
+    survives(tmp_path, capfd, "nuscenes", tmp_path / "raw", gone.name, good=1)
+
+
+def test_truncated_json_table(tmp_path, capfd):
+    """A JSON table that ends in the middle: the file is named, no traceback."""
+    nuscenes_root(tmp_path / "raw", ("scene-0103",))
+    cut_file(tmp_path / "raw/v1.0-trainval/sample_data.json", 0.7)
+    code, said = attempt(capfd, tmp_path, "nuscenes")
+    assert code != 0 and "sample_data.json" in said and "Traceback" not in said
+
+
+def eth_depth_of_wrong_size(raw):
+    eth3d_root(raw)
+    path = raw / "courtyard/ground_truth_depth/dslr_images/DSC_0307.JPG"
+    cut_file(path, 0.75)
+    return "DSC_0307.JPG"
+
+
+def test_eth3d_depth_of_wrong_size(tmp_path, capfd):
+    """The raw float file must have W x H of its image's camera."""
+    survives(tmp_path, capfd, "eth3d", tmp_path / "raw", eth_depth_of_wrong_size(tmp_path / "raw"), good=3)
+
+
+def omnidata(component, scene, domain):
+    return lambda raw: omnidata_root(raw, "omnitools", component, (scene,), (domain,), "fixatedpose")
+
+
+def scannetpp_root(raw):
+    scannetpp_scene(raw, "aaa", (0, 10))
+    scannetpp_splits(raw, [], ["aaa"])
+
+
+# dataset: split, how to build it, a folder of it that a user may name by mistake
+RAW = {
+    "argoverse2": ("val", lambda raw: argoverse_log(raw / "val", "0a"), "val"),
+    "waymo": ("train", waymo_root, "training"),
+    "nuscenes": ("val", nuscenes_root, "samples"),
+    "scannetpp": ("val", scannetpp_root, "data"),
+    "taskonomy": ("train", omnidata("taskonomy", "allensville", "depth_euclidean"), "rgb"),
+    "hm3d": ("train", omnidata("hm3d", "00000-kfPV7w3FaU5", "depth_zbuffer"), "rgb"),
+    "matterport3d": ("train", matterport_house, "v1"),
+    "ddad": ("val", ddad_root, "ddad_train_val"),
+    "eth3d": ("val", eth3d_root, "courtyard"),
+    "sunrgbd": ("val", lambda raw: sun_scene(raw / "SUNRGBD/kv2/align_kv2/a1"), "SUNRGBD"),
+    "nyuv2": ("val", lambda raw: sun_scene(raw / "SUNRGBD/kv1/NYUdata/NYU0001"), "SUNRGBD/kv1"),
+    "ibims1": ("val", ibims_root, "ibims1_core_raw"),
+}
+
+
+@pytest.mark.parametrize("dataset", RAW)
+def test_wrong_root(tmp_path, capfd, dataset):
+    """A folder above or below the right one is used (same labels), or the error names the right one."""
+    split, build, below = RAW[dataset]
+    raw = tmp_path / "disk" / "raw"
+    build(raw)
+    right = prepared(tmp_path, dataset, raw, "--points", 20, split=split)
+    code, said = checked(capfd, tmp_path / f"out/{split}.jsonl")
+    assert code == 0, said                                     # few and right records: nothing to complain about
+    for n, root in enumerate((raw.parent, raw / below)):
+        out = tmp_path / f"out{n}"
+        code, said = outcome(capfd, "--dataset", dataset, "--root", root, "--split", split, "--out", out,
+                             "--points", 20)
+        assert "Traceback" not in said
+        if code == 0:
+            rows = records(out, split)
+            assert {Path(r["image"]).name for r in rows} <= {Path(r["image"]).name for r in right}
+            assert len(rows) == len(right) or dataset == "eth3d"          # one scene of ETH3D is a fair answer
+        else:
+            assert str(raw) in said, said
+
+
+@pytest.mark.parametrize("dataset", RAW)
+def test_missing_raw_files(tmp_path, capfd, dataset):
+    """Exit code 2 and what to get, from where, how large, under which terms, into which folder."""
+    (tmp_path / "nothing").mkdir()
+    code, said = outcome(capfd, "--dataset", dataset, "--root", tmp_path / "nothing", "--split", RAW[dataset][0],
+                         "--out", tmp_path / "out")
+    assert code == 2 and str(tmp_path / "nothing") in said
+    assert "http" in said and "GB" in said.replace("TB", "GB").replace("MB", "GB")
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("*.jsonl"))
+
+
+@pytest.mark.parametrize("dataset", ["hm3d", "taskonomy", "eth3d"])
+def test_empty_root_beside_another_dataset(tmp_path, capfd, dataset):
+    """data/raw/hm3d is empty and data/raw/house/rgb is something else: not a wrong root, the files are missing."""
+    other = omnidata_root(tmp_path / "raw/house", "by_building", "", ("allensville",), ("depth_euclidean",), "info")
+    eth3d_root(tmp_path / "raw/laser")
+    (tmp_path / "raw/empty").mkdir()
+    code, said = outcome(capfd, "--dataset", dataset, "--root", tmp_path / "raw/empty", "--out", tmp_path / "out")
+    assert other and code == 2 and "http" in said
+    assert not list(tmp_path.glob("out/*.jsonl"))
+
+
+def test_missing_root_folder(tmp_path, capfd):
+    """A root that does not exist is the same case."""
+    code, said = attempt(capfd, tmp_path, "ibims1", root="gone")
+    assert code == 2 and "http" in said and str(tmp_path / "gone") in said
+
+
+# ---- --check ----
+
+def checked(capfd, *files):
+    return outcome(capfd, "--check", *files)
+
+
+def rewrite(toy, tmp_path, change, split="val"):
+    """A copy of the toy file changed by change(rows); the pictures are linked."""
+    if not (tmp_path / "rgb").exists():
+        (tmp_path / "rgb").symlink_to(toy / "rgb")
+    rows = records(toy, split)
+    rows = change(rows) or rows
+    path = tmp_path / f"{split}.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return path
+
+
+def as_z(row):
+    fx, fy, cx, cy = row["intrinsics"][:4]
+    x, y = np.array(row["pixel_coords"]).T
+    return np.round(np.array(row["depth"]) / np.sqrt(1 + ((x - cx) / fx) ** 2 + ((y - cy) / fy) ** 2), 4).tolist()
+
+
+def all_z(rows):
+    for r in rows:
+        r["depth"] = as_z(r)
+
+
+def one_outside(rows):
+    rows[7]["pixel_coords"][3] = [rows[7]["intrinsics"][4], 5]
+
+
+def one_negative(rows):
+    rows[7]["pixel_coords"][3] = [4, -1]
+
+
+def one_size(rows):
+    rows[5]["intrinsics"][4] *= 2
+
+
+def one_fx(rows):
+    rows[5]["intrinsics"][0] = 0
+
+
+def one_fy(rows):
+    rows[5]["intrinsics"][1] = -1
+
+
+def twice(rows):
+    rows[9]["image"] = rows[3]["image"]
+    rows[9]["intrinsics"] = rows[3]["intrinsics"]
+
+
+def test_check_is_silent_on_right_files(tmp_path, capfd, toy):
+    """The toy files as they are: exit 0, with a table of counts, the depth range and the constant-2.0 row."""
+    code, said = checked(capfd, toy / "train.jsonl", toy / "val.jsonl")
+    d = np.concatenate([r["depth"] for r in records(toy)])
+    assert code == 0, said
+    constant = np.mean(np.maximum(d / 2, 2 / d) < 1.25)
+    assert f"{constant:.3f}" in said and str(len(d)) in said.replace(",", "")
+    for word in ("duplicate", "outside", "shared by", "shifted"):
+        assert word not in said.lower(), said
+
+
+FAULTS = {"z": (all_z, r"euclid|\bz\b"), "outside": (one_outside, "outside"), "negative": (one_negative, "outside"),
+          "size": (one_size, "size|intrinsics say"), "fx": (one_fx, "fx|focal"), "fy": (one_fy, "fy|focal"),
+          "duplicate": (twice, "duplicate|twice")}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_check_finds(tmp_path, capfd, toy, fault):
+    """Each planted fault is named and the exit code is not 0."""
+    change, words = FAULTS[fault]
+    code, said = checked(capfd, rewrite(toy, tmp_path, change))
+    assert code != 0 and re.search(words, said.lower()), said
+
+
+def test_check_z_with_depth_type_is_no_fault(tmp_path, capfd, toy):
+    """The same z labels that say so (`depth_type`) are right."""
+    def declared(rows):
+        all_z(rows)
+        for r in rows:
+            r["depth_type"] = "z"
+    code, said = checked(capfd, rewrite(toy, tmp_path, declared))
+    assert code == 0, said
+
+
+def test_check_finds_scenes_shared(tmp_path, capfd, toy):
+    """A room of train that is also in val."""
+    train = rewrite(toy, tmp_path, lambda rows: None, "train")
+    scene = records(toy, "train")[0]["scene"]
+
+    def leak(rows):
+        rows[4]["scene"] = scene
+    code, said = checked(capfd, train, rewrite(toy, tmp_path, leak))
+    assert code != 0 and scene in said, said
+
+
+def test_check_shows_the_paper_row(tmp_path, capfd, toy):
+    """Beside the constant answer of these labels stands the paper's row for the dataset."""
+    (tmp_path / "ibims1").mkdir()
+    code, said = checked(capfd, rewrite(toy, tmp_path / "ibims1", lambda rows: None))
+    assert code == 0 and "0.280" in said
+
+
+def test_check_real_file_of_the_released_code(capfd):
+    """The released iBims example: 16 images whose labels are z of a depth PNG and say nothing about it."""
+    code, said = checked(capfd, "--image-root", sample("ibims1", "ibims1_core_raw"),
+                         sample("ibims1", "depthlm_ibims1_val.jsonl"))
+    assert code != 0 and re.search(r"\bz\b.*euclid", said.lower()), said
+
+
+def test_check_without_pictures(tmp_path, capfd, toy):
+    """A jsonl alone (pictures elsewhere) is still tabled; that they were not found is said."""
+    path = tmp_path / "val.jsonl"
+    path.write_text((toy / "val.jsonl").read_text())
+    code, said = checked(capfd, path)
+    assert str(40 * 100) in said.replace(",", "") and re.search("image.*(found|missing)", said.lower())
+
+
+def test_check_broken_lines(tmp_path, capfd, toy):
+    """A cut last line, a missing key and unequal lists are named by line, without a traceback."""
+    path = rewrite(toy, tmp_path, lambda rows: None)
+    lines = path.read_text().splitlines()
+    short = json.loads(lines[4])
+    short["depth"] = short["depth"][:-1]
+    lines[2], lines[4] = lines[2].replace('"image"', '"image_path"'), json.dumps(short)
+    path.write_text("\n".join(lines)[:-40])
+    code, said = checked(capfd, path)
+    assert code != 0 and "line 3" in said and "Traceback" not in said
+    path.write_text("\n".join(lines[:2] + lines[3:])[:-40])
+    code, said = checked(capfd, path)
+    assert code != 0 and "line 4" in said and "Traceback" not in said
+
+
+def cluttered(root, count, seed=0, shift=0, size=(96, 72), cue=True, kind="z"):
+    """An RGB-D folder of unrelated cluttered views; shift: each picture gets the depth of the one `shift` later."""
+    rng, views = np.random.default_rng(seed), []
+    w, h = size
+    for _ in range(count):
+        z, look = ramp(w, h, base=rng.uniform(4, 7), span=rng.uniform(-1, 2)), rng.uniform(0.2, 1, 3)
+        rgb = np.repeat(((FAR_AWAY - z) / FAR_AWAY)[..., None], 3, -1) * look if cue else np.full((h, w, 3), 0.5)
+        for _ in range(7):
+            x, y, a, b = rng.integers(0, w - 15), rng.integers(0, h - 12), rng.integers(12, 40), rng.integers(10, 30)
+            near = rng.uniform(1.2, 3.8)
+            z[y:y + b, x:x + a] = near
+            rgb[y:y + b, x:x + a] = rng.uniform(0.3, 1, 3) * (FAR_AWAY - near) / FAR_AWAY if cue else 0.5
+        if not cue:
+            rgb = rng.uniform(0, 1, (h, w, 3))
+        views.append((z, (rgb.clip(0, 1) * 255).astype(np.uint8)))
+    camera = [w * 0.7, w * 0.7, w / 2 - 0.5, h / 2 - 0.5, w, h]
+    for n in range(count):
+        save(Image.fromarray(views[n][1]), root / f"rgb/{n:04d}.png")
+        z = views[(n + shift) % count][0]
+        save_depth(np.round((z if kind == "z" else euclidean(z, camera)) * 1000), root / f"depth/{n:04d}.png")
+    (root / "intrinsics.txt").write_text(f"{camera[0]} {camera[1]} {camera[2]} {camera[3]}\n")
+
+
+FAR_AWAY = 9.0
+
+
+@pytest.mark.parametrize("shift", [1, -1])
+def test_check_finds_pairs_shifted_by_one(tmp_path, capfd, shift):
+    """One missing file shifts all pairs: depth n belongs to picture n + 1. Only the pictures can tell."""
+    cluttered(tmp_path / "raw", 40, shift=shift)
+    prepared(tmp_path, "folder", tmp_path / "raw")
+    code, said = checked(capfd, tmp_path / "out/val.jsonl")
+    assert code != 0 and re.search("shift|wrong image|next|previous", said.lower()), said
+
+
+@pytest.mark.parametrize("case", ["cluttered", "noise", "euclidean", "euclidean slopes", "slopes"])
+def test_check_does_not_cry_wolf(tmp_path, capfd, case):
+    """Right files with little to go by: cluttered views, pictures of noise, Euclidean depth PNGs, smooth surfaces."""
+    kind = "euclidean" if "euclidean" in case else "z"
+    if "slopes" in case:
+        own_folder(tmp_path / "raw", count=21, kind=kind, bases=[1.5 + 0.31 * n % 7 for n in range(21)])
+    else:
+        cluttered(tmp_path / "raw", 24, seed=3, cue=case != "noise", kind=kind)
+    prepared(tmp_path, "folder", tmp_path / "raw", "--depth-type", kind)
+    code, said = checked(capfd, tmp_path / "out/val.jsonl")
+    assert code == 0, said
+
+
+@pytest.mark.parametrize("case", ["cluttered", "walls"])
+def test_check_finds_z_declared_euclidean(tmp_path, capfd, case):
+    """z maps prepared with the wrong --depth-type: the depth PNG's steps, or flat walls, give it away."""
+    if case == "walls":
+        own_folder(tmp_path / "raw", count=20, hole=False)
+        for n in range(20):                                    # slanted planes: 1 / z is linear in the pixel
+            v, u = np.mgrid[:60, :80]
+            save_depth(np.round(1000 / (0.2 + 0.0015 * (u - 40) + 0.001 * (n - 10) / 10 * (v - 30))),
+                       tmp_path / f"raw/depth/{n:04d}.png")
+    else:
+        cluttered(tmp_path / "raw", 24, seed=4)
+    prepared(tmp_path, "folder", tmp_path / "raw", "--depth-type", "euclidean")
+    path = tmp_path / "out/val.jsonl"
+    rows = records(tmp_path / "out")
+    for r in rows:
+        r.pop("depth_type", None)                              # as the released code would write them: nothing is said
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    code, said = checked(capfd, path)
+    assert code != 0 and re.search(r"\bz\b.*euclid", said.lower()), said
+
+
+# ---- --download, from a server on loopback ----
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Serves `data` with Range; `cut`: each of the next replies ends after so many bytes; `log`: the Range headers."""
+    data, cut, log, etag, ranges, status, lie = b"", [], [], '"one"', True, 200, 0
+
+    def do_GET(self):
+        cls, begin, asked = type(self), 0, self.headers.get("Range")
+        cls.log.append(asked)
+        if cls.status != 200:
+            self.send_error(cls.status)
+            return
+        if asked and cls.ranges and self.headers.get("If-Range", cls.etag) == cls.etag:
+            begin = int(asked.split("=")[1].split("-")[0])
+            if begin >= len(cls.data) + cls.lie:
+                self.send_response(416)
+                self.send_header("Content-Range", f"bytes */{len(cls.data)}")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {begin}-{len(cls.data) + cls.lie - 1}/{len(cls.data) + cls.lie}")
+        else:
+            self.send_response(200)
+        body = cls.data[begin:]
+        self.send_header("Content-Length", str(len(body) + cls.lie))
+        self.send_header("ETag", cls.etag)
+        self.end_headers()
+        self.wfile.write(body[:cls.cut.pop(0)] if cls.cut else body)
+        self.close_connection = True
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A running server whose data is an iBims archive; prepare waits only milliseconds between its attempts."""
+    ibims_root(tmp_path / "src")
+    handle = io.BytesIO()
+    with zipfile.ZipFile(handle, "w") as z:
+        for f in sorted((tmp_path / "src").rglob("*")):
+            z.write(f, f.relative_to(tmp_path / "src"))
+    handler = type("Handler", (Server,), {"data": handle.getvalue(), "cut": [], "log": []})
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    handler.url = f"http://127.0.0.1:{httpd.server_port}/ibims1_core_raw.zip"
+    monkeypatch.setattr(prepare, "RETRY_WAIT", 0.002, raising=False)
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    yield handler
+    httpd.shutdown()
+    httpd.server_close()
+
+
+def fetch(tmp_path, server, capfd):
+    return attempt(capfd, tmp_path, "ibims1", "--download", "--url", server.url)
+
+
+def right_labels(tmp_path):
+    """The same bytes as from the folder that was packed."""
+    rows = prepared(tmp_path, "ibims1", tmp_path / "src", out="direct")
+    got = records(tmp_path / "out")
+    assert [r["depth"] for r in got] == [r["depth"] for r in rows] and len(got) == 2
+
+
+def test_download(tmp_path, server, capfd):
+    """Fetched, unpacked, prepared; a second run asks the server nothing."""
+    code, said = fetch(tmp_path, server, capfd)
+    assert code == 0, said
+    right_labels(tmp_path)
+    asked = len(server.log)
+    assert fetch(tmp_path, server, capfd)[0] == 0 and len(server.log) == asked
+
+
+def test_download_cut_connection(tmp_path, server, capfd):
+    """The connection ends twice in the middle: Range goes on at the byte that was reached."""
+    server.cut.extend([10_000, 5_000])
+    code, said = fetch(tmp_path, server, capfd)
+    assert code == 0, said
+    assert server.log == [None, "bytes=10000-", "bytes=15000-"]
+    right_labels(tmp_path)
+
+
+def test_download_restart(tmp_path, server, capfd):
+    """The server goes away for good: an error, no archive. Later the same command fetches the rest only."""
+    server.cut.extend([30_000] + [0] * 200)
+    code, said = fetch(tmp_path, server, capfd)
+    assert code != 0 and "Traceback" not in said and not (tmp_path / "out/val.jsonl").exists()
+    server.cut.clear()
+    server.log.clear()
+    code, said = fetch(tmp_path, server, capfd)
+    assert code == 0 and server.log == ["bytes=30000-"], said
+    right_labels(tmp_path)
+
+
+def test_download_wrong_size(tmp_path, server, capfd):
+    """The server announces more than it sends: never taken for the whole file."""
+    server.lie = 1000
+    code, said = fetch(tmp_path, server, capfd)
+    assert code != 0 and str(len(server.data) + 1000) in said and "Traceback" not in said
+    assert not list((tmp_path / "raw").glob("*.zip")) and not (tmp_path / "out/val.jsonl").exists()
+
+
+@pytest.mark.parametrize("case", ["no ranges", "another file"])
+def test_download_starts_anew(tmp_path, server, capfd, case):
+    """A server that ignores Range, or whose file changed meanwhile: from the first byte, nothing is glued together."""
+    server.cut.append(20_000)
+    if case == "no ranges":
+        server.ranges = False
+    else:
+        fetched = server.data
+        server.cut.extend([0] * 200)
+        server.data, server.etag = bytes(len(fetched)), '"old"'
+        assert fetch(tmp_path, server, capfd)[0] != 0
+        server.cut.clear()
+        server.data, server.etag = fetched, '"new"'
+    code, said = fetch(tmp_path, server, capfd)
+    assert code == 0, said
+    right_labels(tmp_path)
+
+
+def test_download_refused(tmp_path, server, capfd):
+    """404: one line with the address and where to put the file by hand."""
+    server.status = 404
+    code, said = fetch(tmp_path, server, capfd)
+    assert code != 0 and server.url in said and str(tmp_path / "raw") in said and "Traceback" not in said
+
+
+def test_download_damaged_archive(tmp_path, server, capfd):
+    """Right size, wrong content: named, not unpacked in halves into records."""
+    server.data = server.data[:len(server.data) // 2] + bytes(len(server.data) // 2)
+    code, said = fetch(tmp_path, server, capfd)
+    assert code != 0 and ".zip" in said and "Traceback" not in said and not (tmp_path / "out/val.jsonl").exists()
+
+
+def test_download_closed_dataset(tmp_path, capfd):
+    """A dataset behind a registration cannot be fetched: exit 2 and how to get it."""
+    code, said = attempt(capfd, tmp_path, "nuscenes", "--download")
+    assert code == 2 and "http" in said
+
+
+# ---- real extracts, where they are at hand (they may not be redistributed) ----
+
+def sample(*parts):
+    path = SHARED.joinpath("samples", *parts)
+    if not path.exists():
+        pytest.skip("no real extract here")
+    return path
+
+
+def test_real_nuscenes(tmp_path):
+    """First key frame of scene-0061: number of points a camera (z > 1 m), and all of them between 4 and 103 m."""
+    rows = prepared(tmp_path, "nuscenes", sample("nuscenes"), "--points", 100000)
+    count = {"CAM_FRONT": 3056, "CAM_FRONT_RIGHT": 3076, "CAM_FRONT_LEFT": 3700, "CAM_BACK": 4822,
+             "CAM_BACK_LEFT": 4091, "CAM_BACK_RIGHT": 3370}
+    assert {r["camera"] for r in rows} == set(count)
+    for row in rows:                                          # a few share a pixel or lie on the border
+        assert 0.97 * count[row["camera"]] <= len(row["depth"]) <= count[row["camera"]]
+        assert 3 < min(row["depth"]) and max(row["depth"]) < 140
+
+
+def test_real_argoverse2(tmp_path):
+    """A real sweep; the pose row 2.41 ms before it serves as camera time (no pictures in the extract: grey here)."""
+    feather = pytest.importorskip("pyarrow.feather")
+    log = sample("argoverse2", "sensor", "val", "7fab2350-7eaf-3b7e-a39d-6937a4c1bede")
+    raw = tmp_path / "raw/val" / log.name
+    shutil.copytree(log, raw)
+    sweep = 315966265259836000
+    stamps = np.array(feather.read_table(raw / "city_SE3_egovehicle.feather")["timestamp_ns"])
+    at = int(stamps[np.abs(stamps - (sweep - 2_410_000)).argmin()])
+    count = {"ring_front_center": 11452, "ring_front_left": 17079, "ring_side_right": 18215}
+    for name in count:
+        size = (1550, 2048) if name == "ring_front_center" else (2048, 1550)
+        save(Image.new("RGB", size, (90, 90, 90)), raw / f"sensors/cameras/{name}/{at}.jpg")
+    rows = prepared(tmp_path, "argoverse2", tmp_path / "raw", "--points", 100000, "--max-depth", 400)
+    assert {r["camera"] for r in rows} == set(count)
+    for row in rows:
+        assert 0.96 * count[row["camera"]] <= len(row["depth"]) <= count[row["camera"]]
+        if row["camera"] == "ring_front_center":
+            assert 4.3 < min(row["depth"]) < 5 and 205 < max(row["depth"]) < 215
+
+
+def test_real_ddad(tmp_path):
+    """The DGP test scene: points of the first sample a camera."""
+    rows = prepared(tmp_path, "ddad", sample("ddad"), "--points", 100000, "--max-depth", 400)
+    first = {}
+    for row in rows:
+        first.setdefault(row["camera"], len(row["depth"]))
+    assert len(rows) == 9
+    for name, count in {"CAMERA_01": 4819, "CAMERA_05": 10872, "CAMERA_06": 10354}.items():
+        assert 0.95 * count <= first[name] <= count
+
+
+def test_real_sunrgbd(tmp_path):
+    """Two real frames: each label is the file's own z (bits rotated right by three) as Euclidean, never a hole."""
+    root = sample("sunrgbd", "SUNRGBD")
+    rows = {Path(r["image"]).stem: r for r in prepared(tmp_path, "sunrgbd", root.parent, "--points", 3000)}
+    for name, lo, hi, holes in (("0000144", 0.640, 3.783, 0.134), ("img_0063", 1.430, 2.525, 0.323)):
+        raw = np.asarray(Image.open(next(root.rglob(f"depth/{name}*.png")))).astype(np.uint16)
+        z = ((raw >> 3) | (raw << 13)) / 1000
+        assert [z[z > 0].min(), z.max(), (z == 0).mean()] == pytest.approx([lo, hi, holes], abs=1e-3)
+        row = rows[name]
+        x, y = np.array(row["pixel_coords"]).T
+        exact = euclidean(np.where(z > 0, z, np.nan), row["intrinsics"])[y, x]
+        assert np.abs(exact - row["depth"]).max() < 1e-3
+    assert rows["0000144"]["intrinsics"][:4] == pytest.approx([529.5, 529.5, 364, 264])
+
+
+def test_real_nyuv2(tmp_path):
+    """Three 640 x 480 pairs in millimetres: 1-based principal point, labels inside of the Eigen crop."""
+    root = sample("nyuv2", "metric3d_demo")
+    rows = prepared(tmp_path, "nyuv2", root, "--points", 1000)
+    assert len(rows) == 3
+    for row in rows:
+        number = Path(row["image"]).stem.split("_")[1]
+        z = np.asarray(Image.open(root / f"depth/sync_depth_{number}.png")).astype(float) / 1000
+        assert row["intrinsics"] == pytest.approx([518.8579, 519.4696, 324.5824, 252.7362, 640, 480], abs=1e-3)
+        x, y = np.array(row["pixel_coords"]).T
+        assert np.abs(euclidean(z, row["intrinsics"])[y, x] - row["depth"]).max() < 1e-3
+        assert 41 <= x.min() and x.max() <= 600 and 45 <= y.min() and y.max() <= 470
+
+
+def test_real_waymo_calibration(tmp_path):
+    """The real frame (five pictures, calibration, poses) with a LiDAR sphere of 20 m made here: all five cameras, whose
+    real distortion moves pixels by up to 28 px."""
+    pq = pytest.importorskip("pyarrow.parquet")
+    import pyarrow as pa
+    raw = tmp_path / "raw"
+    shutil.copytree(sample("waymo", "training"), raw / "training")
+    segment = next((raw / "training/camera_image").iterdir()).stem
+
+    def table(part):
+        return pq.read_table(raw / f"training/{part}/{segment}.parquet").to_pylist()
+
+    def m(row, name):
+        return np.array(next(v for k, v in row.items() if k.endswith(name + ".transform"))).reshape(4, 4)
+
+    world_vehicle = m(table("vehicle_pose")[0], "world_from_vehicle")
+    stamp = table("vehicle_pose")[0]["key.frame_timestamp_micros"]
+    front = next(r for r in table("lidar_calibration") if r["key.laser_name"] == 2)
+    e, (rows, cols) = m(front, "extrinsic"), (60, 160)
+    lo, hi = (front[f"[LiDARCalibrationComponent].beam_inclination.{k}"] for k in ("min", "max"))
+    inc = (lo + (np.arange(rows)[::-1, None] + 0.5) / rows * (hi - lo))
+    az = (2 * (cols - np.arange(cols) - 0.5) / cols - 1) * np.pi - np.arctan2(e[1, 0], e[0, 0])
+    beams = 20 * np.stack([np.cos(az) * np.cos(inc), np.sin(az) * np.cos(inc), np.sin(inc) + 0 * az], -1)
+    world = apply(world_vehicle @ e, beams.reshape(-1, 3))
+    ids, expected = np.zeros((rows * cols, 6)), {}
+    images = {r["key.camera_name"]: r for r in table("camera_image")}
+    for c in table("camera_calibration"):
+        k = [c[f"[CameraCalibrationComponent].intrinsic.{n}"] for n in
+             ("f_u", "f_v", "c_u", "c_v", "k1", "k2", "p1", "p2", "k3")]
+        if c["key.camera_name"] == 1:
+            assert k[2:8] == pytest.approx([949.575, 633.242, .04036, -.33002, .00104, -.00157], abs=6e-4)
+        w, h = (c[f"[CameraCalibrationComponent].{n}"] for n in ("width", "height"))
+        c2w = m(images[c["key.camera_name"]], "pose") @ m(c, "extrinsic") @ rigid(OPENCV_IN_VEHICLE, [0, 0, 0])
+        x, y, z = apply(np.linalg.inv(c2w), world).T
+        seen = (z > 2) & (np.abs(x / z) < 0.55) & (np.abs(y / z) < 0.55)
+        a, b = brown_conrady(np.where(seen, x / z, 0), np.where(seen, y / z, 0), *k[4:])
+        u, v = k[0] * a + k[2], k[1] * b + k[3]                             # edge convention
+        seen &= (u > 60) & (u < w - 60) & (v > 60) & (v < h - 60) & (ids[:, 0] == 0)
+        ids[seen] = np.stack([0 * u + c["key.camera_name"], np.floor(u), np.floor(v), 0 * u, 0 * u, 0 * u], -1)[seen]
+        pinhole = np.stack([k[0] * x / z + k[2] - 0.5, k[1] * y / z + k[3] - 0.5, u - 0.5, v - 0.5,
+                            np.sqrt(x * x + y * y + z * z)], 1)[seen]
+        expected[w, h, round(k[0])] = pinhole, c2w
+    cells = np.zeros((rows, cols, 4))
+    cells[..., 0] = 20
+    for part, component, values in (
+            ("lidar", "LiDARComponent", cells), ("lidar_pose", "LiDARPoseComponent", cells),
+            ("lidar_camera_projection", "LiDARCameraProjectionComponent", ids.reshape(rows, cols, 6))):
+        name = f"[{component}].range_image_return1"
+        columns = pa.table({"key.segment_context_name": [segment], "key.laser_name": pa.array([2], pa.int8()),
+                            "key.frame_timestamp_micros": pa.array([stamp], pa.int64()),
+                            f"{name}.values": pa.array([values.ravel().astype(np.float32)]),
+                            f"{name}.shape": pa.array([list(values.shape)], pa.list_(pa.int32()))})
+        (raw / "training" / part).mkdir()                     # only TOP has poses: that table stays empty
+        pq.write_table(columns.slice(0, part != "lidar_pose"), str(raw / f"training/{part}/{segment}.parquet"))
+    found = prepared(tmp_path, "waymo", raw, split="train")
+    assert len(found) == 5 == len(expected)
+    for row in found:
+        table, c2w = expected[row["intrinsics"][4], row["intrinsics"][5], round(row["intrinsics"][0])]
+        is_pose(row, c2w, atol=1e-4)
+        xy, d = np.array(row["pixel_coords"]), np.array(row["depth"])
+        near = np.abs(d[:, None] - table[None, :, 4]) <= 1e-3
+        pinhole, stated = ((np.abs(xy[:, None] - table[None, :, k:k + 2]).max(-1) <= 1.6) & near for k in (0, 2))
+        assert pinhole.any(1).all() or stated.any(1).all()
+    assert max(np.abs(t[:, :2] - t[:, 2:4]).max() for t, _ in expected.values()) > 8
