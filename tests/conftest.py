@@ -48,10 +48,58 @@ def make_world(folder: Path, images: int = 6, points: int = 8, seed: int = 0) ->
         texture = 12 * ((u // 7 + v // 7) % 2)
         Image.fromarray(np.stack([grey, grey + texture, 1.5 * grey], 2).astype(np.uint8)).save(folder / f"{k:03d}.png")
         x, y = rng.integers(w, size=points), rng.integers(h, size=points)
-        records.append({"image": f"{k:03d}.png", "intrinsics": [f, f * (1 + 0.02 * (k % 3)), w / 2 - 0.5, h / 2 - 0.5, w, h],
+        camera = [f, f * (1 + 0.02 * (k % 3)), w / 2 - 0.5, h / 2 - 0.5, w, h]
+        records.append({"image": f"{k:03d}.png", "intrinsics": camera,
                         "pixel_coords": [[int(a), int(b)] for a, b in zip(x, y)],
                         "depth": [round(float(depth[b, a]), 4) for a, b in zip(x, y)]})
     return write_jsonl(folder / "val.jsonl", records)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# images, and transformers' own side of every comparison
+
+
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
+
+
+def view_of(image: Image.Image):
+    import render
+    return render.View(np.asarray(image), (100.0, 100.0, 1.0, 1.0, *image.size), (1.0, 1.0), (0, 0))
+
+
+def views_for(encoder, sizes, seed: int = 0) -> list:
+    """Noise of the given numbers of tokens (columns, rows)."""
+    return [view_of(noise(c * encoder.grid, r * encoder.grid, seed + k)) for k, (c, r) in enumerate(sizes)]
+
+
+def image_processor(folder: Path, **options):
+    """transformers' own processor of the folder's family, without torchvision."""
+    from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+    config = json.loads((folder / "preprocessor_config.json").read_text())
+    pixtral = config.pop("image_processor_type").startswith("Pixtral")
+    return (PixtralImageProcessorPil if pixtral else Qwen2VLImageProcessorPil)(**config, do_resize=False, **options)
+
+
+def stock(folder: Path):
+    """The plain transformers model with its own sdpa attention."""
+    from transformers import AutoModelForImageTextToText
+    return AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="sdpa", dtype=torch.float32).eval()
+
+
+def plain_inputs(folder: Path, encoder, sample: dict, views) -> dict:
+    """A sample as transformers' own parts would give it to the model: processor's pixels, the model's own positions."""
+    theirs = image_processor(folder)([Image.fromarray(v.pixels) for v in views], return_tensors="pt")
+    inputs = {"input_ids": torch.tensor(sample["input_ids"])[None], "pixel_values": theirs["pixel_values"]}
+    if encoder.family == "llava":
+        return {**inputs, "image_sizes": torch.as_tensor(theirs["image_sizes"])}
+    types = (inputs["input_ids"] == encoder.image_id).int()
+    return {**inputs, "image_grid_thw": torch.as_tensor(theirs["image_grid_thw"]), "mm_token_type_ids": types}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# fixtures
 
 
 @pytest.fixture(scope="session")
@@ -79,10 +127,13 @@ def small_tokenizer(special: list[str], end: str, template: str):
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(r"\d"), "isolated"),
                                                        pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
-    sentences = [render.answer_form("distance", p) for p in render.PROMPTS] + ["user assistant How many meters 0123456789"]
+    sentences = ["user assistant How many meters 0123456789"]
+    sentences += [render.answer_form("distance", prompt) for prompt in render.PROMPTS]
     tokenizer.train_from_iterator(sentences, trainers.BpeTrainer(
-        vocab_size=512, special_tokens=special, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, pad_token=special[0], chat_template=template)
+        vocab_size=512, special_tokens=special, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, pad_token=special[0],
+                                   chat_template=template)
 
 
 def save_folder(model, tokenizer, folder: Path, processor: dict) -> Path:
@@ -132,7 +183,8 @@ def tiny_qwen3(tiny, tmp_path_factory) -> Path:
                        "initializer_range": 0.08},
         tie_word_embeddings=True, **ids)
     torch.manual_seed(2)
-    return save_folder(Qwen3VLForConditionalGeneration(config), tokenizer, tmp_path_factory.mktemp("models") / "tiny_qwen3", {
+    folder = tmp_path_factory.mktemp("models") / "tiny_qwen3"
+    return save_folder(Qwen3VLForConditionalGeneration(config), tokenizer, folder, {
         "image_processor_type": "Qwen2VLImageProcessor", "patch_size": 16, "merge_size": 2, "temporal_patch_size": 2,
         "image_mean": [0.5] * 3, "image_std": [0.5] * 3})
 
@@ -142,18 +194,19 @@ def tiny_pixtral(tmp_path_factory) -> Path:
     """A random Pixtral (LlavaForConditionalGeneration, patch 16) with a Mistral-like tokenizer and chat template."""
     import render
     from transformers import LlavaConfig, LlavaForConditionalGeneration, MistralConfig, PixtralVisionConfig
-    tokenizer = small_tokenizer(["<pad>", "<s>", "</s>", "[INST]", "[/INST]", "[IMG]", "[IMG_BREAK]", "[IMG_END]"], "</s>",
-                                render.PIXTRAL_TEMPLATE)
+    special = ["<pad>", "<s>", "</s>", "[INST]", "[/INST]", "[IMG]", "[IMG_BREAK]", "[IMG_END]"]
+    tokenizer = small_tokenizer(special, "</s>", render.PIXTRAL_TEMPLATE)
     config = LlavaConfig(
         text_config=MistralConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
                                   num_attention_heads=4, num_key_value_heads=2, head_dim=16, sliding_window=None,
                                   max_position_embeddings=4096, initializer_range=0.08),
-        vision_config=PixtralVisionConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-                                          image_size=256, patch_size=16, initializer_range=0.08),
-        image_token_index=tokenizer.convert_tokens_to_ids("[IMG]"), projector_hidden_act="gelu", vision_feature_layer=-1,
-        vision_feature_select_strategy="full", image_seq_length=1, tie_word_embeddings=False)
+        vision_config=PixtralVisionConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                                          num_attention_heads=4, image_size=256, patch_size=16, initializer_range=0.08),
+        image_token_index=tokenizer.convert_tokens_to_ids("[IMG]"), projector_hidden_act="gelu",
+        vision_feature_layer=-1, vision_feature_select_strategy="full", image_seq_length=1, tie_word_embeddings=False)
     torch.manual_seed(3)
-    return save_folder(LlavaForConditionalGeneration(config), tokenizer, tmp_path_factory.mktemp("models") / "tiny_pixtral", {
+    folder = tmp_path_factory.mktemp("models") / "tiny_pixtral"
+    return save_folder(LlavaForConditionalGeneration(config), tokenizer, folder, {
         "image_processor_type": "PixtralImageProcessor", "patch_size": {"height": 16, "width": 16},
         "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]})
 

@@ -1,0 +1,756 @@
+"""render.py: geometry, crops, markers, prompts, parsed answers, records, images, encoding, packed attention."""
+import json
+import math
+import os
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import evaluate
+import render
+from conftest import image_processor, noise, plain_inputs, run_script, stock, views_for, write_jsonl
+
+SETTINGS = {**render.DEFAULTS, "focal": 100}
+RED = (255, 0, 0)
+
+
+def record(folder: Path, image: Image.Image | None = None, name: str = "a.png", **change) -> Path:
+    """A jsonl of one record about an 80 x 60 image."""
+    (image or Image.new("RGB", (80, 60), (90, 90, 90))).save(folder / name)
+    return write_jsonl(folder / "one.jsonl", [{"image": name, "intrinsics": [70.0, 72.0, 39.5, 29.5, 80, 60],
+                                               "pixel_coords": [[20, 30]], "depth": [2.0], **change}])
+
+
+def red_pixels(pixels: np.ndarray) -> set:
+    return {(int(x), int(y)) for y, x in np.argwhere((pixels == RED).all(2))}
+
+
+def shown(path: Path, settings: dict, grid: int = 1, **more):
+    """The first query of a jsonl, rendered."""
+    query = render.TASKS["distance"](render.Records(path), 0, np.random.default_rng(0), 0)
+    return render.render(query, settings, grid, **more)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# exact focal
+
+
+def random_camera(rng):
+    w, h = int(rng.integers(40, 300)), int(rng.integers(40, 300))
+    fx = float(rng.uniform(50, 400))
+    fy, cx, cy = fx * float(rng.uniform(0.7, 1.4)), w * float(rng.uniform(0.3, 0.7)), h * float(rng.uniform(0.3, 0.7))
+    return fx, fy, cx, cy, w, h
+
+
+@pytest.mark.parametrize("crop", [None, (60, 140, 50, 120)])
+@pytest.mark.parametrize("grid", [16, 28, 32])
+def test_exact_focal(grid, crop):
+    """A 3-D point lands on the same pixel through the original camera and move() as through the view's own camera,
+    whose focal is f on both axes, also where fx != fy: neither processor nor grid may rescale again."""
+    rng = np.random.default_rng(grid)
+    for _ in range(40):
+        camera, focal = random_camera(rng), float(rng.uniform(60, 300))
+        fx, fy, cx, cy, w, h = camera
+        view = render.unify_focal(Image.new("RGB", (w, h)), camera, focal, grid, crop, [(w // 2, h // 3)], rng)
+        assert view.intrinsics[:2] == pytest.approx((focal, focal), rel=1e-12)
+        assert view.pixels.shape[0] % grid == view.pixels.shape[1] % grid == 0 < min(view.pixels.shape)
+        for x, y, z in rng.uniform((-5, -5, 0.5), (5, 5, 20), (5, 3)):
+            gfx, gfy, gcx, gcy = view.intrinsics[:4]
+            moved = view.move(fx * x / z + cx, fy * y / z + cy)
+            assert moved == pytest.approx((gfx * x / z + gcx, gfy * y / z + gcy), abs=1e-6)
+
+
+@pytest.mark.parametrize("focal", [23.0, 61.3, 100.0, 250.0])
+def test_evaluation_loses_no_labelled_pixel(focal):
+    """Every pixel of the original has a pixel of its own rendered position to be marked at: padded, never cropped."""
+    rng = np.random.default_rng(1)
+    for _ in range(300):
+        camera = random_camera(rng)
+        w, h = camera[4:]
+        view = render.unify_focal(Image.new("RGB", (w, h)), camera, focal, 28)
+        height, width = view.pixels.shape[:2]
+        for x, y in ((0, 0), (w - 1, h - 1)):
+            u, v = view.move(x, y)
+            assert -0.5 <= u < width - 0.5 and -0.5 <= v < height - 0.5
+
+
+@pytest.mark.parametrize("crop", [None, (60, 90, 50, 80)])
+@pytest.mark.parametrize("focal", [100.0, 180.0, None])
+def test_content_is_where_move_says(focal, crop):
+    """The picture itself is resampled by the same map as the points: on a linear ramp the colour tells the position."""
+    w, h, camera = 120, 90, (100.0, 140.0, 60.0, 45.0, 120, 90)
+    u, v = np.meshgrid(np.arange(w), np.arange(h))
+    image = Image.fromarray(np.stack([2 * u, 2 * v, 0 * u], 2).astype(np.uint8))
+    for seed in range(5):
+        view = render.unify_focal(image, camera, focal, 4, crop, [(60, 40)], np.random.default_rng(seed))
+        for x, y in np.random.default_rng(seed).integers((3, 3), (w - 3, h - 3), (100, 2)):
+            px, py = view.move(x, y)
+            i, j = math.floor(px + 0.5), math.floor(py + 0.5)
+            if 0 <= i < view.intrinsics[4] and 0 <= j < view.intrinsics[5]:
+                sx, sy = view.scale
+                expected = np.array([2 * x + 2 * (i - px) / sx, 2 * y + 2 * (j - py) / sy])
+                assert np.abs(view.pixels[j, i, :2] - expected).max() < 1.1
+
+
+def test_padding_repeats_the_edge():
+    """The grid is filled with the border's own colours: a black bar would look like an object."""
+    view = render.unify_focal(noise(30, 30), (50.0, 50.0, 15.0, 15.0, 30, 30), None, 28)
+    assert view.pixels.shape == (56, 56, 3) and view.intrinsics[4:] == (30, 30)
+    assert (view.pixels[:30, 30:] == view.pixels[:30, 29:30]).all() and (view.pixels[30:] == view.pixels[29:30]).all()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# random crop
+
+
+def test_random_crop():
+    """Training crops: sides in range (on the grid), any place, the query always inside with room for its marker; a
+    centre crop, or one glued to the query, would tell the model where to look."""
+    image, camera = Image.new("RGB", (400, 300)), (100.0, 100.0, 200.0, 150.0, 400, 300)
+    rng, grid, places, sizes, lefts = np.random.default_rng(0), 4, [], set(), []
+    for _ in range(400):
+        view = render.unify_focal(image, camera, 100.0, grid, (100, 200, 80, 160), [(210, 140)], rng)
+        height, width = view.pixels.shape[:2]
+        x, y = view.move(210, 140)
+        assert 100 - grid < width <= 200 and 80 - grid < height <= 160 and view.intrinsics[4:] == (width, height)
+        assert render.MARGIN <= x <= width - 1 - render.MARGIN and render.MARGIN <= y <= height - 1 - render.MARGIN
+        places.append((x / width, y / height))
+        sizes.add((width, height))
+        lefts.append(view.offset[0])
+    places = np.array(places)
+    assert (places.min(0) < 0.15).all() and (places.max(0) > 0.85).all() and (np.abs(places.mean(0) - 0.5) < 0.06).all()
+    assert len(sizes) > 200 and len({w for w, _ in sizes}) > 20 and len(set(lefts)) > 80
+
+
+def test_random_crop_near_borders_and_in_small_images():
+    """A query in a corner is still inside, an image smaller than the crop is shown whole, two points are both kept."""
+    rng, camera, window = np.random.default_rng(0), (100.0, 100.0, 150.0, 100.0, 300, 200), (80, 120, 60, 100)
+    image = Image.new("RGB", (300, 200))
+    for x, y in ((0, 0), (299, 0), (0, 199), (299, 199), (3, 100)):
+        for _ in range(20):
+            view = render.unify_focal(image, camera, 100.0, 28, window, [(x, y)], rng)
+            u, v = view.move(x, y)
+            assert 0 <= u <= view.pixels.shape[1] - 1 and 0 <= v <= view.pixels.shape[0] - 1
+    points = [(20, 20), (250, 150)]
+    view = render.unify_focal(image, camera, 100.0, 28, window, points, rng)
+    height, width = view.pixels.shape[:2]
+    assert all(0 <= u < width and 0 <= v < height for u, v in (view.move(*p) for p in points))
+    small = (100.0, 100.0, 10.0, 25.0, 20, 50)
+    view = render.unify_focal(Image.new("RGB", (20, 50)), small, 100.0, 28, window, [(3, 3)], rng)
+    assert view.pixels.shape[1] == 28 and view.pixels.shape[0] % 28 == 0 and view.intrinsics[4] == 20
+
+
+def test_crop_is_a_function_of_the_generator():
+    """Resume and any number of workers give the same crop: nothing else than the generator decides."""
+    image, camera = noise(200, 150), (90.0, 95.0, 100.0, 75.0, 200, 150)
+    a, b, other = (render.unify_focal(image, camera, 120.0, 28, (60, 120, 60, 120), [(90, 80)], rng)
+                   for rng in map(np.random.default_rng, (5, 5, 6)))
+    assert a.offset == b.offset and (a.pixels == b.pixels).all() and a.offset != other.offset
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# markers
+
+
+def test_arrow():
+    """The arrow of App. A.1, pixel by pixel: a shaft of 5 to the left of the query, two strokes each way, and the
+    query's own pixel left visible; on the right side where the left border is too near."""
+    shape = {(-1, 0), (-2, 0), (-3, 0), (-4, 0), (-5, 0), (-2, -1), (-2, 1), (-3, -2), (-3, 2)}
+    for x, side in ((20, 1), (5, 1), (4, -1), (0, -1), (39, 1)):
+        pixels = np.zeros((30, 40, 3), np.uint8)
+        render.draw_marker(pixels, x + 0.3, 9.6)
+        assert red_pixels(pixels) == {(x + side * i, 10 + j) for i, j in shape}
+
+
+@pytest.mark.parametrize("size", [1, 3, 5, 9, 20])
+@pytest.mark.parametrize("shape", render.MARKERS)
+def test_marker_anywhere(shape, size):
+    """Every place and size, borders and corners too: something is drawn next to the query, nothing else is touched, and
+    under arrow and cross the query's pixel keeps its colour (the paper's arrow covers it in no release)."""
+    for x in (0, 1, 2, 8, 17, 18):
+        for y in (0, 1, 7, 14, 15):
+            pixels = np.full((16, 19, 3), 7, np.uint8)
+            render.draw_marker(pixels, x, y, shape, size, (0, 0, 255))
+            changed = {(int(i), int(j)) for j, i in np.argwhere((pixels != 7).any(2))}
+            assert changed and all(abs(i - x) <= size and abs(j - y) <= size for i, j in changed)
+            assert all(tuple(pixels[j, i]) == (0, 0, 255) for i, j in changed)
+            assert ((x, y) in changed) == (shape == "dot")
+            assert min(abs(i - x) + abs(j - y) for i, j in changed) <= 1
+
+
+def test_marker_out_of_the_image_is_moved_inside():
+    """A point in the half pixel beyond the border marks the border pixel instead of raising."""
+    pixels = np.zeros((20, 20, 3), np.uint8)
+    render.draw_marker(pixels, 19.49, -0.5)
+    assert (18, 0) in red_pixels(pixels)
+    with pytest.raises(ValueError, match="star"):
+        render.draw_marker(pixels, 3, 3, "star")
+
+
+@pytest.mark.parametrize("camera", ["unify", "none"])
+def test_marker_is_at_the_query(tmp_path, camera):
+    """Through the whole of render(): the tip is beside the pixel to which the labelled point moves; 1 px of 1.8x
+    rounding to the left and up was the released code's."""
+    for x, y in ((20, 30), (61, 7), (79, 59), (0, 0)):
+        path = record(tmp_path, pixel_coords=[[x, y]])
+        (view,), _, _ = shown(path, {**SETTINGS, "focal": 180.0, "camera": camera}, 28)
+        u, v = (math.floor(p + 0.5) for p in view.move(x, y))
+        scale = (180 / 70, 180 / 72) if camera == "unify" else (1, 1)
+        assert (u, v) == tuple(math.floor(s * (p + 0.5)) for s, p in zip(scale, (x, y)))
+        side = 1 if u >= 5 else -1
+        assert red_pixels(view.pixels) >= {(u - side, v), (u - 5 * side, v)} and (u, v) not in red_pixels(view.pixels)
+        assert (view.pixels[v, u] == 90).all()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# goldens: renders by the released code
+
+
+def test_goldens(shared):
+    """All 16 renders of the released code: the same pixels around the marker, the same marker, and with fx on both axes
+    (as it does) a marker at most 2 px away (it truncates)."""
+    goldens = json.loads((shared / "golden" / "renders.json").read_text())
+    assert len(goldens) == 16
+    records = [json.loads(line) for line in open(shared / "samples" / "ibims1" / "depthlm_ibims1_val.jsonl")]
+    records = {r["image"]: r for r in records}
+    for g in goldens:
+        image = render.open_image(shared / "samples" / "ibims1" / "ibims1_core_raw" / g["image"])
+        x0, y0, x1, y1 = g["crop_box"]
+        golden = np.asarray(render.open_image(shared / "golden" / g["crop"]))
+        plain = np.asarray(image.resize(g["rendered_size"], Image.Resampling.BICUBIC))
+        ours = plain.copy()
+        render.draw_marker(ours, *g["rendered_pixel"])
+        marker = (ours != plain).any(2)[y0:y1, x0:x1]
+        assert (golden[~marker] == plain[y0:y1, x0:x1][~marker]).all()
+        assert marker.sum() == 9 and (golden[marker] == RED).all() and (golden == ours[y0:y1, x0:x1]).all()
+        fx, _, cx, cy, w, h = records[g["image"]]["intrinsics"]
+        view = render.unify_focal(image, (fx, fx, cx, cy, w, h), g["focal"], 1)
+        moved = view.move(*records[g["image"]]["pixel_coords"][g["point"]])
+        assert records[g["image"]]["pixel_coords"][g["point"]] == g["source_pixel"]
+        assert np.abs(np.array(moved) - g["rendered_pixel"]).max() <= 2
+        assert np.abs(np.array(view.pixels.shape[1::-1]) - g["rendered_size"]).max() <= 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# prompts and camera strategies
+
+
+def test_prompts(tmp_path):
+    """The paper's words (Sec. 3.1, 3.2, App. A.1), two decimals; the text prompt names the pixel as rendered and draws
+    nothing."""
+    path = record(tmp_path, depth=[12.346], pixel_coords=[[40, 12]])
+    (view,), question, answer = shown(path, SETTINGS)
+    assert question == "How many meters is this point from the camera?"
+    assert answer == "The point is around 12.35 meters away from the camera."
+    assert red_pixels(view.pixels)
+    _, question, answer = shown(path, {**SETTINGS, "prompt": "release"})
+    assert "<think> </think>" in question and "<answer> </answer>" in question
+    assert answer == ("<think> The point is around 12.35 meters away from the camera. </think>\n\n"
+                      "<answer> 12.35 </answer>")
+    (view,), question, answer = shown(path, {**SETTINGS, "prompt": "text"}, 28)
+    u, v = (math.floor(p + 0.5) for p in view.move(40, 12))
+    w, h = view.intrinsics[4:]
+    assert question == (f"Given this image of size (width = {w}, height = {h}), how far is the pixel at ({u}, {v}) "
+                        "from the camera?")
+    assert not red_pixels(view.pixels) and (w, h) == (114, 83) and "12.35" in answer
+
+
+def test_camera_strategies(tmp_path):
+    """App. A.5: none shows the raw image, prompt names that image's intrinsics, ray says the direction first."""
+    path = record(tmp_path, noise(80, 60), pixel_coords=[[60, 10]], depth=[3.0])
+    (view,), question, _ = shown(path, {**SETTINGS, "camera": "none", "marker": "dot"}, 4)
+    changed = (view.pixels != np.asarray(noise(80, 60))).any(2)
+    assert view.pixels.shape == (60, 80, 3) and 1 <= changed.sum() <= 21 and view.move(60, 10) == (60, 10)
+    assert question == render.QUESTIONS["distance"]["paper"]
+    _, question, _ = shown(path, {**SETTINGS, "camera": "prompt"}, 4)
+    for part in ("width = 80", "height = 60", "fx = 70.00", "fy = 72.00", "cx = 39.50", "cy = 29.50"):
+        assert part in question
+    _, _, answer = shown(path, {**SETTINGS, "camera": "ray"})
+    right, up = (round(math.degrees(math.atan(t))) for t in ((60 - 39.5) / 70, (29.5 - 10) / 72))
+    assert answer == (f"The point is around {right} degrees to the right, {up} degrees above and 3.00 meters away "
+                      "from the camera.")
+    _, _, answer = shown(record(tmp_path, pixel_coords=[[10, 50]]), {**SETTINGS, "camera": "ray"})
+    assert "degrees to the left" in answer and "degrees below" in answer
+
+
+def test_settings(tmp_path, tiny, tiny_pixtral):
+    """depthlm.json decides, a flag overrides it; without the file the defaults of the family of config.json, whatever
+    the folder is called; wrong values are refused."""
+    assert render.load_settings(tiny, quiet=True)["focal"] == 1000
+    assert render.load_settings(tiny_pixtral, quiet=True) == {**render.DEFAULTS, "focal": 750}
+    public = shutil.copytree(tiny_pixtral, tmp_path / "DepthLM")  # a copy of facebook/DepthLM
+    assert render.load_settings(public, quiet=True)["prompt"] == "release"
+    named = shutil.copytree(tiny, tmp_path / "my-pixtral-model")
+    assert render.load_settings(named, quiet=True)["focal"] == 1000
+    assert render.load_encoder(named).family == "qwen2_5_vl"
+    (named / "depthlm.json").write_text(json.dumps({"focal": 432, "marker": "dot"}))
+    assert render.load_settings(named)["focal"] == 432 and render.load_settings(named)["marker"] == "dot"
+    assert render.load_settings(named, {"focal": 500, "marker": None})["focal"] == 500
+    for wrong in ({"focal": -1}, {"focal": 0}, {"marker": "star"}, {"prompt": "haiku"}, {"camera": "obscura"}):
+        with pytest.raises(ValueError, match=str(*wrong)):
+            render.load_settings(named, wrong)
+
+
+def test_no_checkpoint(tmp_path):
+    """A wrong path, a folder without config and an unknown architecture are told apart, each with its path."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "gpt2"}')
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text('{"model_type": ')
+    for name, say in (("missing", "no such"), ("empty", "config.json"), ("other", "gpt2"), ("broken", "config.json")):
+        with pytest.raises(ValueError, match=say) as error:
+            render.load_encoder(str(tmp_path / name))
+        assert name in str(error.value)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# parse_answer
+
+
+@pytest.mark.parametrize("form", [render.answer_form("distance", "paper"), render.answer_form("distance", "release"),
+                                  render.RAY_ANSWER.format(right="31", side="left", up="12", updown="below", x="{x}")])
+def test_parse_answer_inverts_format(form):
+    """Whatever distance we write, we read."""
+    for x in [*np.geomspace(0.01, 999, 400), 1.0, 10.0, 1000.0, 12345.67]:
+        text = f"{x:.2f}"
+        assert render.parse_answer(form.format(x=text)) == float(text)
+
+
+@pytest.mark.parametrize("text, value", [
+    ("2.35", 2.35), ("2.35 m", 2.35), ("about 2.35m.", 2.35), ("3.", 3.0), (".5 meters", 0.5), ("5-meter", 5.0),
+    ("1e1 m", 10.0), ("2.35 Meters", 2.35),
+    ("-5.0 meters", -5.0), ("\u22122.5 meters", -2.5), ("10-15 meters", 15.0),
+    ("200 cm", 2.0), ("150 centimeters away", 1.5), ("100 mm", 0.1), ("2 km", 2000.0),
+    ("6 feet", 1.8288), ("6 Feet", 1.8288), ("6 ft", 1.8288), ("12 inches", 0.3048), ("10 yards", 9.144),
+    ("The point is 2.0 meters away, I am 90% sure.", 2.0), ("I am 90% sure: 2.0 meters", 2.0),
+    ("2.5, I am 90 % sure", 2.5), ("90% sure", None), ("90.5%", None), ("90.5 percent", None),
+    ("around 2.0 meters (5 steps)", 2.0), ("pixel (120, 40) is 3 m away", 3.0), ("3 and 4", None), ("2.5 or 3", None),
+    ("1,234.5 m", 1234.5), ("1,234 meters", 1234.0), ("2,5 meters", 2.5),
+    ("", None), ("   ", None), (None, None), ("no idea", None), ("two meters", None), ("meters", None),
+    ("-", None), (".", None), ("nan", None), ("nan meters", None), ("inf meters", None), ("-inf", None),
+    ("1e999 meters", None),
+    ("9" * 400 + " m", None),
+    ("<think> 2.00 meters </think>\n\n<answer> 3.00 </answer>", 3.0),
+    ("<think> 2 m </think> <answer> -3.00 </answer>", -3.0),
+    ("<think> 2.00 meters </think> <answer> 300 cm </answer>", 3.0),
+    ("<answer> 2.5", 2.5), ("<answer> </answer>", None),
+    ("<think> 2.00 meters </think> <answer> unknown </answer>", None), ("<think> 2.00 meters </think>", 2.0),
+    ("<answer>1</answer> no, <answer>4</answer>", 4.0), ("<answer> 2.5 meters, 90% sure </answer>", 2.5),
+    ("\u05d0\x00\ufffd 2.5 m", 2.5), ("m" * 5000, None), ("(" * 5000 + "2 m", 2.0),
+])
+def test_parse_answer(text, value):
+    """The number before the unit, converted; the answer tag before all; the sign is kept, so that -5 m is a wrong
+    answer; the last number in the text does not win."""
+    result = render.parse_answer(text)
+    assert result == (None if value is None else pytest.approx(value))
+
+
+def test_parse_answer_is_quick_and_total():
+    """Random junk of the alphabet of answers never raises, never gives nan or inf, and long runs of digits take no
+    time."""
+    rng = np.random.default_rng(0)
+    for _ in range(1500):
+        text = "".join(rng.choice(list("0123456789.,-+e%<>/mc ft\n"), rng.integers(1, 30)))
+        value = render.parse_answer(text)
+        assert value is None or math.isfinite(value)
+    for text in ("1," * 20000, "1" * 20000 + "x", "- " * 20000, "<answer>" * 5000, "1e" * 20000):
+        render.parse_answer(text)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# records
+
+
+def refuse(path, match, i=0, **kwargs):
+    with pytest.raises(ValueError, match=match) as error:
+        render.Records(path, **kwargs)[i]
+    return str(error.value)
+
+
+@pytest.mark.parametrize("change, match", [
+    ({"depth": [0.0]}, "depth 0.0 of point 0"), ({"depth": [-2.0]}, "-2.0"), ({"depth": [float("nan")]}, "nan"),
+    ({"depth": [float("inf")]}, "inf"), ({"depth": [1.0, 2.0]}, "1 pixel_coords but 2 depths"),
+    ({"depth": ["far"]}, "depth"), ({"depth": None}, "depth"),
+    ({"pixel_coords": [[80, 30]]}, r"\[80.0, 30.0\].*outside.*80 x 60"), ({"pixel_coords": [[-1, 3]]}, "outside"),
+    ({"pixel_coords": [[3, float("nan")]]}, "outside"), ({"pixel_coords": [[1, 2, 3]]}, "pixel_coords"),
+    ({"intrinsics": [0, 70, 39.5, 29.5, 80, 60]}, "positive"),
+    ({"intrinsics": [70, -70, 39.5, 29.5, 80, 60]}, "positive"), ({"intrinsics": [70, 70, 39.5, 29.5]}, "intrinsics"),
+    ({"intrinsics": [70, 70, float("nan"), 29.5, 80, 60]}, "finite"),
+    ({"intrinsics": "70"}, "intrinsics"), ({"depth_type": "disparity"}, "disparity"), ({"image": 7}, "image"),
+])
+def test_bad_record(tmp_path, change, match):
+    """Each fault of a record is named with its file and line."""
+    good = json.loads(record(tmp_path).read_text())
+    path = write_jsonl(tmp_path / "bad.jsonl", [good, {**good, **change}])
+    assert render.Records(path)[0]["depth"] == [2.0]
+    assert "bad.jsonl, line 2" in refuse(path, match, 1)
+
+
+@pytest.mark.parametrize("key", ["image", "intrinsics", "pixel_coords", "depth"])
+def test_missing_key(tmp_path, key):
+    """Also the released Matterport3D file's `image_path`, with the remedy."""
+    good = json.loads(record(tmp_path).read_text())
+    value = good.pop(key)
+    moved = {**good, "image_path": value} if key == "image" else good
+    message = refuse(write_jsonl(tmp_path / "bad.jsonl", [moved]), f"'{key}' is missing")
+    assert "line 1" in message and (key != "image" or "rename 'image_path'" in message)
+
+
+@pytest.mark.parametrize("line", ['{"image": "a.png", "intrin', "[1, 2]", "null", "", "\xff\xfe\x00", "7"])
+def test_malformed_line(tmp_path, line):
+    """Cut off, of another type, not text: named by file and line, and the good lines around it still open."""
+    good = record(tmp_path).read_text()
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(good.encode() + line.encode("latin-1") + b"\n" + good.encode())
+    assert "bad.jsonl, line 2" in refuse(path, "JSON|record", 1)
+    assert render.Records(path)[2]["depth"] == [2.0]
+
+
+def test_no_records(tmp_path):
+    """Empty or missing file: said at once, not as an IndexError later."""
+    (tmp_path / "empty.jsonl").write_text("")
+    refuse(tmp_path / "empty.jsonl", "holds no record")
+    refuse(tmp_path / "nowhere.jsonl", "no such file")
+
+
+def test_index(tmp_path):
+    """Made when missing, made anew when the jsonl is newer, of another size, or the index is no index; the last line
+    may lack its line feed; a read-only folder works too."""
+    path, index = tmp_path / "a.jsonl", tmp_path / "a.idx"
+    good = json.loads(record(tmp_path).read_text())
+    write_jsonl(path, [{**good, "scene": "x" * k} for k in range(50)])
+    records = render.Records(path)
+    assert len(records) == 50 and [len(records[i]["scene"]) for i in range(50)] == list(range(50)) and index.is_file()
+    before = index.stat().st_mtime_ns
+    assert len(render.Records(path)) == 50 and index.stat().st_mtime_ns == before
+    text = path.read_text()
+    path.write_text(text + text)  # longer, but as old as the index
+    os.utime(path, ns=(before, before))
+    assert len(render.Records(path)) == 100 and render.Records(path)[99]["scene"] == "x" * 49
+    lines = text.splitlines(keepends=True)
+    path.write_text("".join(reversed(lines)) + "".join(lines))  # as long, but newer
+    os.utime(path, ns=(2 * before, 2 * before))
+    assert render.Records(path)[0]["scene"] == "x" * 49
+    path.write_text(text.rstrip("\n"))
+    assert len(render.Records(path)) == 50 and render.Records(path)[49]["scene"] == "x" * 49
+    for junk in (b"", b"abc", b"x" * 12, bytes(8)):
+        index.write_bytes(junk)
+        os.utime(index, ns=(9 * before, 9 * before))
+        assert len(render.Records(path)) == 50 and render.Records(path)[3]["scene"] == "xxx"
+
+
+def test_depth_type(tmp_path):
+    """z becomes Euclidean by the ray's length, by the record's word or by label_type over it; without a word it is
+    Euclidean. `--image-root` moves the images."""
+    path = record(tmp_path, pixel_coords=[[75, 3]], depth=[4.0])
+    ray = math.sqrt(1 + ((75 - 39.5) / 70) ** 2 + ((3 - 29.5) / 72) ** 2)
+    assert render.Records(path)[0]["depth"] == [4.0]
+    assert render.Records(path, label_type="z")[0]["depth"] == pytest.approx([4 * ray])
+    path = record(tmp_path, pixel_coords=[[75, 3]], depth=[4.0], depth_type="z")
+    assert render.Records(path)[0]["depth"] == pytest.approx([4 * ray])
+    assert render.Records(path, label_type="euclidean")[0]["depth"] == [4.0]
+    root = tmp_path / "elsewhere"
+    assert render.Records(path, image_root=str(root))[0]["image"] == str(root / "a.png")
+
+
+def test_one_label_a_record_is_enough(tmp_path):
+    """Finding 4 is one label per image: point 0 is asked, and a record without any says so (not a neighbour's
+    point)."""
+    records, rng = render.Records(record(tmp_path)), np.random.default_rng(0)
+    assert render.ask_distance(records, 0, rng).value == 2.0
+    with pytest.raises(ValueError, match="line 1.*no labelled point"):
+        render.ask_distance(render.Records(record(tmp_path, pixel_coords=[], depth=[])), 0, rng)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# images
+
+
+def test_image_modes(tmp_path):
+    """Any file becomes 8-bit RGB of the same picture: grey, 1 bit, palette, CMYK, alpha (on black), 16 and 32 bits,
+    float."""
+    ramp = np.linspace(0, 255, 60 * 80).reshape(60, 80).round().astype(np.uint8)
+    grey, colour = Image.fromarray(ramp), noise(80, 60)
+    high = Image.fromarray((ramp.astype(np.uint16) * 257))
+    alpha = colour.copy()
+    alpha.putalpha(Image.fromarray(np.where(np.arange(80) < 40, 255, 0).astype(np.uint8)[None].repeat(60, 0)))
+    cases = {"grey.png": grey, "la.png": grey.convert("LA"), "rgb.png": colour, "palette.png": colour.quantize(200),
+             "one.png": grey.convert("1"), "rgba.png": alpha, "sixteen.png": high, "thirty-two.tiff": high.convert("I"),
+             "float.tiff": Image.fromarray(ramp.astype(np.float32)),
+             "cmyk.jpg": colour.resize((8, 6)).resize((80, 60)).convert("CMYK")}
+    for name, image in cases.items():
+        image.save(tmp_path / name)
+        got = render.open_image(tmp_path / name)
+        assert got.mode == "RGB" and got.size == (80, 60), name
+        pixels = np.asarray(got).astype(int)
+        if name == "rgba.png":
+            assert (pixels[:, :40] == np.asarray(colour)[:, :40]).all() and (pixels[:, 40:] == 0).all()
+        elif name in ("rgb.png", "palette.png", "one.png", "cmyk.jpg"):
+            tolerance = 12 if name == "cmyk.jpg" else 0
+            assert np.abs(pixels - np.asarray(image.convert("RGB")).astype(int)).mean() <= tolerance, name
+        else:  # the ramp, on all three channels
+            assert np.abs(pixels - ramp[..., None]).max() <= 1, name
+
+
+def test_transparent_palette(tmp_path):
+    """A palette image with a transparent colour: that colour is laid on black like any alpha."""
+    image = Image.new("P", (80, 60), 1)
+    image.putpalette([10, 20, 30, 200, 100, 50])
+    image.putpixel((3, 4), 0)
+    image.save(tmp_path / "p.png", transparency=1)
+    pixels = np.asarray(render.open_image(tmp_path / "p.png"))
+    assert tuple(pixels[4, 3]) == (10, 20, 30) and (pixels[0, 0] == 0).all()
+
+
+def test_exif_rotation(tmp_path):
+    """A photo from a phone held upright is stored lying: it is turned, unless the labels' size says that they were made
+    on the stored pixels."""
+    image, exif = noise(80, 60), Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise to see it upright
+    image.save(tmp_path / "phone.png", exif=exif)
+    turned = np.rot90(np.asarray(image), -1)
+    assert (np.asarray(render.open_image(tmp_path / "phone.png")) == turned).all()
+    assert (np.asarray(render.open_image(tmp_path / "phone.png", (60.0, 80.0))) == turned).all()
+    assert (np.asarray(render.open_image(tmp_path / "phone.png", (80.0, 60.0))) == np.asarray(image)).all()
+
+
+@pytest.mark.parametrize("fault", ["missing", "text", "cut", "empty", "folder"])
+def test_bad_image(tmp_path, fault):
+    """Named by its path, as a ValueError that training counts and evaluation stops at."""
+    path = record(tmp_path, noise(80, 60))
+    image = tmp_path / "a.png"
+    data = image.read_bytes()
+    image.unlink()
+    if fault == "folder":
+        image.mkdir()
+    elif fault != "missing":
+        image.write_bytes({"text": b"no image", "cut": data[:len(data) // 2], "empty": b""}[fault])
+    with pytest.raises(ValueError, match="a.png"):
+        shown(path, SETTINGS)
+
+
+def test_resized_image(tmp_path):
+    """Labels of 80 x 60 on an image stored at half size: intrinsics and points are scaled, so focal and marker stay
+    right."""
+    picture = Image.new("RGB", (80, 60), (90, 90, 90))
+    path = record(tmp_path, picture, pixel_coords=[[61, 7]])
+    (full,), *_ = shown(path, {**SETTINGS, "focal": 140.0})
+    path = record(tmp_path, picture.resize((40, 30)), pixel_coords=[[61, 7]])
+    (half,), *_ = shown(path, {**SETTINGS, "focal": 140.0})
+    assert half.pixels.shape == full.pixels.shape and half.intrinsics == pytest.approx(full.intrinsics)
+    assert half.move(61, 7) == pytest.approx(full.move(61, 7)) and red_pixels(half.pixels) == red_pixels(full.pixels)
+
+
+@pytest.mark.parametrize("size", [(60, 80), (80, 40), (40, 60)])
+def test_image_of_another_shape(tmp_path, size):
+    """Cropped or turned after labelling: refused, with both sizes and the line."""
+    with pytest.raises(ValueError, match=rf"one.jsonl, line 1.*{size[0]} x {size[1]}.*80 x 60"):
+        shown(record(tmp_path, noise(*size)), SETTINGS)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# encoding: equal to transformers' own processors
+
+
+def one_image_inputs(encoder, views):
+    return render.model_inputs(render.pack([render.encode(encoder, views, "How far?")]), encoder)
+
+
+def test_pixels_equal_the_processor(family):
+    """Patches and normalisation, bit for bit, several images of different sizes in one go."""
+    encoder = render.load_encoder(family)
+    views = views_for(encoder, [(3, 2), (1, 1), (4, 5), (2, 7)])
+    theirs = image_processor(family)([Image.fromarray(v.pixels) for v in views], return_tensors="pt")
+    ours = one_image_inputs(encoder, views)
+    assert ours["pixel_values"].dtype == theirs["pixel_values"].dtype == torch.float32
+    assert torch.equal(ours["pixel_values"], theirs["pixel_values"])
+    grid = "image_sizes" if encoder.family == "llava" else "image_grid_thw"
+    assert ours[grid].tolist() == torch.as_tensor(theirs[grid]).tolist()
+
+
+def test_pixels_follow_the_folder(tiny_pixtral, tmp_path):
+    """A checkpoint that was trained on unscaled 0-255 pixels (do_rescale false, as the released training does for
+    Pixtral) is fed with such: the folder decides, not the family."""
+    folder = shutil.copytree(tiny_pixtral, tmp_path / "m")
+    config = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").write_text(json.dumps({**config, "do_rescale": False}))
+    encoder = render.load_encoder(folder)
+    views = views_for(encoder, [(3, 2)])
+    theirs = image_processor(folder)([Image.fromarray(v.pixels) for v in views], return_tensors="pt")["pixel_values"]
+    assert theirs.max() > 100 and torch.equal(one_image_inputs(encoder, views)["pixel_values"], theirs)
+
+
+def expanded_prompt(encoder, question: str, sizes) -> list[int]:
+    """The chat template's text with the image token written out, as the processors of transformers do, then
+    tokenised."""
+    content = [{"type": "image"}] * len(sizes) + [{"type": "text", "text": question}]
+    text = encoder.tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
+                                                 add_generation_prompt=True)
+    token = render.FAMILIES[encoder.family]["image_token"]
+    parts = text.split(token)
+    assert len(parts) == len(sizes) + 1
+    for k, (columns, rows) in enumerate(sizes):
+        block = token * (columns * rows)
+        if encoder.family == "llava":
+            block = "[IMG_BREAK]".join([token * columns] * rows) + "[IMG_END]"
+        parts[k] += block
+    return encoder.tokenizer("".join(parts), add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("sizes", [[(3, 2)], [(2, 4), (5, 3)]])
+def test_tokens_equal_the_template(family, sizes):
+    """Chat template, image tokens in place and number, the answer behind."""
+    encoder = render.load_encoder(family)
+    sample = render.encode(encoder, views_for(encoder, sizes), "How far?", [7, 8, 9])
+    expected = expanded_prompt(encoder, "How far?", sizes)
+    assert sample["input_ids"].tolist() == expected + [7, 8, 9] and sample["prompt_length"] == len(expected)
+    assert (sample["input_ids"] == encoder.image_id).sum() == sum(c * r for c, r in sizes)
+
+
+@pytest.mark.parametrize("sizes", [[(3, 2)], [(2, 4), (5, 3)], [(1, 1), (1, 1)]])
+@pytest.mark.parametrize("name", ["tiny", "tiny_qwen3"])
+def test_positions_equal_get_rope_index(request, name, sizes):
+    """mRoPE: our positions are those that the model computes for itself, one image and two."""
+    folder = request.getfixturevalue(name)
+    encoder, model = render.load_encoder(folder), stock(folder)
+    views = views_for(encoder, sizes)
+    sample = render.encode(encoder, views, "How far?", [7, 8, 9])
+    inputs = plain_inputs(folder, encoder, sample, views)
+    theirs, _ = model.model.get_rope_index(inputs["input_ids"], mm_token_type_ids=inputs["mm_token_type_ids"],
+                                           image_grid_thw=inputs["image_grid_thw"])
+    assert theirs[:, 0].tolist() == sample["position_ids"].tolist()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# packed attention: equal to the plain model, sample by sample
+
+
+@torch.no_grad()
+def packed_logits(model, encoder, samples: list[dict]) -> list[torch.Tensor]:
+    inputs = render.model_inputs(render.pack(samples), encoder)
+    logits = model(**inputs, use_cache=False).logits[0]
+    return list(logits.split([len(s["input_ids"]) for s in samples]))
+
+
+def four_samples(encoder):
+    """Images of several sizes (larger than a window of 4 x 4 patches), two images in one sample, answers of any
+    length."""
+    layouts = [[(5, 3)], [(2, 4), (5, 5)], [(1, 1)], [(4, 3)]]
+    views = [views_for(encoder, layout, 10 * k) for k, layout in enumerate(layouts)]
+    return views, [render.encode(encoder, v, "How far is it?"[:4 + 3 * k], list(range(20, 23 + k)))
+                   for k, v in enumerate(views)]
+
+
+def test_packed_equals_plain(family):
+    """One packed forward of four samples gives the logits of the plain model run on each alone, with its own positions,
+    masks and windows."""
+    encoder, plain = render.load_encoder(family), stock(family)
+    packed = evaluate.load_model(str(family), torch.device("cpu"), torch.float32)
+    views, samples = four_samples(encoder)
+    for sample, view, logits in zip(samples, views, packed_logits(packed, encoder, samples)):
+        with torch.no_grad():
+            alone = plain(**plain_inputs(family, encoder, sample, view)).logits[0]
+        assert alone.std() > 0.05 and torch.allclose(logits, alone, atol=1e-5, rtol=0)
+
+
+def test_segments_do_not_leak(family):
+    """Another neighbour in the pack changes nothing in the others, to the last digit that matters; another image
+    does."""
+    encoder = render.load_encoder(family)
+    packed = evaluate.load_model(str(family), torch.device("cpu"), torch.float32)
+    _, samples = four_samples(encoder)
+    before = packed_logits(packed, encoder, samples)
+    other = render.encode(encoder, views_for(encoder, [(2, 4), (5, 5)], 99), "Quite another question?", [40] * 9)
+    after = packed_logits(packed, encoder, [samples[0], other, *samples[2:]])
+    for k in (0, 2, 3):
+        assert torch.allclose(before[k], after[k], atol=2e-6, rtol=0)
+    changed = render.encode(encoder, views_for(encoder, [(5, 3)], 98), "How ", [20, 21, 22])
+    assert changed["input_ids"].tolist() == samples[0]["input_ids"].tolist()
+    assert (packed_logits(packed, encoder, [changed])[0][-1] - before[0][-1]).abs().max() > 1e-3
+
+
+def test_windows_matter(tiny, tiny_windows):
+    """The windowed fixture is another function than the one with full attention, so its equality above says
+    something."""
+    encoder = render.load_encoder(tiny)
+    _, samples = four_samples(encoder)
+    full, windows = (packed_logits(evaluate.load_model(str(f), torch.device("cpu"), torch.float32), encoder, samples)
+                     for f in (tiny, tiny_windows))
+    assert (full[0] - windows[0]).abs().max() > 1e-3 and torch.allclose(full[2], windows[2], atol=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the real Qwen2.5-VL folder: tokenizer, template, config
+
+
+@pytest.fixture(scope="module")
+def real(shared, tmp_path_factory) -> Path:
+    """The published folder with random weights: 2 narrow layers, 4 vision blocks of which one is full, real windows."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+    source, folder = shared / "models" / "qwen2_5_vl_3b", tmp_path_factory.mktemp("models") / "real"
+    config = AutoConfig.from_pretrained(source)
+    config.text_config.update({"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+                               "num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.08,
+                               "layer_types": config.text_config.layer_types[:2], "max_window_layers": 2})
+    config.text_config.rope_parameters.update(mrope_section=[2, 3, 3])
+    config.vision_config.update({"hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "depth": 4,
+                                 "out_hidden_size": 32, "fullatt_block_indexes": [3], "initializer_range": 0.08})
+    torch.manual_seed(0)
+    AutoModelForImageTextToText.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    for file in source.iterdir():
+        if file.name != "config.json":
+            shutil.copyfile(file, folder / file.name)
+    return folder
+
+
+def test_real_folder(real):
+    """Real template and vocabulary: the published prompt, digits one by one, the end-of-turn token; processor and plain
+    model agree with ours over windows of 112 px."""
+    encoder, plain = render.load_encoder(real), stock(real)
+    assert (encoder.grid, encoder.image_id, encoder.end_id) == (28, 151655, 151645)
+    views = views_for(encoder, [(9, 5)])
+    question, answer = render.QUESTIONS["distance"]["paper"], "The point is around 12.35 meters away from the camera."
+    tokens = render.answer_tokens(encoder, answer)
+    assert [encoder.tokenizer.decode([t]) for t in tokens[3:10]] == [" around", " ", "1", "2", ".", "3", "5"]
+    sample = render.encode(encoder, views, question, tokens + [encoder.end_id])
+    assert encoder.tokenizer.decode(sample["input_ids"]) == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>" +
+        "<|image_pad|>" * 45 + f"<|vision_end|>{question}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>")
+    inputs = plain_inputs(real, encoder, sample, views)
+    assert torch.equal(one_image_inputs(encoder, views)["pixel_values"], inputs["pixel_values"])
+    packed = evaluate.load_model(str(real), torch.device("cpu"), torch.float32)
+    with torch.no_grad():
+        alone = plain(**inputs).logits[0]
+    ours = packed_logits(packed, encoder, [sample, sample])
+    assert torch.allclose(ours[0], alone, atol=1e-5, rtol=0) and torch.allclose(ours[1], alone, atol=1e-5, rtol=0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the contact sheet
+
+
+def test_contact_sheet(world, tmp_path):
+    """`python render.py FILE` draws what the model sees: a picture with a marker in each tile, here six."""
+    out = tmp_path / "sheet.png"
+    done = run_script("render.py", world, "--focal", 200, "--n", 6, "--out", out, "--grid", 16)
+    assert done.returncode == 0 and "6 samples" in done.stdout, done.stderr
+    sheet = np.asarray(Image.open(out).convert("RGB")).astype(int)
+    red = (sheet[..., 0] > 200) & (sheet[..., 1:].max(2) < 90)
+    thirds = [red[:, k * sheet.shape[1] // 3:(k + 1) * sheet.shape[1] // 3].any() for k in range(3)]
+    assert all(thirds) and sheet.shape[1] == 3 * 488
+
+
+def test_contact_sheet_of_a_checkpoint(world, tiny_pixtral, tmp_path):
+    """--settings follows the checkpoint's focal and grid; a fault is one line and exit code 2."""
+    render.main([str(world), "--settings", str(tiny_pixtral), "--out", str(tmp_path / "a.png"), "--n", "1", "--crop",
+                 "100", "200", "100", "200", "--prompt", "release"])
+    assert (tmp_path / "a.png").is_file()
+    with pytest.raises(SystemExit) as stop:
+        render.main([str(tmp_path / "none.jsonl")])
+    assert stop.value.code == 2 and not re.search("sheet", " ".join(os.listdir(tmp_path)))
