@@ -467,7 +467,7 @@ def read_parts(out: Path) -> dict[int, dict]:
                 line = json.loads(text)
             except ValueError:
                 continue
-            done[line["query"]] = line
+            done[line["id"]] = line
     return done
 
 
@@ -572,7 +572,7 @@ def run_model(args, out: Path, groups: list) -> list[dict] | None:
                                              args.workers, args.max_new_tokens, args.seed):
                 forwards += count
                 for query, text in zip(queries, texts):
-                    line = prediction(query, text, dataset=name, query=todo[at][0])
+                    line = prediction(query, text, dataset=name, id=todo[at][0])
                     file.write(json.dumps(line) + "\n")
                     at += 1
                 file.flush()

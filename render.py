@@ -255,9 +255,12 @@ def draw_marker(pixels: np.ndarray, x: float, y: float, shape: str = "arrow", si
     x, y = min(max(math.floor(x + 0.5), 0), width - 1), min(max(math.floor(y + 0.5), 0), height - 1)
     half = max(1, size // 2)
     if shape == "arrow":
-        side = -1 if x >= size or 2 * x >= width else 1
-        spots = [(side * k, 0) for k in range(1, size + 1)]
-        spots += [(side * (1 + k), sign * k) for k in range(1, (size - 1) // 2 + 1) for sign in (-1, 1)]
+        side, thick = -1 if x >= size or 2 * x >= width else 1, max(1, size // 5)
+        length = size // thick
+        strokes = [(k, 0) for k in range(1, length + 1)]
+        strokes += [(1 + k, sign * k) for k in range(1, (length - 1) // 2 + 1) for sign in (-1, 1)]
+        spots = [(side * (thick * (k - 1) + 1 + i), thick * up - thick // 2 + j)
+                 for k, up in strokes for i in range(thick) for j in range(thick)]
     elif shape == "cross":
         spots = [s for k in range(1, half + 1) for s in ((k, 0), (-k, 0), (0, k), (0, -k))]
     elif shape == "dot":
