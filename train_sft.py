@@ -51,12 +51,12 @@ TINY = {"hidden": 96, "heads": 4, "vision_layers": 2, "text_layers": 2, "init_st
 
 class Samples(torch.utils.data.Dataset):
     """Endless training samples: item i is a pure function of (seed, i). An unreadable image or record is replaced by
-    another draw and reported in "bad"."""
+    another draw and reported in "bad". answers False: the prompts alone, as GRPO wants them."""
 
     def __init__(self, datasets: list[tuple[Records, float]], tasks: dict[str, float], settings: dict, encoder: Encoder,
-                 crop: tuple, seed: int):
+                 crop: tuple, seed: int, answers: bool = True):
         self.datasets, self.tasks, self.settings, self.encoder = datasets, tasks, settings, encoder
-        self.crop, self.seed = crop, seed
+        self.crop, self.seed, self.answers = crop, seed, answers
 
     def __getitem__(self, i: int) -> dict:
         bad = []
@@ -70,8 +70,8 @@ class Samples(torch.utils.data.Dataset):
             except ValueError as e:
                 bad.append(str(e))
                 continue
-            tail = render.answer_tokens(self.encoder, text) + [self.encoder.end_id]
-            return {**render.encode(self.encoder, views, question, tail), "bad": bad}
+            tail = render.answer_tokens(self.encoder, text) + [self.encoder.end_id] if self.answers else []
+            return {**render.encode(self.encoder, views, question, tail), "task": task, "value": query.value, "bad": bad}
         raise ValueError(f"20 samples in a row could not be read; the last: {bad[-1]}")
 
 
@@ -91,6 +91,15 @@ def batch_indices(first_step: int, steps: int, batch: int, micro_batch: int, ran
 
 def collate(samples: list[dict]) -> dict:
     return {**render.pack(samples), "bad": [b for s in samples for b in s["bad"]], "count": len(samples)}
+
+
+def report_bad(messages: list[str], bad: int, seen: int) -> None:
+    """Print a few of this step's unreadable samples; end the run when too many were met on all ranks so far."""
+    for message in messages[:3]:
+        print(f"skipped: {message}", file=sys.stderr, flush=True)
+    if bad > max(10, BAD_FRACTION * seen):
+        raise ValueError(f"{bad} of {seen} samples could not be read, more than {BAD_FRACTION:.0%}: stopped. The messages "
+                         "above name the files; prepare the data again, or leave the dataset out.")
 
 
 def open_datasets(specs: list[str], image_root: str | None = None) -> list[tuple[Records, float]]:
@@ -280,21 +289,27 @@ def gathered(model, reshard: bool):
 
 
 def train_step(model, optimizer, encoder, batches: list[dict], clip: float, device) -> dict:
-    """One optimizer step over this rank's micro-batches. -> loss (nats a token), grad norm, counts over all ranks.
-
-    Tokens are counted over all ranks first, so every token weighs the same however samples are split; FSDP averages over
-    ranks, hence the factor world."""
+    """One optimizer step over this rank's micro-batches. -> loss (nats a token), grad norm, counts over all ranks."""
     counts = torch.tensor([sum(len(b["targets"]) for b in batches), sum(len(b["bad"]) for b in batches)], device=device)
-    dist.all_reduce(counts)
-    (tokens, bad), world = counts.tolist(), dist.get_world_size()
-    total = torch.zeros((), device=device)
-    for k, batch in enumerate(batches):
-        last = k + 1 == len(batches)
+    dist.all_reduce(counts)  # all tokens are counted first, so that each weighs the same however samples are split
+    tokens, bad = counts.tolist()
+    losses = (answer_loss(model, encoder, batch, device) for batch in batches)
+    loss, norm = descend(model, optimizer, losses, len(batches), tokens, clip)
+    return {"loss": loss, "grad_norm": norm, "tokens": tokens, "bad": bad}
+
+
+def descend(model, optimizer, losses, micro_steps: int, tokens: int, clip: float) -> tuple[float, float]:
+    """The optimizer step of a loss sum over `tokens` tokens of all ranks; losses: this rank's part of the sum, one a
+    micro-batch, each computed when it is asked for. -> loss a token, grad norm. FSDP averages over ranks, hence the
+    factor world."""
+    world, total = dist.get_world_size(), 0.0
+    for k in range(micro_steps):
+        last = k + 1 == micro_steps
         model.set_requires_gradient_sync(last)
         model.set_is_last_backward(last)
-        loss = answer_loss(model, encoder, batch, device)
+        loss = next(losses)
         (loss * (world / tokens)).backward()
-        total += loss.detach()
+        total = total + loss.detach()
     dist.all_reduce(total)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -303,7 +318,7 @@ def train_step(model, optimizer, encoder, batches: list[dict], clip: float, devi
         raise ValueError(f"loss {loss}, grad norm {norm}: not finite. Lower --lr, or resume from the last good state.")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return {"loss": loss, "grad_norm": norm, "tokens": tokens, "bad": bad}
+    return loss, norm
 
 
 def answer_loss(model, encoder: Encoder, batch: dict, device) -> torch.Tensor:
@@ -468,6 +483,12 @@ def log_line(path: Path, **fields) -> None:
 # validation
 
 
+def open_validation(specs: list[str], files: list[str] | None, queries: int, image_root: str | None) -> list[tuple]:
+    """-> (name, records, fixed queries) of each file; files None: val.jsonl beside each training file."""
+    opened = [(evaluate.dataset_name(path), Records(path, image_root)) for path in (sibling_val(specs) if files is None else files)]
+    return [(name, records, evaluate.draw_queries(records, queries)) for name, records in opened]
+
+
 def validate(model, encoder: Encoder, settings: dict, sets: list[tuple[str, Records, list]], tasks, batch_size: int,
              reshard: bool) -> dict:
     """delta1 of each set's fixed queries by evaluate.py's own greedy answers, split over the ranks."""
@@ -576,11 +597,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--samples {args.samples:g} is less than one batch of {args.batch}.")
     specs, tasks = args.data or default_data(), parse_weights(args.tasks)
     datasets = open_datasets(specs, args.image_root)
-    sets = []
-    if args.val_every:
-        for path in sibling_val(specs) if args.val is None else args.val:
-            records = Records(path, args.image_root)
-            sets.append((Path(path).parent.name, records, evaluate.draw_queries(records, args.val_queries)))
+    sets = open_validation(specs, args.val, args.val_queries, args.image_root) if args.val_every else []
     if rank == 0:
         open_run(out, args, args.resume)
         if args.model == "tiny" and not (out / "base" / "preprocessor_config.json").is_file():
@@ -596,7 +613,7 @@ def run(args: argparse.Namespace) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=tuple(args.betas), weight_decay=args.weight_decay,
                                   fused=True)
     model.train()
-    first, seen, bad = 0, 0, 0
+    first, bad = 0, 0
     if args.resume and (state := load_resume(model, optimizer, out)):
         first, bad = state["step"], state["bad"]
         if state["batch"] != args.batch or state["seed"] != args.seed:
@@ -623,13 +640,9 @@ def run(args: argparse.Namespace) -> None:
             group["lr"] = get_lr(step, steps, args.lr, args.warmup, args.schedule)
         batches = [next(loader) for _ in range(micro_steps)]
         wait = time.time() - start
-        for message in [m for b in batches for m in b["bad"]][:3]:
-            print(f"skipped: {message}", file=sys.stderr, flush=True)
         result = train_step(model, optimizer, encoder, batches, args.clip, device)
-        bad, seen = bad + result["bad"], (step + 1) * args.batch
-        if bad > max(10, BAD_FRACTION * seen):
-            raise ValueError(f"{bad} of {seen} samples could not be read, more than {BAD_FRACTION:.0%}: stopped. The messages "
-                             "above name the files; prepare the data again, or leave the dataset out.")
+        bad += result["bad"]
+        report_bad([m for b in batches for m in b["bad"]], bad, (step + 1) * args.batch)
         seconds = time.time() - start
         flops = sum(training_flops(model, b) for b in batches) * world
         log_line(out / "log.jsonl", step=step + 1, loss=result["loss"], grad_norm=result["grad_norm"],
