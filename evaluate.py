@@ -212,7 +212,7 @@ def answer(model, encoder: Encoder, samples: list[dict], form: str | None, max_n
     out, seen, position = [], prefix.seen, prefix.position.clone()
     for b in rows:  # forced words that the model would not have said stay in the cache as holes
         k = next((j for j, t in enumerate(forced) if best[b][j] != t), len(forced))
-        out.append(list(forced[:k]) + [best[b][k]])
+        out.append((list(forced[:k]) + [best[b][k]])[:max_new_tokens])
         first = int(seen[b].sum()) - len(forced)
         seen[b, first + k:first + len(forced)] = False
         position[b] -= len(forced) - k
@@ -273,10 +273,18 @@ def draw_queries(records: Records, count: int | None, seed: int = 0) -> list[tup
             return pairs
         chosen = np.random.default_rng(seed).choice(len(pairs), count, replace=False)
         return [pairs[j] for j in sorted(chosen)]
-    rng, pairs = np.random.default_rng(seed), set()
+    rng, pairs, empty = np.random.default_rng(seed), set(), set()
     while len(pairs) < count:
         i = int(rng.integers(len(records)))
-        pairs.add((i, int(rng.integers(max(1, len(records[i]["depth"]))))))
+        points = len(records[i]["depth"])
+        if points:
+            pairs.add((i, int(rng.integers(points))))
+        else:
+            empty.add(i)
+        if len(empty) + count > len(records):  # hardly any record has a label: there may not be `count` of them
+            pairs = draw_queries(records, None)
+            chosen = rng.choice(len(pairs), min(count, len(pairs)), replace=False)
+            return [pairs[j] for j in sorted(chosen)]
     return sorted(pairs)
 
 
@@ -294,8 +302,11 @@ class QueryBatches(torch.utils.data.Dataset):
     def __getitem__(self, b):
         queries, samples = [], []
         for i, point in self.pairs[b * self.batch_size:(b + 1) * self.batch_size]:
-            query = render.TASKS[self.task](self.records, i, np.random.default_rng((self.seed, i, point)), point)
-            views, question, _ = render.render(query, self.settings, self.encoder.grid)
+            try:
+                query = render.TASKS[self.task](self.records, i, np.random.default_rng((self.seed, i, point)), point)
+                views, question, _ = render.render(query, self.settings, self.encoder.grid)
+            except ValueError as e:  # raised by `ask`: a worker would send its whole traceback
+                return None, str(e)
             queries.append(query)
             samples.append(render.encode(self.encoder, views, question))
         return queries, samples
@@ -308,6 +319,8 @@ def ask(model, encoder: Encoder, settings: dict, records: Records, pairs: list, 
     loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=lambda x: x)
     form = None if free or settings["camera"] == "ray" else render.answer_form(task, settings["prompt"])
     for queries, samples in loader:
+        if queries is None:
+            raise ValueError(samples)
         tokens, forwards = answer(model, encoder, samples, form, max_new_tokens)
         yield queries, [decode_text(encoder, t) for t in tokens], forwards
 
@@ -437,13 +450,15 @@ def read_predictions(path: Path) -> list[dict]:
     lines = []
     if not path.is_file():
         raise ValueError(f"{path}: no such file of predictions.")
-    for number, text in enumerate(path.read_text().splitlines(), 1):
+    for number, text in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not text.strip():
             continue
         try:
             line = json.loads(text)
             true, pred = float(line["true"]), line["pred"]
             line["image"]
+            if not (pred is None or isinstance(pred, (str, int, float))):
+                raise TypeError(f"pred {pred}")
         except (ValueError, KeyError, TypeError) as e:
             raise ValueError(f"{path}, line {number}: needs an object with image, pixel, true and pred ({e!r}).") from None
         if not (math.isfinite(true) and true > 0):
@@ -550,18 +565,20 @@ def run_model(args, out: Path, groups: list) -> list[dict] | None:
              "data": [(r.path, task, len(pairs)) for _, r, task, pairs in groups]}
     asked = json.loads(json.dumps(asked))
     run = out / "run.json"
-    parts = list(out.glob("predictions.part-*.jsonl"))
-    if parts and (not run.is_file() or json.loads(run.read_text()) != asked):
-        raise ValueError(f"{out}: holds the beginning of another evaluation. Give another --out, or delete its "
-                         "predictions.part-*.jsonl.")
     if rank == 0:
+        parts = list(out.glob("predictions.part-*.jsonl"))
+        if parts and (not run.is_file() or json.loads(run.read_text()) != asked):
+            raise ValueError(f"{out}: holds the beginning of another evaluation. Give another --out, or delete its "
+                             "predictions.part-*.jsonl.")
         write_text(run, json.dumps(asked, indent=2) + "\n")
+    while not run.is_file() or json.loads(run.read_text()) != asked:  # rank 0 looks before anyone leaves a part
+        time.sleep(0.1)
     done = read_parts(out)
     number, forwards, asked_now = 0, 0, 0
     total = sum(len(pairs) for *_, pairs in groups)
     mine = sum(len(range(rank, len(pairs), world)) for *_, pairs in groups)
-    bar = tqdm(total=mine, disable=rank > 0, desc="queries", dynamic_ncols=True)
-    with open(out / f"predictions.part-{rank}-of-{world}-{time.time_ns()}.jsonl", "w") as file:
+    part = out / f"predictions.part-{rank}-of-{world}-{time.time_ns()}.jsonl"
+    with tqdm(total=mine, disable=rank > 0, desc="queries", dynamic_ncols=True) as bar, open(part, "w") as file:
         for name, records, task, pairs in groups:
             numbered = [(number + k, pair) for k, pair in enumerate(pairs)][rank::world]
             number += len(pairs)
@@ -578,7 +595,6 @@ def run_model(args, out: Path, groups: list) -> list[dict] | None:
                 file.flush()
                 asked_now += len(queries)
                 bar.update(len(queries))
-    bar.close()
     if asked_now and rank == 0:
         batches = sum(math.ceil(len(range(rank, len(p), world)) / args.batch_size) for *_, p in groups)
         print(f"{asked_now} queries, {forwards / max(1, batches):.1f} forward passes a batch")
