@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +31,11 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.distributed.checkpoint import state_dict as dcp_state
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import evaluate
@@ -123,9 +126,11 @@ def open_datasets(specs: list[str], image_root: str | None = None) -> list[tuple
 
 def make_tiny(folder: Path, seed: int = 0, **sizes) -> None:
     """Write a random Qwen2.5-VL of toy size and a tokenizer in which each digit is a token, as a Hugging Face folder."""
+    import transformers
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
     size = {**TINY, **sizes}
+    transformers.utils.logging.disable_progress_bar()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
                "<|video_pad|>"]
     tokenizer = Tokenizer(models.BPE())
@@ -147,10 +152,10 @@ def make_tiny(folder: Path, seed: int = 0, **sizes) -> None:
                                         chat_template=template)
     ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("image_pad", "video_pad", "vision_start",
                                                                             "vision_end", "im_end", "endoftext")}
-    head = size["hidden"] // size["heads"]
+    head, wide = size["hidden"] // size["heads"], size["hidden"] * 8 // 3
     config = Qwen2_5_VLConfig(
         text_config={"vocab_size": -(-len(tokenizer) // 64) * 64, "hidden_size": size["hidden"],
-                     "intermediate_size": 4 * size["hidden"], "num_hidden_layers": size["text_layers"],
+                     "intermediate_size": wide, "num_hidden_layers": size["text_layers"],
                      "num_attention_heads": size["heads"], "num_key_value_heads": size["heads"],
                      "max_position_embeddings": 32768, "initializer_range": size["init_std"],
                      "tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": ids["im_end"],
@@ -158,7 +163,7 @@ def make_tiny(folder: Path, seed: int = 0, **sizes) -> None:
                      "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0,
                                          "mrope_section": [head // 2 - 2 * (head // 6), head // 6, head // 6]}},
         vision_config={"depth": size["vision_layers"], "hidden_size": size["hidden"], "num_heads": size["heads"],
-                       "intermediate_size": 4 * size["hidden"], "out_hidden_size": size["hidden"], "patch_size": 14,
+                       "intermediate_size": wide, "out_hidden_size": size["hidden"], "patch_size": 14,
                        "fullatt_block_indexes": list(range(size["vision_layers"])), "initializer_range": size["init_std"]},
         tie_word_embeddings=True, image_token_id=ids["image_pad"], video_token_id=ids["video_pad"],
         vision_start_token_id=ids["vision_start"], vision_end_token_id=ids["vision_end"])
@@ -221,7 +226,9 @@ def shard_model(folder: str, device: torch.device, dtype: torch.dtype, reshard: 
         model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
     evaluate.pack_attention(model)
     if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        for layer in [*layers_of(model)[0], *layers_of(model)[1]]:
+            layer.gradient_checkpointing = True
+            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     vision, text = layers_of(model)
@@ -428,7 +435,13 @@ def save_resume(model, optimizer, out: Path, step: int, more: dict) -> None:
         temporary.mkdir(parents=True)
     dist.barrier()
     state = {"model": dcp_state.get_model_state_dict(model), "optimizer": dcp_state.get_optimizer_state_dict(model, optimizer)}
-    dcp.save(state, checkpoint_id=temporary)
+    try:
+        dcp.save(state, checkpoint_id=temporary)
+    except (CheckpointException, RuntimeError) as e:  # a full disk, above all
+        free = shutil.disk_usage(out).free / 2**20
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise ValueError(f"{temporary}: could not be written with {free:.0f} MiB free on the disk ({type(e).__name__}). The "
+                         "state before is whole: make room and go on with --resume.") from None
     dist.barrier()
     if dist.get_rank() == 0:
         os.rename(temporary, folder)

@@ -1,0 +1,242 @@
+"""
+How fast it is: each number beside the one to compare it with, measured in one run. Not a test: nothing here passes or fails.
+
+    python tests/bench.py render                 # one iBims-like sample at f = 1000, stage by stage
+    python tests/bench.py train --size 3b        # random weights of the real size: samples/s, TFLOP/s, memory (a GPU)
+    python tests/bench.py evaluate --size toy    # queries/s: forced template, plain steps, transformers' generate
+    python tests/bench.py records                # a jsonl of a million records: opening, reading, memory
+
+--size toy | 3b | 7b: random weights. Medians of several runs; sizes and rules are printed with the numbers.
+"""
+import argparse
+import json
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import evaluate  # noqa: E402
+import render  # noqa: E402
+import train_sft  # noqa: E402
+
+# Qwen2.5-VL as published (text width, layers, heads, KV heads, MLP, vocabulary, tied head); the vision tower is the same
+REAL = {"3b": (2048, 36, 16, 2, 11008, 151936, True), "7b": (3584, 28, 28, 4, 18944, 152064, False)}
+
+
+def median_ms(function, runs: int = 9, warmup: int = 2) -> float:
+    times = []
+    for k in range(runs + warmup):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        function()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times[warmup:])
+
+
+def make_model_folder(folder: Path, size: str) -> str:
+    """A folder as from the hub. toy: make_tiny. 3b, 7b: make_tiny's tokenizer and the real sizes, random bfloat16 weights."""
+    train_sft.make_tiny(folder)
+    if size == "toy":
+        return str(folder)
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    width, layers, heads, kv, mlp, vocabulary, tied = REAL[size]
+    config = json.loads((folder / "config.json").read_text())
+    config["tie_word_embeddings"] = tied
+    config["text_config"].update(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv,
+                                 intermediate_size=mlp, vocab_size=vocabulary, tie_word_embeddings=tied, initializer_range=0.02,
+                                 max_position_embeddings=128000, layer_types=["full_attention"] * layers,
+                                 rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]})
+    config["vision_config"].update(depth=32, hidden_size=1280, num_heads=16, intermediate_size=3420, out_hidden_size=width,
+                                   fullatt_block_indexes=[7, 15, 23, 31], window_size=112, initializer_range=0.02)
+    for part in (config, config["text_config"], config["vision_config"]):
+        part.pop("dtype", None)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = Qwen2_5_VLForConditionalGeneration._from_config(Qwen2_5_VLConfig(**config), dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def noise_views(encoder, columns: int, rows: int, count: int) -> list:
+    rng = np.random.default_rng(0)
+    shape = (rows * encoder.grid, columns * encoder.grid, 3)
+    return [render.View(rng.integers(0, 256, shape, np.uint8), (1000, 1000, 0, 0, shape[1], shape[0]), (1, 1), (0, 0))
+            for _ in range(count)]
+
+
+def image_tokens(size: str) -> tuple[int, int]:
+    """Columns and rows of image tokens: 4 x 3, or 1204 x 896 px as in the paper's crops."""
+    return (4, 3) if size == "toy" else (43, 32)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def bench_render(args) -> None:
+    """Load, unify, crop, marker, patchify of one 640 x 480 PNG (a real iBims-1 one where the local samples are)."""
+    torch.set_num_threads(1)
+    sample = ROOT.parent / "shared/samples/ibims1/ibims1_core_raw/rgb/corridor_01.png"
+    with tempfile.TemporaryDirectory() as tmp:
+        path = sample
+        if not sample.is_file():
+            path = Path(tmp) / "photo.png"
+            ramp = np.linspace(0, 200, 640)[None, :, None] + np.linspace(0, 50, 480)[:, None, None]
+            dots = np.random.default_rng(0).integers(0, 6, (480, 640, 3))
+            Image.fromarray((ramp + dots).astype(np.uint8)).save(path)
+        train_sft.make_tiny(Path(tmp) / "model")
+        encoder = render.load_encoder(str(Path(tmp) / "model"))
+        camera = (559.62, 558.14, 361.87, 241.99, 640, 480)
+        image = render.open_image(str(path))
+        rng = np.random.default_rng(0)
+        crop = (1000, 1400, 700, 1200)
+        view = render.unify_focal(image, camera, 1000, 28, crop, [(300, 200)], rng)
+        whole = render.unify_focal(image, camera, 1000, 28)
+
+        def all_stages():
+            v = render.unify_focal(render.open_image(str(path)), camera, 1000, 28, crop, [(300, 200)], rng)
+            render.draw_marker(v.pixels, *v.move(300, 200))
+            render.patchify(v.pixels, encoder)
+        print(f"one sample, {path.name} 640 x 480 -> {view.pixels.shape[1]} x {view.pixels.shape[0]} and the like, one core, median ms")
+        stages = {"load": lambda: render.open_image(str(path)),
+                  "unify + crop": lambda: render.unify_focal(image, camera, 1000, 28, crop, [(300, 200)], rng),
+                  "unify, no crop": lambda: render.unify_focal(image, camera, 1000, 28),
+                  "marker": lambda: render.draw_marker(view.pixels, 300, 200),
+                  "patchify": lambda: render.patchify(view.pixels, encoder), "all (with crop)": all_stages}
+        for name, function in stages.items():
+            print(f"  {name:16} {median_ms(function, 15):7.2f}")
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+        theirs = Qwen2VLImageProcessorPil(size={"shortest_edge": 784, "longest_edge": 12845056})
+        picture = Image.fromarray(whole.pixels)
+        print(f"  {'for comparison: the image processor of transformers alone':58} "
+              f"{median_ms(lambda: theirs([picture], return_tensors='pt'), 5):7.2f}")
+
+
+def bench_train(args) -> None:
+    """Optimizer steps on packed samples of one size: samples/s, model TFLOP/s, peak memory, with and without
+    checkpointing."""
+    rank, world, device = train_sft.setup_distributed()
+    dtype = evaluate.pick_dtype("auto", device)
+    columns, rows = image_tokens(args.size)
+    with tempfile.TemporaryDirectory() as tmp:
+        folder = make_model_folder(Path(tmp), args.size)
+        encoder = render.load_encoder(folder)
+        views = noise_views(encoder, columns, rows, args.micro_batch)
+        answer = render.answer_tokens(encoder, render.answer_form("distance", "paper").format(x="2.35")) + [encoder.end_id]
+        samples = [{**render.encode(encoder, [v], render.QUESTIONS["distance"]["paper"], answer), "bad": []} for v in views]
+        batch = train_sft.collate(samples)
+        for checkpointing in (False, True):
+            model = train_sft.shard_model(folder, device, dtype, False, checkpointing)
+            model.train()
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            try:
+                ms = median_ms(lambda: train_sft.train_step(model, optimizer, encoder, [batch] * args.accumulate, 1.0, device), 7)
+            except torch.OutOfMemoryError:
+                print(f"train {args.size}, checkpointing {checkpointing}: out of memory at micro-batch {args.micro_batch}")
+                continue
+            flops = train_sft.training_flops(model, batch) * args.accumulate * world
+            count = args.micro_batch * args.accumulate * world
+            memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else \
+                resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+            print(f"train {args.size}: {columns * rows} image tokens, micro-batch {args.micro_batch} x {args.accumulate}, "
+                  f"checkpointing {checkpointing}: {count / ms * 1e3:.2f} samples/s, {flops / ms / 1e9:.4g} TFLOP/s, "
+                  f"{memory:.1f} GiB peak ({device.type} {dtype})")
+            del model, optimizer
+
+
+def bench_evaluate(args) -> None:
+    """Greedy answers of a model that says the template: forced and verified, step by step, and transformers' generate.
+    A random model is first taught one sentence, or the template would never hold."""
+    rank, world, device = train_sft.setup_distributed()
+    dtype = evaluate.pick_dtype("auto", device)
+    columns, rows = image_tokens(args.size)
+    with tempfile.TemporaryDirectory() as tmp:
+        folder = make_model_folder(Path(tmp), args.size)
+        encoder = render.load_encoder(folder)
+        form, question = render.answer_form("distance", args.prompt), render.QUESTIONS["distance"][args.prompt]
+        answer = render.answer_tokens(encoder, form.format(x="2.35")) + [encoder.end_id]
+        views = noise_views(encoder, columns, rows, args.batch)
+        taught = [{**render.encode(encoder, [v], question, answer), "bad": []} for v in views[:2]]
+        model = train_sft.shard_model(folder, device, dtype)
+        model.train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3 if args.size == "toy" else 1e-5, fused=True)
+        for _ in range(300):
+            if train_sft.train_step(model, optimizer, encoder, [train_sft.collate(taught)], 1.0, device)["loss"] < 0.02:
+                break
+        train_sft.save_model(model, folder, Path(tmp), dict(render.DEFAULTS), dtype)
+        del model, optimizer
+        model = evaluate.load_model(tmp, device, dtype)
+        samples = [render.encode(encoder, [v], question) for v in views]
+        counts = {}
+
+        def ask(name, form):
+            counts[name] = evaluate.answer(model, encoder, samples, form, 64)[1]
+        with torch.no_grad():
+            rates = {name: args.batch / median_ms(lambda: ask(name, f), 5, 1) * 1e3 for name, f in (("forced", form), ("plain steps", None))}
+            inputs = [render.model_inputs(render.pack([s]), encoder, device) for s in samples[:4]]
+            from transformers import AutoModelForImageTextToText
+            stock = AutoModelForImageTextToText.from_pretrained(tmp, dtype=dtype, attn_implementation="sdpa").to(device).eval()
+            stock.generation_config.do_sample, stock.generation_config.repetition_penalty = False, 1.0
+
+            def generate():
+                for x in inputs:
+                    x = {k: v for k, v in x.items() if k not in ("segments", "position_ids")}
+                    stock.generate(**evaluate.cast(x, stock), mm_token_type_ids=(x["input_ids"] == encoder.image_id).int(),
+                                   max_new_tokens=64)
+            rates["transformers generate, one by one, sdpa"] = 4 / median_ms(generate, 3, 1) * 1e3
+        for name, rate in rates.items():
+            print(f"evaluate {args.size}, prompt {args.prompt}, {columns * rows} image tokens, batch {args.batch}: {name}: {rate:.2f} queries/s"
+                  + (f", {counts[name]} forward passes" if name in counts else "")
+                  + f" ({rate / rates['transformers generate, one by one, sdpa']:.1f} x generate)" * (len(rates) > 2))
+
+
+def bench_records(args) -> None:
+    """Opening and reading a large jsonl through its index."""
+    with tempfile.TemporaryDirectory() as tmp:
+        path = Path(tmp) / "train.jsonl"
+        rng, lines = np.random.default_rng(0), []
+        for k in range(1000):
+            xy = rng.integers(0, 480, (100, 2)).tolist()
+            lines.append(json.dumps({"image": f"{k}.jpg", "intrinsics": [500, 500, 320, 240, 640, 480], "pixel_coords": xy,
+                                     "depth": rng.uniform(0.5, 9, 100).round(4).tolist()}) + "\n")
+        block = "".join(lines)
+        with open(path, "w") as file:
+            for _ in range(args.records // 1000):
+                file.write(block)
+        start = time.perf_counter()
+        records = render.Records(path)
+        built = time.perf_counter() - start
+        opened = median_ms(lambda: render.Records(path))
+        read = median_ms(lambda: records[int(rng.integers(len(records)))], 200)
+        print(f"{len(records)} records, {path.stat().st_size / 2**30:.2f} GiB: index built in {built:.2f} s, opened with it in {opened:.2f} ms, "
+              f"one random record {read:.3f} ms, {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB of memory at most")
+
+
+def main(argv=None) -> None:
+    benches = {"render": bench_render, "train": bench_train, "evaluate": bench_evaluate, "records": bench_records}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=list(benches))
+    parser.add_argument("--size", choices=("toy", *REAL), default="toy")
+    parser.add_argument("--micro-batch", type=int, default=4)
+    parser.add_argument("--accumulate", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--prompt", choices=("paper", "release"), default="paper")
+    parser.add_argument("--records", type=int, default=1_000_000)
+    args = parser.parse_args(argv)
+    benches[args.what](args)
+
+
+if __name__ == "__main__":
+    main()
