@@ -17,12 +17,13 @@ Depth is the Euclidean distance from the camera centre in metres. Pixel (0, 0) i
 
 A run that was interrupted goes on where it stopped when the same command is given again. The self-check also runs after
 each prepare; there its findings are warnings, because the file is complete and the judgement is the user's.
-Paper: Sec. 3.4 and 4 (DepthLMBench), App. A.3. Deviations are marked by lines that begin with "# paper:".
+Paper: Sec. 4 (DepthLMBench) and App. A.2. Deviations are marked by lines that begin with "# paper:".
 """
 
 import argparse
 import csv
 import errno
+import fcntl
 import glob
 import hashlib
 import http.client
@@ -31,9 +32,11 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 import urllib.error
 import urllib.parse
@@ -46,6 +49,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from itertools import islice
+from os.path import basename, dirname, exists, getsize, isdir, join
 from typing import Callable, NamedTuple
 
 import numpy as np
@@ -54,7 +58,7 @@ from tqdm import tqdm
 
 MIN_POINTS = 10                 # an image with fewer labelled pixels is left out
 CHUNK = 32                      # frames that a worker takes at once, and what a kill can cost
-LIDAR_WINDOW = 51_000_000       # Argoverse2: an image and its sweep are at most this far apart [ns] (half a turn + 1 ms)
+LIDAR_WINDOW = 51_000_000       # Argoverse2: an image and its sweep are at most half a turn + 1 ms apart [ns]
 SCANNETPP_EVERY = 10            # the paper uses 1 M of 10 M video frames
 SCANNETPP_VIDEO = (1920, 1440)  # the size that the intrinsics of ScanNet++'s iPhone stream refer to [px]
 ETH3D_FOCAL = 1000              # ETH3D's 24-megapixel fisheye images become pinhole images of this focal length [px]
@@ -63,7 +67,7 @@ WAYMO_CAMERAS = ("FRONT", "FRONT_LEFT", "FRONT_RIGHT", "SIDE_LEFT", "SIDE_RIGHT"
 WAYMO_TOP = 1                   # laser_name of the roof LiDAR, the only one with a pose for each range-image cell
 
 # What each dataset is, where it comes from, and the Euclidean range of its labels [m] (what evaluation code agrees on).
-# marks: a folder that holds one of these is the root. download: (url, file name, md5 or None), if open without registering.
+# marks: a folder that holds one of these is the root. download: (url, file name, md5 or None), if open to all.
 DATASETS = {
     "argoverse2": dict(
         range=(1, 200), splits=("train", "val"), marks=("train/*/sensors", "val/*/sensors"),
@@ -93,12 +97,14 @@ DATASETS = {
     "hm3d": dict(
         range=(0.1, 50), splits=("train",), marks=("rgb", "*/rgb"),
         get="domains rgb, depth_zbuffer (or depth_euclidean), point_info of component hm3d of Omnidata's starter set",
-        url="https://github.com/EPFL-VILAB/omnidata (registration)", size="several TB", licence="Matterport terms of use"),
+        url="https://github.com/EPFL-VILAB/omnidata (registration)", size="several TB",
+        licence="Matterport terms of use"),
     "matterport3d": dict(
-        range=(0.1, 50), splits=("train",), marks=("v1/scans", "scans", "*/undistorted_camera_parameters",
-                                                   "*/*/undistorted_camera_parameters", "undistorted_camera_parameters"),
-        get="types undistorted_color_images, undistorted_depth_images, undistorted_camera_parameters of all houses, unzipped",
-        url="https://niessner.github.io/Matterport (registration)", size="about 300 GB", licence="Matterport terms of use"),
+        range=(0.1, 50), splits=("train",), marks=("v1/scans", "scans", "undistorted_camera_parameters",
+                                                   "*/undistorted_camera_parameters"),
+        get="undistorted_color_images, undistorted_depth_images, undistorted_camera_parameters of all houses, unzipped",
+        url="https://niessner.github.io/Matterport (registration)", size="about 300 GB",
+        licence="Matterport terms of use"),
     "ddad": dict(
         range=(1, 200), splits=("val",), marks=("ddad.json",),
         get="DDAD.tar (train+val), unpacked to ddad_train_val/", url="https://github.com/TRI-ML/DDAD", size="257 GB",
@@ -119,15 +125,15 @@ DATASETS = {
         download=("https://dataserv.ub.tum.de/s/m1455541/download?path=%2F&files=ibims1_core_raw.zip",
                   "ibims1_core_raw.zip", None)),
     "nyuv2": dict(
-        range=(0.1, 10), splits=("val",), raw="sunrgbd", marks=("SUNRGBD", "kv1", "NYUdata", "NYU0001", "*/sync_depth_*.png",
-                                                                "sync_depth_*.png"),
+        range=(0.1, 10), splits=("val",), raw="sunrgbd",
+        marks=("SUNRGBD", "kv1", "NYUdata", "NYU0001", "*/sync_depth_*.png", "sync_depth_*.png"),
         get="SUNRGBD.zip (its kv1/NYUdata), or the 640 x 480 test images with sync_depth_*.png",
         url="https://rgbd.cs.princeton.edu", size="6.4 GB", licence="research use, cite the authors",
         download=("https://rgbd.cs.princeton.edu/data/SUNRGBD.zip", "SUNRGBD.zip", None)),
     "folder": dict(
         range=(0.1, 200), splits=("train", "val"), marks=("rgb", "*/rgb"),
         get="your own RGB-D images: rgb/<name>.jpg or .png, depth/<name>.png (16 bit) or .npy, intrinsics.txt "
-            "(fx fy cx cy, or 3 x 3) or --intrinsics; optional poses/<name>.txt (4 x 4 camera-to-world); or folders of these",
+            "(fx fy cx cy, or 3 x 3) or --intrinsics; optional poses/<name>.txt (4 x 4 camera-to-world)",
         url="yourself", size="any", licence="yours"),
     "toy": dict(range=(0.1, 100), splits=("train", "val")),
 }
@@ -137,11 +143,11 @@ PAPER_CONSTANT = {"argoverse2": 0.006, "ddad": 0.010, "nuscenes": 0.010, "eth3d"
 PAPER_Z = ("nuscenes", "ddad", "ibims1")     # the published labels of these are z
 
 # Splits, always by scene. Lists that come with the data are read from it; these are the ones that do not.
-ARGOVERSE2_VAL_LOGS = 10        # evaluation: the first 10 logs of val in sorted order; the other val logs are trained on
+ARGOVERSE2_VAL_LOGS = 10        # evaluation: the first 10 logs of val in sorted order; the others are trained on
 SCANNETPP_VAL_SCENES = 10       # evaluation: the first 10 scenes of nvs_sem_val.txt; the others are trained on
 NUSCENES_VAL = ("scene-0061", "scene-0103", "scene-0553", "scene-0655", "scene-0757", "scene-0796", "scene-0916",
                 "scene-1077", "scene-1094", "scene-1100")           # the scenes of v1.0-mini, by name
-TASKONOMY_BAD = ("mosquito", "tansboro", "tomkins", "darnestown", "brinnon")    # broken buildings, known to other loaders
+TASKONOMY_BAD = ("mosquito", "tansboro", "tomkins", "darnestown", "brinnon")    # broken, as other loaders know
 NYUV2_TEST = """1-2 9 14-18 21 28-43 46-47 56-57 59-63 76-79 84-91 117-119 125-129 131-134 137 153-155 167-169 171-176
 180-202 207-212 220-222 250 264 271-273 279-285 296-302 310-312 315-317 325-335 351-352 355-364 384-390 395-397 411-414
 430-435 441-448 462-466 469-477 508-513 515-526 531-533 537-539 549-551 555-571 579-583 591-594 603-607 612-613 617-621
@@ -150,7 +156,7 @@ NYUV2_TEST = """1-2 9 14-18 21 28-43 46-47 56-57 59-63 76-79 84-91 117-119 125-1
 970-977 991-995 1001-1004 1010-1012 1021-1023 1032-1034 1038-1039 1048-1049 1052-1053 1057-1058 1075-1084 1088-1096
 1098-1104 1106-1109 1117-1119 1123-1131 1135-1136 1144-1158 1162-1167 1170-1171 1174-1176 1179-1184 1192-1196 1201-1212
 1216-1220 1226-1230 1233-1235 1247-1250 1254-1265 1275-1280 1285-1295 1297-1299 1302-1308 1314-1315 1329-1332 1335-1340
-1347-1349 1353-1356 1364-1365 1368-1369 1384-1391 1394-1401 1407-1414 1421-1424 1430-1433 1441-1449"""  # the 654, 1-based
+1347-1349 1353-1356 1364-1365 1368-1369 1384-1391 1394-1401 1407-1414 1421-1424 1430-1433 1441-1449"""   # 1-based
 
 
 class Frame(NamedTuple):
@@ -226,7 +232,8 @@ def distort_brown(x, y, k1, k2, p1, p2, k3):
     """Brown-Conrady (OpenCV order), normalised coordinates: pinhole -> distorted, and the radial factor."""
     q = x * x + y * y
     radial = 1 + q * (k1 + q * (k2 + q * k3))
-    return x * radial + 2 * p1 * x * y + p2 * (q + 2 * x * x), y * radial + 2 * p2 * x * y + p1 * (q + 2 * y * y), radial
+    return (x * radial + 2 * p1 * x * y + p2 * (q + 2 * x * x), y * radial + 2 * p2 * x * y + p1 * (q + 2 * y * y),
+            radial)
 
 
 def undistort_brown(x, y, coefficients):
@@ -273,9 +280,9 @@ def remap(image, size, source, step=16):
     of the first pixel. Bilinear; between the points of a grid of `step` px the source is interpolated."""
     w, h = size
     xs, ys = [np.append(np.arange(0, n, step), n).astype(float) for n in (w, h)]
-    sx, sy = source(*np.meshgrid(xs, ys))
+    at = np.stack(source(*np.meshgrid(xs, ys)), -1)       # (rows, columns, 2)
     quads = [((int(xs[i]), int(ys[j]), int(xs[i + 1]), int(ys[j + 1])),
-              (sx[j, i], sy[j, i], sx[j + 1, i], sy[j + 1, i], sx[j + 1, i + 1], sy[j + 1, i + 1], sx[j, i + 1], sy[j, i + 1]))
+              (*at[j, i], *at[j + 1, i], *at[j + 1, i + 1], *at[j, i + 1]))
              for j in range(len(ys) - 1) for i in range(len(xs) - 1)]
     return image.transform(size, Image.Transform.MESH, quads, Image.Resampling.BILINEAR)
 
@@ -295,7 +302,7 @@ def naming(path):
 def read_png(path):
     """16-bit grey PNG -> uint16 (H, W)."""
     with naming(path), Image.open(path) as image:
-        if image.mode not in ("I;16", "I", "I;16B", "L"):
+        if image.mode not in ("I;16", "I", "I;16B"):
             raise ValueError(f"not a 16-bit grey PNG (mode {image.mode})")
         return np.asarray(image).astype(np.uint16)
 
@@ -310,7 +317,7 @@ def image_size(path):
     with naming(path), Image.open(path) as image:
         size, kind = image.size, image.format
         with open(path, "rb") as f:
-            f.seek(max(0, os.path.getsize(path) - 1024))
+            f.seek(max(0, getsize(path) - 1024))
             end = f.read()
         if {"JPEG": b"\xff\xd9", "PNG": b"IEND"}.get(kind, b"") not in end:
             image.load()                                  # cut off, or an unusual end: only decoding can tell
@@ -319,7 +326,7 @@ def image_size(path):
 
 def save_image(pixels, path):
     """PNG or JPEG by the name; never a half-written file."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
+    os.makedirs(dirname(path), exist_ok=True)
     temporary = f"{path}.{os.getpid()}.tmp"
     if path.endswith(".png"):
         pixels.save(temporary, "PNG")
@@ -335,9 +342,14 @@ def write_json(path, value):
     os.replace(temporary, path)
 
 
+def read_text(path):
+    with naming(path), open(path, encoding="utf-8") as f:
+        return f.read()
+
+
 def read_json(path):
-    with open(path, encoding="utf-8") as f:
-        return json.load(f)
+    with naming(path):
+        return json.loads(read_text(path))
 
 
 def read_json_list(path):
@@ -362,7 +374,8 @@ def read_json_list(path):
 
 def feather_rows(path):
     """Columns of a feather file as numpy arrays by name (Argoverse2)."""
-    table = need_pyarrow().feather.read_table(path)
+    with naming(path):
+        table = need_pyarrow().feather.read_table(path)
     return {name: table[name].to_numpy() for name in table.column_names}
 
 
@@ -380,8 +393,26 @@ def folders(path):
     return sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
 
 
-def unreadable(frame, why):
-    """Loader of a frame of which the reader already knows that it cannot be used: it is counted and named."""
+def parse_intrinsics(text):
+    """fx fy cx cy, or a 3 x 3 or 4 x 4 matrix, in words or with commas -> (fx, fy, cx, cy)."""
+    numbers = [float(v) for v in text.replace(",", " ").split()]
+    if len(numbers) not in (4, 9, 16):
+        raise ValueError(f"intrinsics of {len(numbers)} numbers: expected fx fy cx cy, or a 3 x 3 matrix")
+    side = 3 if len(numbers) == 9 else 4
+    return tuple(numbers) if len(numbers) == 4 else (numbers[0], numbers[side + 1], numbers[2], numbers[side + 2])
+
+
+def read_intrinsics(path):
+    with naming(path):
+        return parse_intrinsics(read_text(path))
+
+
+def unusable(frame, why):
+    """A frame of which the reader already knows that it cannot be used: its worker counts and names it."""
+    return frame._replace(load=partial(refuse, why=why))
+
+
+def refuse(frame, why):
     raise ValueError(why)
 
 
@@ -404,7 +435,7 @@ def candidates(frame, intrinsics, occlusion):
         rays = ray_lengths(x, y, intrinsics)
         return (x, y, depth * rays, depth) if frame.kind == "z" else (x, y, depth, depth / rays)
     cloud = frame.depth
-    cloud = cloud[np.isfinite(cloud).all(1) & (cloud[:, :2] >= 0).all(1) & (cloud[:, 0] <= w - 1) & (cloud[:, 1] <= h - 1)]
+    cloud = cloud[np.isfinite(cloud).all(1) & (cloud[:, :2] >= 0).all(1) & (cloud[:, :2] <= (w - 1, h - 1)).all(1)]
     if occlusion and frame.kind == "lidar":
         cloud = visible(cloud, fx)
     cloud = cloud[np.argsort(cloud[:, 2], kind="stable")]             # the nearest point of a pixel counts
@@ -432,7 +463,7 @@ def make_record(frame, folder, points, seed, limits, occlusion, paper, label_z):
     if frame.pixels is None:
         image = os.path.relpath(os.path.abspath(image), os.path.realpath(folder))
     else:
-        save_image(frame.pixels, os.path.join(folder, image))
+        save_image(frame.pixels, join(folder, image))
     record = {"image": image, "intrinsics": [round(float(v), 4) for v in intrinsics[:4]] + [int(v) for v in size],
               "pixel_coords": np.stack([x[chosen], y[chosen]], 1).tolist(),
               "depth": np.round((z if label_z else euclidean)[chosen], 4).tolist()}
@@ -442,7 +473,7 @@ def make_record(frame, folder, points, seed, limits, occlusion, paper, label_z):
         record["pose"] = [round(v, 6) for v in np.asarray(frame.pose, np.float64).ravel().tolist()]
     if paper:
         record |= {"depth_type": "z" if label_z else "euclidean", "labels": "paper"}
-    elif frame.kind == "euclidean":                       # measured as such, not converted: the self-check wants to know
+    elif frame.kind == "euclidean":                       # measured as such: the self-check wants to know
         record["depth_type"] = "euclidean"
     return json.dumps(record) + "\n"
 
@@ -463,12 +494,24 @@ def make_chunk(frames, make):
     return "".join(lines), sum(map(bool, lines)), few, bad
 
 
+def start_worker():
+    """A worker dies with Ctrl-C, in silence, and when its parent was killed."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    parent = os.getppid()
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def in_order(function, chunks, workers):
     """Results of function(chunk) in order, a bounded number of chunks under way in `workers` processes."""
     if workers <= 1:
         yield from ((len(chunk), function(chunk)) for chunk in chunks)
         return
-    with ProcessPoolExecutor(workers) as pool:
+    with ProcessPoolExecutor(workers, initializer=start_worker) as pool:
         waiting = deque()
         for chunk in chunks:
             waiting.append((len(chunk), pool.submit(function, chunk)))
@@ -487,7 +530,7 @@ def state_path(path):
 def saved_state(path, command, overwrite):
     """What an earlier run of the same command left, or None. Another command's output is refused."""
     fresh = None
-    if overwrite or not (os.path.exists(path) or os.path.exists(state_path(path))):
+    if overwrite or not (exists(path) or exists(state_path(path))):
         return fresh
     try:
         state = read_json(state_path(path))
@@ -496,8 +539,8 @@ def saved_state(path, command, overwrite):
     if state["command"] != json.loads(json.dumps(command)):
         different = {k: v for k, v in command.items() if state["command"].get(k) != json.loads(json.dumps(v))}
         there = {k: state["command"].get(k) for k in different}
-        fail(f"{path} was made by another command ({there}, now {different}): choose another --out, or give --overwrite")
-    if state["finished"] and (not os.path.exists(path) or os.path.getsize(path) != state["bytes"]):
+        fail(f"{path} was made by another command ({there}, now {different}): other --out, or --overwrite")
+    if state["finished"] and (not exists(path) or getsize(path) != state["bytes"]):
         fail(f"{path} was changed since it was made: choose another --out, or give --overwrite to make it anew")
     return state
 
@@ -505,15 +548,20 @@ def saved_state(path, command, overwrite):
 def write_records(frames, total, path, make, workers, chunk, command, state):
     """Frames -> path, in order, going on from `state`. After each chunk the state says how many bytes are good."""
     part = path + ".partial"
-    if not (state and os.path.exists(part) and os.path.getsize(part) >= state["bytes"]):
+    if not (state and exists(part) and getsize(part) >= state["bytes"]):
         state = {"command": command, "versions": versions(), "finished": False, "chunks": 0, "frames": 0, "bytes": 0,
                  "records": 0, "too_few_labels": 0, "bad": 0, "bad_examples": []}
         open(part, "wb").close()
         write_json(state_path(path), state)
     chunks = iter(lambda: list(islice(frames, chunk)), [])
     next(islice(frames, state["frames"], state["frames"]), None)          # skip what is done
-    with open(part, "r+b") as out, tqdm(total=total, initial=state["frames"], unit=" images", smoothing=0.05,
-                                        desc=os.path.basename(path), mininterval=0.5 if sys.stderr.isatty() else 10) as bar:
+    with open(part, "r+b") as out, tqdm(
+            total=total, initial=state["frames"], unit=" images", smoothing=0.05, desc=basename(path),
+            mininterval=0.5 if sys.stderr.isatty() else 10) as bar:
+        try:
+            fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            fail(f"{path} is being written by another run of this command: wait for it, or choose another --out")
         out.truncate(state["bytes"])
         out.seek(state["bytes"])
         for count, (lines, records, few, bad) in in_order(partial(make_chunk, make=make), chunks, workers):
@@ -538,7 +586,7 @@ def write_records(frames, total, path, make, workers, chunk, command, state):
 def versions():
     """What made the file, for its .prepare.json."""
     try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=os.path.dirname(os.path.abspath(__file__)),
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=dirname(os.path.abspath(__file__)),
                                 capture_output=True, text=True).stdout.strip()
     except OSError:
         commit = ""
@@ -573,7 +621,7 @@ def open_index(path):
     """The offsets, memory-mapped; made anew when missing or older than the jsonl. Line i is bytes [i] to [i + 1]."""
     path = os.fspath(path)
     index = index_path(path)
-    if not os.path.exists(index) or os.path.getmtime(index) < os.path.getmtime(path):
+    if not exists(index) or os.path.getmtime(index) < os.path.getmtime(path):
         build_index(path)
     return np.memmap(index, "<i8", "r")
 
@@ -613,30 +661,32 @@ def read_argoverse2_sweep(path):
 
 
 def frames_argoverse2(root, split):
-    """One image a ring camera and sweep: 850 logs x 157 sweeps x 7 cameras, the paper's 1 M. Points are in the ego frame
-    at the sweep's time, and go through the city to the camera at the image's time. Images are undistorted on disk."""
+    """One image a ring camera and sweep: 850 logs x 157 sweeps x 7 cameras, the paper's 1 M. Points are in the ego
+    frame of the sweep's time and go through the city to the camera at the image's time. Images are undistorted."""
     need_pyarrow()
-    logs = {s: folders(os.path.join(root, s)) if os.path.isdir(os.path.join(root, s)) else [] for s in ("train", "val")}
+    logs = {s: folders(join(root, s)) if isdir(join(root, s)) else [] for s in ("train", "val")}
     held_out = [("val", log) for log in logs["val"][:ARGOVERSE2_VAL_LOGS]]
     rest = [("train", log) for log in logs["train"]] + [("val", log) for log in logs["val"][ARGOVERSE2_VAL_LOGS:]]
     for part, log in held_out if split == "val" else rest:
-        folder = os.path.join(root, part, log)
+        folder = join(root, part, log)
         try:
-            cameras, sensors, ego = (feather_rows(os.path.join(folder, name)) for name in (
-                "calibration/intrinsics.feather", "calibration/egovehicle_SE3_sensor.feather", "city_SE3_egovehicle.feather"))
-            sweeps = np.array(sorted(int(name[:-8]) for name in os.listdir(os.path.join(folder, "sensors/lidar"))
+            cameras, sensors, ego = (feather_rows(join(folder, name)) for name in (
+                "calibration/intrinsics.feather", "calibration/egovehicle_SE3_sensor.feather",
+                "city_SE3_egovehicle.feather"))
+            sweeps = np.array(sorted(int(name[:-8]) for name in os.listdir(join(folder, "sensors/lidar"))
                                      if name.endswith(".feather")))
         except (OSError, ValueError) as error:
-            yield Frame(log, folder, partial(unreadable, why=str(error)))
+            yield unusable(Frame(log, folder, None), str(error))
             continue
 
         def pose(table, i):
-            return transform([table[k][i] for k in ("qw", "qx", "qy", "qz")], [table[k][i] for k in ("tx_m", "ty_m", "tz_m")])
+            numbers = [table[k][i] for k in ("qw", "qx", "qy", "qz", "tx_m", "ty_m", "tz_m")]
+            return transform(numbers[:4], numbers[4:])
         sensor_rows = {name: i for i, name in enumerate(sensors["sensor_name"])}
         ego_rows = {int(stamp): i for i, stamp in enumerate(ego["timestamp_ns"])}
         for i, camera in enumerate(cameras["sensor_name"]):
-            images = os.path.join(folder, "sensors/cameras", camera)
-            if not camera.startswith("ring_") or camera not in sensor_rows or not os.path.isdir(images) or not len(sweeps):
+            images = join(folder, "sensors/cameras", camera)
+            if not (camera.startswith("ring_") and camera in sensor_rows and isdir(images) and len(sweeps)):
                 continue
             ego_from_camera = pose(sensors, sensor_rows[camera])
             intrinsics = tuple(float(cameras[k][i]) for k in ("fx_px", "fy_px", "cx_px", "cy_px")) + tuple(
@@ -650,8 +700,8 @@ def frames_argoverse2(root, split):
                 if stamp not in ego_rows or sweep not in ego_rows:
                     continue                              # no pose: no way from the sweep to the image
                 pose_camera = pose(ego, ego_rows[stamp]) @ ego_from_camera
-                yield Frame(f"{log}/{camera}/{stamp}", os.path.join(images, f"{stamp}.jpg"),
-                            partial(load_lidar, path=os.path.join(folder, f"sensors/lidar/{sweep}.feather"),
+                yield Frame(f"{log}/{camera}/{stamp}", join(images, f"{stamp}.jpg"),
+                            partial(load_lidar, path=join(folder, f"sensors/lidar/{sweep}.feather"),
                                     read=read_argoverse2_sweep,
                                     camera_from_lidar=np.linalg.inv(pose_camera) @ pose(ego, ego_rows[sweep])),
                             intrinsics, log, camera, stamp / 1e9, pose_camera)
@@ -661,7 +711,8 @@ def frames_argoverse2(root, split):
 def parquet_rows(path, columns):
     """A function row number -> that row as a record batch. Reads forward and keeps no more than it must: the lidar and
     image files of a segment are gigabytes when unpacked."""
-    file = need_pyarrow().parquet.ParquetFile(path)
+    with naming(path):
+        file = need_pyarrow().parquet.ParquetFile(path)
     groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
     starts = np.cumsum([0, *groups])
     position, batches = math.inf, None
@@ -681,31 +732,31 @@ def parquet_rows(path, columns):
 def waymo_keys(path, sensor):
     """Row number of each (timestamp, sensor) of a component file; calibrations have no timestamp: (None, sensor)."""
     parquet = need_pyarrow().parquet
-    table = parquet.read_table(path, columns=[n for n in parquet.read_schema(path).names if n.startswith("key.")])
-    stamps = table["key.frame_timestamp_micros"].to_pylist() if "key.frame_timestamp_micros" in table.column_names else None
-    sensors = table[sensor].to_pylist() if sensor else [0] * table.num_rows
-    numbers = [WAYMO_CAMERAS.index(s) + 1 if isinstance(s, str) else s for s in sensors]
-    return {(stamps[i] if stamps else None, numbers[i]): i for i in range(table.num_rows)}
+    with naming(path):
+        table = parquet.read_table(path, columns=[n for n in parquet.read_schema(path).names if n.startswith("key.")])
+    def column(name, otherwise):
+        return table[name].to_pylist() if name in table.column_names else [otherwise] * table.num_rows
+    sensors = [WAYMO_CAMERAS.index(s) + 1 if isinstance(s, str) else s for s in column(sensor, 0)]
+    return {key: row for row, key in enumerate(zip(column("key.frame_timestamp_micros", None), sensors))}
 
 
 def waymo_read(folder, component, segment, stamp, sensor, names):
     """The named columns of one row of a component, without their prefix; None if the row is not there."""
-    path = os.path.join(folder, component, segment + ".parquet")
+    path = join(folder, component, segment + ".parquet")
     key = {"camera": "key.camera_name", "lidar": "key.laser_name"}.get(component.split("_")[0])
     row = waymo_keys(path, key).get((stamp, sensor))
     if row is None:
         return None
-    kind = {"lidar_pose": "LiDARPose", "lidar_camera_projection": "LiDARCameraProjection", "lidar": "LiDAR",
-            "lidar_calibration": "LiDARCalibration", "camera_image": "CameraImage", "camera_calibration": "CameraCalibration",
-            "vehicle_pose": "VehiclePose"}[component]
-    batch = parquet_rows(path, tuple(f"[{kind}Component].{name}" for name in names))(row)
+    prefix = component.title().replace("_", "").replace("Lidar", "LiDAR") + "Component"       # lidar_pose: LiDARPose...
+    batch = parquet_rows(path, tuple(f"[{prefix}].{name}" for name in names))(row)
     values = [batch.column(i)[0] for i in range(len(names))]
     return [np.asarray(v.values) if hasattr(v, "values") and v.is_valid else v.as_py() for v in values]
 
 
 def waymo_grid(folder, component, segment, stamp, laser):
     """A range image (H, W, channels) of the first return, or None."""
-    found = waymo_read(folder, component, segment, stamp, laser, ("range_image_return1.values", "range_image_return1.shape"))
+    names = ("range_image_return1.values", "range_image_return1.shape")
+    found = waymo_read(folder, component, segment, stamp, laser, names)
     return found and found[0].reshape(found[1])
 
 
@@ -713,12 +764,13 @@ def rotations_of(roll, pitch, yaw):
     """Rz(yaw) Ry(pitch) Rx(roll) for arrays of N angles -> (N, 3, 3)."""
     (cr, sr), (cp, sp), (cy, sy) = ((np.cos(a), np.sin(a)) for a in (roll, pitch, yaw))
     return np.stack([cy * cp, cy * sp * sr - sy * cr, cy * sp * cr + sy * sr,
-                     sy * cp, sy * sp * sr + cy * cr, sy * sp * cr - cy * sr, -sp, cp * sr, cp * cr], -1).reshape(-1, 3, 3)
+                     sy * cp, sy * sp * sr + cy * cr, sy * sp * cr - cy * sr,
+                     -sp, cp * sr, cp * cr], -1).reshape(-1, 3, 3)
 
 
 @lru_cache(maxsize=2)
 def waymo_points(folder, segment, stamp):
-    """All LiDARs of one frame: world points (N, 3), and the table (N, 6) of camera, x, y (twice) in which they are seen."""
+    """All LiDARs of one frame: world points (N, 3), and the table (N, 6) of camera, x, y (twice) that sees them."""
     points, seen = [], []
     for laser in range(1, 6):
         cells = waymo_grid(folder, "lidar", segment, stamp, laser)
@@ -754,8 +806,8 @@ def load_waymo(frame, folder, segment, stamp, camera):
     """Undistort the JPEG; labels are where the projection table says (it knows the rolling shutter), moved along; their
     distance is from the camera at the image's own time."""
     jpeg, pose = waymo_read(folder, "camera_image", segment, stamp, camera, ("image", "pose.transform"))
-    calibration = waymo_read(folder, "camera_calibration", segment, None, camera, tuple(
-        f"intrinsic.{k}" for k in ("f_u", "f_v", "c_u", "c_v", "k1", "k2", "p1", "p2", "k3")) + ("extrinsic.transform",))
+    names = [f"intrinsic.{k}" for k in ("f_u", "f_v", "c_u", "c_v", "k1", "k2", "p1", "p2", "k3")]
+    calibration = waymo_read(folder, "camera_calibration", segment, None, camera, (*names, "extrinsic.transform"))
     (fx, fy, cx, cy), lens = calibration[:4], calibration[4:9]
     pose = pose.astype(np.float64).reshape(4, 4) @ calibration[9].astype(np.float64).reshape(4, 4) @ WAYMO_FROM_OPENCV
     world, seen = waymo_points(folder, segment, stamp)
@@ -778,15 +830,15 @@ def load_waymo(frame, folder, segment, stamp, camera):
 def frames_waymo(root, split):
     """Images are in parquet files: undistorted copies go to rgb/<segment>/."""
     need_pyarrow()
-    folder = os.path.join(root, "training")
-    for name in sorted(os.listdir(os.path.join(folder, "camera_image"))):
+    folder = join(root, "training")
+    for name in sorted(os.listdir(join(folder, "camera_image"))):
         if not name.endswith(".parquet"):
             continue
         segment = name[:-8]
         try:
-            keys = waymo_keys(os.path.join(folder, "camera_image", name), "key.camera_name")
+            keys = waymo_keys(join(folder, "camera_image", name), "key.camera_name")
         except (OSError, ValueError, KeyError) as error:
-            yield Frame(segment, name, partial(unreadable, why=f"{name}: {error}"))
+            yield unusable(Frame(segment, name, None), str(error))
             continue
         for stamp, camera in keys:
             title = WAYMO_CAMERAS[camera - 1]
@@ -797,11 +849,12 @@ def frames_waymo(root, split):
 
 @lru_cache(maxsize=2)
 def nuscenes_tables(root, version):
-    """The tables that lead from an image to its scene, sensors and poses, by token; of the largest ones only key frames."""
+    """The tables that lead from an image to its scene, sensors and poses, by token; of the largest only key frames."""
     def table(name):
-        return read_json_list(os.path.join(root, version, name + ".json"))
-    data = [{k: r[k] for k in ("token", "sample_token", "ego_pose_token", "calibrated_sensor_token", "filename", "timestamp",
-                               "width", "height")} for r in table("sample_data")
+        return read_json_list(join(root, version, name + ".json"))
+    keep = ("token", "sample_token", "ego_pose_token", "calibrated_sensor_token", "filename", "timestamp", "width",
+            "height")
+    data = [{k: r[k] for k in keep} for r in table("sample_data")
             if r["is_key_frame"] and r["filename"].split("/")[1].startswith(("CAM", "LIDAR"))]
     wanted = {r["ego_pose_token"] for r in data}
     poses = {r["token"]: transform(r["rotation"], r["translation"]) for r in table("ego_pose") if r["token"] in wanted}
@@ -815,7 +868,7 @@ def read_nuscenes_sweep(path):
 
 def frames_nuscenes(root, split):
     """Key frames. LiDAR -> ego -> world at the sweep's time, world -> ego -> camera at the image's time."""
-    there = [v for v in ("v1.0-trainval", "v1.0-mini") if os.path.isdir(os.path.join(root, v))]
+    there = [v for v in ("v1.0-trainval", "v1.0-mini") if isdir(join(root, v))]
     if not there:
         fail(f"{root} has neither v1.0-trainval nor v1.0-mini: extract the metadata archive there, too", 2)
     version = there[-1 if split == "val" else 0]
@@ -832,7 +885,7 @@ def frames_nuscenes(root, split):
 
     sweeps = {r["sample_token"]: r for r in data if "/LIDAR_TOP/" in r["filename"]}
     for row in sorted(data, key=lambda r: (r["timestamp"], r["filename"])):
-        frame = Frame(row["token"], os.path.join(root, row["filename"]), None, time=row["timestamp"] / 1e6)
+        frame = Frame(row["token"], join(root, row["filename"]), None, time=row["timestamp"] / 1e6)
         try:
             scene = look_up("scene", look_up("sample", row["sample_token"])["scene_token"])["name"]
             if (scene in NUSCENES_VAL) != (split == "val") or "/CAM" not in row["filename"]:
@@ -843,23 +896,24 @@ def frames_nuscenes(root, split):
             (camera, pose), (_, world_from_lidar) = world_from(row), world_from(sweep)
             channel = look_up("sensor", camera["sensor_token"])["channel"]
         except ValueError as error:
-            yield frame._replace(load=partial(unreadable, why=str(error)))
+            yield unusable(frame, str(error))
             continue
         k = camera["camera_intrinsic"]
         yield frame._replace(
-            load=partial(load_lidar, path=os.path.join(root, sweep["filename"]), read=read_nuscenes_sweep,
+            load=partial(load_lidar, path=join(root, sweep["filename"]), read=read_nuscenes_sweep,
                          camera_from_lidar=np.linalg.inv(pose) @ world_from_lidar),
-            intrinsics=(k[0][0], k[1][1], k[0][2], k[1][2], row["width"], row["height"]), scene=scene, camera=channel, pose=pose)
+            intrinsics=(k[0][0], k[1][1], k[0][2], k[1][2], row["width"], row["height"]), scene=scene, camera=channel,
+            pose=pose)
 
 
 def load_scannetpp(frame, depth, mask):
-    """256 x 192 depth for a 1920 x 1440 image, with the intrinsics of the frame; masked (anonymised) pixels are left out."""
+    """256 x 192 depth for a 1920 x 1440 image, with the frame's own intrinsics; anonymised pixels are left out."""
     size = image_size(frame.image)
     scale = size[0] / SCANNETPP_VIDEO[0]                  # the frames may have been decoded smaller
     fx, fy, cx, cy = frame.intrinsics
     intrinsics = (fx * scale, fy * scale, (cx + 0.5) * scale - 0.5, (cy + 0.5) * scale - 0.5)
-    if os.path.exists(mask):
-        with Image.open(mask) as m:
+    if exists(mask):
+        with naming(mask), Image.open(mask) as m:
             mask = np.asarray(m.convert("L").resize(size, Image.Resampling.NEAREST))
     else:
         mask = None
@@ -871,45 +925,44 @@ def frames_scannetpp(root, split, every=SCANNETPP_EVERY):
     """Decoded frames of the iPhone stream, paired by their number; `every` counts video frames (60 a second)."""
     lists = {}
     for name in ("nvs_sem_train", "nvs_sem_val"):
-        with open(os.path.join(root, "splits", name + ".txt")) as f:
-            lists[name] = f.read().split()
+        lists[name] = read_text(join(root, "splits", name + ".txt")).split()
     held_out = lists["nvs_sem_val"][:SCANNETPP_VAL_SCENES]
     rest = [s for s in lists["nvs_sem_train"] + lists["nvs_sem_val"][SCANNETPP_VAL_SCENES:] if s not in held_out]
     for scene in held_out if split == "val" else rest:
-        folder = os.path.join(root, "data", scene, "iphone")
-        if not os.path.isdir(os.path.join(folder, "rgb")):
+        folder = join(root, "data", scene, "iphone")
+        if not isdir(join(folder, "rgb")):
             continue                                      # not downloaded, or not decoded
         try:
-            table = read_json(os.path.join(folder, "pose_intrinsic_imu.json"))
+            table = read_json(join(folder, "pose_intrinsic_imu.json"))
         except (OSError, ValueError) as error:
-            yield Frame(scene, folder, partial(unreadable, why=str(error)))
+            yield unusable(Frame(scene, folder, None), str(error))
             continue
-        for name in sorted(os.listdir(os.path.join(folder, "rgb"))):
+        for name in sorted(os.listdir(join(folder, "rgb"))):
             stem = os.path.splitext(name)[0]
             if not stem.startswith("frame_") or int(stem[6:]) % every:
                 continue
-            frame = Frame(f"{scene}/{stem}", os.path.join(folder, "rgb", name), None, scene=scene, camera="iphone",
+            frame = Frame(f"{scene}/{stem}", join(folder, "rgb", name), None, scene=scene, camera="iphone",
                           time=int(stem[6:]) / 60)
             if stem not in table:
-                yield frame._replace(load=partial(unreadable, why=f"{stem} is not in {scene}/iphone/pose_intrinsic_imu.json"))
+                yield unusable(frame, f"{stem} is not in {scene}/iphone/pose_intrinsic_imu.json")
                 continue
             k, pose = table[stem]["intrinsic"], table[stem].get("aligned_pose", table[stem].get("aligned_poses"))
             yield frame._replace(
-                load=partial(load_scannetpp, depth=os.path.join(folder, "depth", stem + ".png"),
-                             mask=os.path.join(folder, "rgb_masks", stem + ".png")),
-                intrinsics=(k[0][0], k[1][1], k[0][2], k[1][2]), pose=None if pose is None else np.array(pose, np.float64))
+                load=partial(load_scannetpp, depth=join(folder, "depth", stem + ".png"),
+                             mask=join(folder, "rgb_masks", stem + ".png")),
+                intrinsics=(k[0][0], k[1][1], k[0][2], k[1][2]), pose=pose and np.array(pose, np.float64))
 
 
 def load_omnidata(frame, domain_file):
     """Taskonomy and HM3D: focal length and pose from the JSON; Euclidean depth if it is there, else the z-buffer."""
     for suffix in ("point_info", "fixatedpose"):
         path = domain_file("point_info", suffix + ".json")
-        if os.path.exists(path):
+        if exists(path):
             break
     info = read_json(path)
     size = info.get("resolution", 512)
     focal = size / 2 / math.tan(info["field_of_view_rads"] / 2)
-    kind = "euclidean" if os.path.exists(domain_file("depth_euclidean", "depth_euclidean.png")) else "z"
+    kind = "euclidean" if exists(domain_file("depth_euclidean", "depth_euclidean.png")) else "z"
     name = "depth_euclidean" if kind == "euclidean" else "depth_zbuffer"
     depth = read_depth_png(domain_file(name, name + ".png"), 512)
     depth[depth >= 65535 / 512] = 0                       # nothing there
@@ -932,22 +985,22 @@ def omnidata_file(image, domain, suffix):
 
 def frames_omnidata(root, component, allowed):
     """Every *_domain_rgb.png below root, whatever of the three layouts in the wild it has."""
-    skip = {"depth_euclidean", "depth_zbuffer", "point_info", "mask_valid", "normal"} | {"taskonomy", "hm3d"} - {component}
+    skip = {"depth_euclidean", "depth_zbuffer", "point_info", "mask_valid", "normal", "taskonomy", "hm3d"} - {component}
     for folder, below, files in os.walk(root):
         below[:] = sorted(set(below) - skip)
-        scene = os.path.basename(folder if os.path.basename(folder) != "rgb" else os.path.dirname(folder))
+        scene = basename(folder if basename(folder) != "rgb" else dirname(folder))
         for name in sorted(files):
             if name.endswith("_domain_rgb.png") and allowed(scene):
-                image = os.path.join(folder, name)
+                image = join(folder, name)
                 yield Frame(f"{scene}/{name[:-15]}", image,
                             partial(load_omnidata, domain_file=partial(omnidata_file, image)), scene=scene)
 
 
 def omnidata_split(root, table):
     """Scenes marked as train in the split table of the download, or None where the table is not there."""
-    for folder in (root, os.path.dirname(os.path.abspath(root))):
-        path = os.path.join(folder, table)
-        if os.path.exists(path):
+    for folder in (root, dirname(os.path.abspath(root))):
+        path = join(folder, table)
+        if exists(path):
             with open(path, newline="") as f:
                 rows = [[cell.strip() for cell in row] for row in csv.reader(f) if row]
             column = rows[0].index("train")
@@ -968,25 +1021,26 @@ def frames_hm3d(root, split):
 
 
 def frames_matterport3d(root, split):
-    """Images, depth and poses of a house are named line by line in its .conf. paper: all houses (none is evaluated on)."""
+    """Images, depth and poses of a house are named line by line in its .conf. All houses: none is evaluated on."""
     confs = []
     for folder, below, files in os.walk(root):
-        if os.path.basename(folder) == "undistorted_camera_parameters":
-            confs += [os.path.join(folder, name) for name in files if name.endswith(".conf")]
+        if basename(folder) == "undistorted_camera_parameters":
+            confs += [join(folder, name) for name in files if name.endswith(".conf")]
         below[:] = [name for name in below if name not in ("undistorted_color_images", "undistorted_depth_images")]
     for conf in sorted(confs):
-        house, base, intrinsics = os.path.basename(conf)[:-5], os.path.dirname(os.path.dirname(conf)), None
-        with open(conf) as f:
-            lines = [line.split() for line in f]
+        house, base, intrinsics = basename(conf)[:-5], dirname(dirname(conf)), None
+        lines = [line.split() for line in read_text(conf).splitlines()]
+        announced = next((int(line[1]) for line in lines if line and line[0] == "n_images"), 0)
+        if announced > sum(len(line) == 19 for line in lines):
+            yield unusable(Frame(house, conf, None), f"{conf} is cut off: it announces {announced} images")
         for line in lines:
-            if line and line[0] == "intrinsics_matrix":   # counts until the next such line
-                k = [float(v) for v in line[1:10]]
-                # their origin is the bottom left corner, y up
+            if line and line[0] == "intrinsics_matrix" and len(line) == 10:       # counts until the next such line
+                k = [float(v) for v in line[1:]]          # their origin is the bottom left corner, y up
                 intrinsics = (k[0], k[4], k[2] - 0.5, 1024 - k[5] - 0.5, 1280, 1024)
-            elif line and line[0] == "scan":
-                depth, image, pose = line[1], line[2], np.array(line[3:19], np.float64).reshape(4, 4)
-                yield Frame(f"{house}/{image}", os.path.join(base, "undistorted_color_images", image),
-                            partial(load_map, path=os.path.join(base, "undistorted_depth_images", depth), scale=4000),
+            elif line and line[0] == "scan" and len(line) == 19:
+                depth, image, pose = line[1], line[2], np.array(line[3:], np.float64).reshape(4, 4)
+                yield Frame(f"{house}/{image}", join(base, "undistorted_color_images", image),
+                            partial(load_map, path=join(base, "undistorted_depth_images", depth), scale=4000),
                             intrinsics, house, image.rsplit("_", 2)[1], None, pose @ OPENGL_TO_OPENCV)
 
 
@@ -1001,28 +1055,28 @@ def frames_ddad(root, split):
         r, t = (datum.get("pose", {}).get(k, {}) for k in ("rotation", "translation"))
         return transform([r.get(k, 0) for k in ("qw", "qx", "qy", "qz")], [t.get(k, 0) for k in "xyz"])
 
-    for listed in read_json(os.path.join(root, "ddad.json"))["scene_splits"]["1"]["filenames"]:
-        folder, scene = os.path.join(root, os.path.dirname(listed)), os.path.dirname(listed)
+    for listed in read_json(join(root, "ddad.json"))["scene_splits"]["1"]["filenames"]:
+        folder, scene = join(root, dirname(listed)), dirname(listed)
         try:
-            content = read_json(os.path.join(root, listed))
+            content = read_json(join(root, listed))
         except (OSError, ValueError) as error:
-            yield Frame(scene, listed, partial(unreadable, why=f"{listed}: {error}"))
+            yield unusable(Frame(scene, listed, None), str(error))
             continue
         data = {d["key"]: d for d in content["data"]}
         for number, sample in enumerate(content["samples"]):
             where = f"{scene}/{number}"
             try:
-                calibration = read_json(os.path.join(folder, "calibration", sample["calibration_key"] + ".json"))
+                calibration = read_json(join(folder, "calibration", sample["calibration_key"] + ".json"))
                 datums = {data[key]["id"]["name"].upper(): data[key]["datum"] for key in sample["datum_keys"]}
                 lidar = datums["LIDAR"]["point_cloud"]
             except (OSError, ValueError, KeyError) as error:
-                yield Frame(where, listed, partial(unreadable, why=f"{listed}, sample {number}: no {error}"))
+                yield unusable(Frame(where, listed, None), f"{listed}, sample {number}: {error}")
                 continue
             cameras = {name.upper(): k for name, k in zip(calibration["names"], calibration["intrinsics"])}
             for camera in sorted(name for name in datums if "image" in datums[name]):
                 image, k = datums[camera]["image"], cameras.get(camera, {})
-                yield Frame(f"{where}/{camera}", os.path.join(folder, image["filename"]),
-                            partial(load_lidar, path=os.path.join(folder, lidar["filename"]), read=read_ddad_sweep,
+                yield Frame(f"{where}/{camera}", join(folder, image["filename"]),
+                            partial(load_lidar, path=join(folder, lidar["filename"]), read=read_ddad_sweep,
                                     camera_from_lidar=np.linalg.inv(pose(image)) @ pose(lidar)),
                             (*(k.get(name, 0) for name in ("fx", "fy", "cx", "cy")), image["width"], image["height"]),
                             # stamps in DDAD are ten times too large; samples are 0.1 s apart
@@ -1030,10 +1084,10 @@ def frames_ddad(root, split):
 
 
 def load_eth3d(frame, depth, camera):
-    """Fisheye image and z map -> pinhole image of focal length ETH3D_FOCAL, and labels at the laser pixels' new place."""
+    """Fisheye image and z map -> pinhole image of focal length ETH3D_FOCAL, labels at the laser pixels' new places."""
     w, h, fx, fy, cx, cy, *lens = camera                  # cx, cy from the corner of the first pixel
-    if os.path.getsize(depth) != 4 * w * h:
-        raise ValueError(f"{depth} has {os.path.getsize(depth)} bytes, not 4 x {w} x {h}: extract it again")
+    if getsize(depth) != 4 * w * h:
+        raise ValueError(f"{depth} has {getsize(depth)} bytes, not 4 x {w} x {h}: extract it again")
     z = np.memmap(depth, "<f4", "r", shape=(h, w))[ETH3D_BORDER:-ETH3D_BORDER, ETH3D_BORDER:-ETH3D_BORDER]
     j, i = np.nonzero(np.isfinite(z) & (z > 0))
     z = z[j, i].astype(np.float64)
@@ -1051,37 +1105,37 @@ def load_eth3d(frame, depth, camera):
     if image.size != (w, h):
         raise ValueError("image of {} x {}, cameras.txt says {} x {}".format(*image.size, w, h))
     shrink = max(1, int(1 / scale))                       # average before sampling, or it would flicker
-    name = os.path.splitext(os.path.basename(frame.image))[0]
+    name = os.path.splitext(basename(frame.image))[0]
     return frame._replace(pixels=remap(image.reduce(shrink), size, source), depth=points, kind="points",
-                          image=f"rgb/{frame.scene}/{name}.jpg", intrinsics=(focal, focal, centre[0] - 0.5, centre[1] - 0.5))
+                          image=f"rgb/{frame.scene}/{name}.jpg",
+                          intrinsics=(focal, focal, centre[0] - 0.5, centre[1] - 0.5))
 
 
 def frames_eth3d(root, split):
     """The 13 training scenes. Image and depth may have been unpacked to two trees: paired by scene and name."""
     def found(pattern):                                   # scene -> folder, at most two levels below root
-        paths = sorted(p for n in ("*", "*/*") for p in glob.glob(os.path.join(glob.escape(root), n, pattern)))
+        paths = sorted(p for n in ("*", "*/*") for p in glob.glob(join(glob.escape(root), n, pattern)))
         return {p.removesuffix("/" + pattern).split(os.sep)[-1]: p for p in paths}
     images, depths = found("images"), found("ground_truth_depth")
     for scene, folder in sorted(found("dslr_calibration_jpg").items()):
         cameras = {}
-        with open(os.path.join(folder, "cameras.txt")) as f:
-            for number, model, *numbers in (line.split() for line in f if line.strip() and line[0] != "#"):
+        for line in read_text(join(folder, "cameras.txt")).splitlines():
+            if line.strip() and line[0] != "#":
+                number, model, *numbers = line.split()
                 cameras[number] = (model, [int(v) for v in numbers[:2]] + [float(v) for v in numbers[2:]])
-        with open(os.path.join(folder, "images.txt")) as f:
-            lines = [line for line in f if line[0] != "#"]
+        lines = [line for line in read_text(join(folder, "images.txt")).splitlines() if line[:1] != "#"]
         for line in sorted(lines[::2], key=lambda s: s.split()[-1:]):     # each second line, maybe empty, lists points
             if not line.strip():
                 continue
             _, *numbers, camera, name = line.split()
-            frame = Frame(f"{scene}/{name}", os.path.join(images.get(scene, scene), name), None, scene=scene,
-                          camera=f"camera {camera}",
-                          pose=np.linalg.inv(transform([float(v) for v in numbers[:4]], [float(v) for v in numbers[4:]])))
+            numbers = [float(v) for v in numbers]         # world-to-camera
+            frame = Frame(f"{scene}/{name}", join(images.get(scene, scene), name), None, scene=scene,
+                          camera=f"camera {camera}", pose=np.linalg.inv(transform(numbers[:4], numbers[4:])))
             model, parameters = cameras.get(camera, ("no model", []))
             if model != "THIN_PRISM_FISHEYE" or len(parameters) != 14:
-                yield frame._replace(load=partial(unreadable, why=f"{scene}: camera {camera} is {model} in cameras.txt, "
-                                                  "THIN_PRISM_FISHEYE is needed (dslr_calibration_jpg)"))
+                yield unusable(frame, f"{scene}: camera {camera} is {model} in cameras.txt, not THIN_PRISM_FISHEYE")
                 continue
-            yield frame._replace(load=partial(load_eth3d, depth=os.path.join(depths.get(scene, scene), name),
+            yield frame._replace(load=partial(load_eth3d, depth=join(depths.get(scene, scene), name),
                                               camera=parameters))
 
 
@@ -1097,22 +1151,20 @@ def sunrgbd_frame(folder, root, depth_folder, paper):
     """A frame of one SUN RGB-D folder: exactly one image in image/, one map in depth*/, a 3 x 3 intrinsics.txt."""
     name = os.path.relpath(folder, root)
     # in sun3ddata the parent folder is a place, elsewhere each frame is its own
-    frame = Frame(name, folder, None, scene=os.path.dirname(name) if "sun3ddata" in name else name)
+    frame = Frame(name, folder, None, scene=dirname(name) if "sun3ddata" in name else name)
     try:
-        image, = os.listdir(os.path.join(folder, "image"))
-        depth, = os.listdir(os.path.join(folder, depth_folder))
-        with open(os.path.join(folder, "intrinsics.txt")) as f:
-            k = [float(v) for v in f.read().split()]
-        fx, fy = k[0] or k[4], k[4] or k[0]               # one of them is missing in a few files
-    except (OSError, ValueError, IndexError) as error:
-        return frame._replace(load=partial(unreadable, why=f"{folder}: one image, one depth map and intrinsics.txt are "
-                                           f"needed: {error}"))
-    return frame._replace(image=os.path.join(folder, "image", image), intrinsics=(fx, fy, k[2] - 1, k[5] - 1),   # 1-based
-                          load=partial(load_sunrgbd, depth=os.path.join(folder, depth_folder, depth), paper=paper))
+        image, = os.listdir(join(folder, "image"))
+        depth, = os.listdir(join(folder, depth_folder))
+        fx, fy, cx, cy = read_intrinsics(join(folder, "intrinsics.txt"))
+    except (OSError, ValueError) as error:
+        return unusable(frame, f"{folder}: one image, one depth map and intrinsics.txt are needed: {error}")
+    return frame._replace(image=join(folder, "image", image),
+                          load=partial(load_sunrgbd, depth=join(folder, depth_folder, depth), paper=paper),
+                          intrinsics=(fx or fy, fy or fx, cx - 1, cy - 1))        # 1-based; fx is 0 in a few files
 
 
 def frames_sunrgbd(root, split, paper=False):
-    """All frames except NYUv2's own, wherever they lie in the tree. paper: it takes 8,192 draws from the same frames."""
+    """All frames except NYUv2's own, wherever they lie in the tree."""
     for folder, below, _ in os.walk(root):
         below.sort()
         if "NYUdata" in below:
@@ -1139,66 +1191,57 @@ def load_nyuv2_png(frame, depth):
 
 def frames_nyuv2(root, split, paper=False, every_image=False):
     """kv1/NYUdata of SUN RGB-D (the number is the index in NYUv2), else pairs rgb_*.jpg and sync_depth_*.png."""
-    # paper: the released script takes all 1,449 images, of which 795 are training images of NYUv2; --all-images does that
+    # paper: the released script takes all 1,449 images, 795 of them training images of NYUv2; --all-images does that
     test, found = nyuv2_test(), False
     for folder, below, files in os.walk(root):
         below[:] = sorted(name for name in below if name not in ("kv2", "realsense", "xtion", "b3dodata"))
-        name = os.path.basename(folder)
+        name = basename(folder)
         if name.startswith("NYU") and name[3:].isdigit():
             found = True
             below.clear()
             if every_image or int(name[3:]) in test:
-                yield sunrgbd_frame(folder, os.path.dirname(folder), "depth", paper)
+                yield sunrgbd_frame(folder, dirname(folder), "depth", paper)
         for file in sorted(files):
             if file.startswith("sync_depth_") and not found:
                 image = file.replace("sync_depth_", "rgb_").replace(".png", ".jpg")
-                places = [os.path.join(p, image) for p in (folder, os.path.join(os.path.dirname(folder), "rgb"))]
-                path = next((p for p in places if os.path.exists(p)), places[0])
-                yield Frame(os.path.relpath(path, root), path, partial(load_nyuv2_png, depth=os.path.join(folder, file)),
-                            (518.8579, 519.4696, 324.5824, 252.7362, 640, 480), scene=os.path.relpath(path, root)[:-4])
+                places = [join(p, image) for p in (folder, join(dirname(folder), "rgb"))]
+                path = next((p for p in places if exists(p)), places[0])
+                name = os.path.relpath(path, root)
+                yield Frame(name, path, partial(load_nyuv2_png, depth=join(folder, file)),
+                            (518.8579, 519.4696, 324.5824, 252.7362, 640, 480), scene=name[:-4])
+
+
+def read_mask(path):
+    with naming(path), Image.open(path) as image:
+        return np.asarray(image)
 
 
 def load_ibims1(frame, depth, masks):
     metres = read_depth_png(depth, 65535 / 50)
     for mask in masks:                                    # > 0 means usable in both: valid, not transparent
-        with Image.open(mask) as m:
-            metres[np.asarray(m) == 0] = 0
+        metres[read_mask(mask) == 0] = 0
     return frame._replace(depth=metres)
 
 
 def frames_ibims1(root, split):
     """100 laser-scanned interiors."""
-    listed = os.path.join(root, "imagelist.txt")
-    if os.path.exists(listed):
-        with open(listed) as f:
-            names = f.read().split()
+    if exists(join(root, "imagelist.txt")):
+        names = read_text(join(root, "imagelist.txt")).split()
     else:
-        names = sorted(name[:-4] for name in os.listdir(os.path.join(root, "rgb")) if name.endswith(".png"))
+        names = sorted(name[:-4] for name in os.listdir(join(root, "rgb")) if name.endswith(".png"))
     for n, name in enumerate(names):
-        masks = [os.path.join(root, folder, name + ".png") for folder in ("mask_invalid", "mask_transp")]
-        frame = Frame(name, os.path.join(root, "rgb", name + ".png"), None, scene=name)
+        masks = [join(root, folder, name + ".png") for folder in ("mask_invalid", "mask_transp")]
+        frame = Frame(name, join(root, "rgb", name + ".png"), None, scene=name)
         try:
-            with open(os.path.join(root, "calib", name + ".txt")) as f:
-                intrinsics = tuple(float(v) for v in f.read().replace(",", " ").split())
-            if n == 0:
-                with Image.open(masks[0]) as m:
-                    usable = float((np.asarray(m) > 0).mean())
-                if usable < 0.5:
-                    fail(f"{masks[0]} leaves only {usable:.0%} of the image: its sense is not the one expected (> 0 is valid)")
+            intrinsics = read_intrinsics(join(root, "calib", name + ".txt"))
+            usable = 1 if n else float((read_mask(masks[0]) > 0).mean())
+            if usable < 0.5:
+                fail(f"{masks[0]} leaves only {usable:.0%} of the image: its sense is not > 0 for valid, as expected")
         except (OSError, ValueError) as error:
-            yield frame._replace(load=partial(unreadable, why=str(error)))
+            yield unusable(frame, str(error))
             continue
-        yield frame._replace(load=partial(load_ibims1, depth=os.path.join(root, "depth", name + ".png"), masks=masks),
+        yield frame._replace(load=partial(load_ibims1, depth=join(root, "depth", name + ".png"), masks=masks),
                              intrinsics=intrinsics)
-
-
-def parse_intrinsics(text):
-    """fx fy cx cy, or a 3 x 3 or 4 x 4 matrix, in words or with commas -> (fx, fy, cx, cy)."""
-    numbers = [float(v) for v in text.replace(",", " ").split()]
-    if len(numbers) not in (4, 9, 16):
-        raise ValueError(f"intrinsics of {len(numbers)} numbers: expected fx fy cx cy, or a 3 x 3 matrix")
-    side = 3 if len(numbers) == 9 else 4
-    return tuple(numbers) if len(numbers) == 4 else (numbers[0], numbers[side + 1], numbers[2], numbers[side + 2])
 
 
 def load_folder(frame, depth, depth_scale, depth_type, pose):
@@ -1208,7 +1251,7 @@ def load_folder(frame, depth, depth_scale, depth_type, pose):
             depth = np.load(depth).astype(np.float32) / np.float32(depth_scale or 1)
     else:
         depth = read_depth_png(depth, depth_scale or 1000)
-    if os.path.exists(pose):
+    if exists(pose):
         with naming(pose):
             frame = frame._replace(pose=np.loadtxt(pose).reshape(4, 4))
     return frame._replace(depth=depth, kind=depth_type)
@@ -1216,34 +1259,32 @@ def load_folder(frame, depth, depth_scale, depth_type, pose):
 
 def frames_folder(root, split, intrinsics=None, depth_scale=None, depth_type="z"):
     """Your own: rgb/ and depth/ with files of the same stem, in root or in folders of it (each one a scene)."""
-    scenes = [""] if os.path.isdir(os.path.join(root, "rgb")) else folders(root)
+    scenes = [""] if isdir(join(root, "rgb")) else folders(root)
     for scene in scenes:
-        folder = os.path.join(root, scene)
-        if not os.path.isdir(os.path.join(folder, "rgb")):
+        folder = join(root, scene)
+        if not isdir(join(folder, "rgb")):
             continue
-        images, depths = ({os.path.splitext(name)[0]: name for name in sorted(os.listdir(os.path.join(folder, part)))}
-                          if os.path.isdir(os.path.join(folder, part)) else {} for part in ("rgb", "depth"))
+        images, depths = ({os.path.splitext(name)[0]: name for name in sorted(os.listdir(join(folder, part)))}
+                          if isdir(join(folder, part)) else {} for part in ("rgb", "depth"))
         for stem in sorted(images | depths):
-            frame = Frame(os.path.join(scene, stem), os.path.join(folder, "rgb", images.get(stem, stem)), None,
+            frame = Frame(join(scene, stem), join(folder, "rgb", images.get(stem, stem)), None,
                           scene=scene or None)
             try:
                 if stem not in images or stem not in depths:
                     raise ValueError(f"{folder}: {stem} has {'an image' if stem in images else 'depth'} only")
-                places = [p for p in (os.path.join(folder, "intrinsics", stem + ".txt"), os.path.join(folder, "intrinsics.txt"),
-                                      os.path.join(root, "intrinsics.txt")) if os.path.exists(p)]
-                if not (intrinsics or places):
+                places = [join(folder, "intrinsics", stem + ".txt"), join(folder, "intrinsics.txt"),
+                          join(root, "intrinsics.txt")]
+                place = next(filter(exists, places), None)
+                if not (intrinsics or place):
                     fail(f"{folder} has no intrinsics.txt: write 'fx fy cx cy' [px] into it, or give --intrinsics", 2)
-                if intrinsics:
-                    frame = frame._replace(intrinsics=parse_intrinsics(intrinsics))
-                else:
-                    with open(places[0]) as f:
-                        frame = frame._replace(intrinsics=parse_intrinsics(f.read()))
+                k = parse_intrinsics(intrinsics) if intrinsics else read_intrinsics(place)
+                frame = frame._replace(intrinsics=k)
             except ValueError as error:
-                yield frame._replace(load=partial(unreadable, why=str(error)))
+                yield unusable(frame, str(error))
                 continue
-            yield frame._replace(load=partial(load_folder, depth=os.path.join(folder, "depth", depths[stem]),
+            yield frame._replace(load=partial(load_folder, depth=join(folder, "depth", depths[stem]),
                                               depth_scale=depth_scale, depth_type=depth_type,
-                                              pose=os.path.join(folder, "poses", stem + ".txt")))
+                                              pose=join(folder, "poses", stem + ".txt")))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1325,7 +1366,8 @@ def load_toy(frame, light, boxes, colours):
     squares[n, axis] = 0
     dark = squares.sum(1) % 2
     facing = np.abs(rays[n, axis])
-    if light == "lamp":   # light falls with 1 / d^2; a fixed logarithmic tone curve keeps 0.5 m and 12 m apart in 8 bits
+    if light == "lamp":                                   # falls with 1 / d^2; the fixed logarithmic tone curve keeps
+        # 0.5 m and 12 m apart in 8 bits
         shade = 0.94 - 0.86 * np.log(depth / 0.5) / math.log(12 / 0.5) + 0.06 * facing
     else:
         shade = np.array([0.75, 0.95, 0.65, 0.85, 0.7, 0.9])[kind]
@@ -1381,7 +1423,7 @@ def read_record(line):
 
 
 def largest_plane(inverse_depth, x, y, triples):
-    """Most points (of N) that lie within 0.5 % of a plane through three of them: on a plane 1 / z is linear in x and y."""
+    """Most points (of N) within 0.5 % of a plane through three of them: on a plane 1 / z is linear in x and y."""
     a = np.stack([x, y, np.ones_like(x)], 1)
     corners = a[triples]                                  # (T, 3, 3)
     good = np.abs(np.linalg.det(corners)) > 1e-4
@@ -1391,16 +1433,17 @@ def largest_plane(inverse_depth, x, y, triples):
 
 def on_grid(values, steps):
     """Whether (nearly) all values are multiples of one of the steps, up to their rounding to 4 decimals."""
-    return len(values) >= 50 and any(np.mean(np.abs(values / s - np.round(values / s)) * s < 6e-5) > 0.98 for s in steps)
+    return len(values) >= 50 and any(
+        np.mean(np.abs(values / s - np.round(values / s)) * s < 6e-5) > 0.98 for s in steps)
 
 
 def depth_kind(records):
     """What the labels look like: "euclidean", "z", or None where one cannot tell.
 
-    Two kinds of evidence. Planes: rooms and streets are full of them, and labels lie on flat ones only when they are read
-    as what they are. Grid: a depth PNG holds z in fixed steps, so labels converted from it are multiples of a step after
-    division by their ray and hardly before. Plain multiples of a step prove less (somebody may have rounded), so they
-    count only where planes do not speak against it."""
+    Two kinds of evidence. Planes: rooms and streets are full of them, and labels lie on flat ones only when they are
+    read as what they are. Grid: a depth PNG holds z in fixed steps, so labels converted from it are multiples of a step
+    after division by their ray and hardly before. Plain multiples of a step prove less (somebody may have rounded, or
+    measured Euclidean depth), so they count only where neither planes nor the record itself speak against it."""
     planes, plain, divided, steps = [], [], [], (1 / 1000, 1 / 4000, 50 / 65535, 1 / 5000, 1 / 256)
     for n, r in enumerate(records):
         (fx, fy, cx, cy), (u, v), d = r["intrinsics"][:4], r["pixel_coords"].T, r["depth"]
@@ -1410,7 +1453,7 @@ def depth_kind(records):
         triples = rng_for(0, f"triples {n}").integers(0, len(d), (300, 3))
         planes.append([largest_plane(q, (u - cx) / fx, (v - cy) / fy, triples) for q in (rays / d, 1 / d)])
         far = rays > 1.02                                 # near the axis the two kinds are equal
-        plain.append(d[far])
+        plain.append(d[far] if r.get("depth_type") != "euclidean" else [])
         divided.append((d / rays)[far])
     if not planes:
         return None
@@ -1422,7 +1465,8 @@ def depth_kind(records):
         return "z"
     gain = planes[:, 0] - planes[:, 1]
     sure = len(gain) >= 20 and abs(gain.mean()) > 6 * gain.std(ddof=1) / math.sqrt(len(gain))
-    clear = len(gain) >= 5 and abs(as_euclidean - as_z) >= 30 and max(as_euclidean, as_z) > 1.25 * min(as_euclidean, as_z)
+    ahead, behind = max(as_euclidean, as_z), min(as_euclidean, as_z)
+    clear = len(gain) >= 5 and ahead - behind >= 30 and ahead > 1.25 * behind
     return ("euclidean" if as_euclidean > as_z else "z") if sure or clear else None
 
 
@@ -1488,7 +1532,7 @@ def check_images(records, numbers, image_path, add):
         if tuple(r["intrinsics"][4:]) != size:
             add("image size is not that of the intrinsics", n, "{} is {} x {}, intrinsics say {:g} x {:g}".format(
                 path, *size, *r["intrinsics"][4:]))
-        sizes.setdefault(os.path.getsize(path), []).append((n, path))
+        sizes.setdefault(getsize(path), []).append((n, path))
     seen = {}
     for same in (group for group in sizes.values() if len(group) > 1):
         for n, path in same:
@@ -1505,7 +1549,7 @@ def check_images(records, numbers, image_path, add):
 
 def check_file(path, image_root=None):
     """-> summary dict for the table, with "faults": {what: [count, first example]} and "notes"; and the scenes."""
-    folder, faults, scenes, names = image_root or os.path.dirname(os.path.abspath(path)), {}, {}, array("q")
+    folder, faults, scenes, names = image_root or dirname(os.path.abspath(path)), {}, {}, array("q")
     histogram, points, two, low, high, focals = np.zeros(len(BINS) + 1, np.int64), 0, 0, math.inf, 0.0, set()
     pending = []                                          # depths not yet counted: by the thousand lines, for speed
 
@@ -1523,13 +1567,14 @@ def check_file(path, image_root=None):
                 return None
 
     def image_path(r):
-        return os.path.join(folder, r["image"])
+        return join(folder, r["image"])
 
     offsets = line_offsets(path)
     count = len(offsets) - 1
     declared_z = 0
     with open(path, "rb") as f:
-        for n, line in enumerate(tqdm(f, total=count, unit=" lines", desc="check", leave=False, disable=count < 20_000)):
+        lines = tqdm(f, total=count, unit=" lines", desc="check", leave=False, disable=count < 20_000)
+        for n, line in enumerate(lines):
             try:
                 r = read_record(line)
             except ValueError as error:
@@ -1564,14 +1609,15 @@ def check_file(path, image_root=None):
     order = np.argsort(names, kind="stable")
     same = np.flatnonzero(np.diff(np.frombuffer(names, np.int64)[order]) == 0) if count else []
     for i in same:
-        add("duplicate image", int(order[i + 1]), f"{(record(order[i + 1]) or {}).get('image')} is also on line {order[i] + 1}")
+        add("duplicate image", int(order[i + 1]), f"the image of line {order[i] + 1} again")
 
     chosen = np.unique(np.linspace(0, count - 1, min(count, CHECK_IMAGES)).astype(int)) if count else np.array([], int)
     note = check_images(record, chosen, image_path, add) if count else "empty file"
     if count and not note:
         shift = shifted_by(record, image_path, count)
         if shift:
-            add("labels on the wrong image", 0, f"they fit the image of the {'next' if shift > 0 else 'previous'} line better")
+            add("labels on the wrong image", 0,
+                f"shifted: they fit the image of the {'next' if shift > 0 else 'previous'} line better")
         for n in chosen:                                  # .../<scene>/... of another scene of this very file
             r = record(n)
             parts = set(r["image"].split("/")) if r and r.get("scene") else set()
@@ -1592,15 +1638,15 @@ def check_file(path, image_root=None):
 
 
 def split_of(path):
-    return next((s for s in ("train", "val", "test") if s in os.path.basename(path)), None)
+    return next((s for s in ("train", "val", "test") if s in basename(path)), None)
 
 
 def check(paths, image_root=None):
     """Print table and faults of the files -> number of faults. A file's own sibling (train beside val) counts as given
     where scenes are compared."""
     results = [check_file(path, image_root) for path in paths]
-    print(f"\n{'file':32}{'images':>9}{'points':>11}{'min':>8}{'5%':>7}{'25%':>7}{'50%':>7}{'75%':>7}{'95%':>7}{'max':>8}"
-          f"{'focal px':>15}{'2.0 m':>7}{'paper':>7}")
+    print(f"\n{'file':32}{'images':>9}{'points':>11}{'min':>8}{'5%':>7}{'25%':>7}{'50%':>7}{'75%':>7}{'95%':>7}"
+          f"{'max':>8}{'focal px':>15}{'2.0 m':>7}{'paper':>7}")
     for r, _ in results:
         name = next((k for k in PAPER_CONSTANT if k in os.path.abspath(r["path"]).lower()), None)
         focals = f"{r['focals'][0]:.0f}" if r["focals"] else "-"
@@ -1608,15 +1654,16 @@ def check(paths, image_root=None):
         print(f"{r['path'][-31:]:32}{r['images']:>9}{r['points']:>11}{r['low']:>8.2f}"
               + "".join(f"{q:>7.2f}" for q in r["quantiles"]) + f"{r['high']:>8.2f}{focals:>15}{r['two']:>7.3f}"
               + f"{format(PAPER_CONSTANT[name], '.3f') if name and split_of(r['path']) != 'train' else '-':>7}")
-        r["notes"] += [f"labels are said to be {r['kind']}" + (f", and look like it" if r["looks"] == r["kind"] else "")]
+        r["notes"] += [f"labels are said to be {r['kind']}" + ", and look like it" * (r["looks"] == r["kind"])]
     print("always 2.0 m in the paper: " + ", ".join(f"{name} {value:.3f}" for name, value in PAPER_CONSTANT.items()))
     compared = [(r["path"], scenes) for r, scenes in results]
     for path in paths:
         other = {"train": "val", "val": "train"}.get(split_of(path))
-        base = os.path.basename(path)
-        sibling = os.path.join(os.path.dirname(path), base.replace(split_of(path), other, 1)) if other else ""
+        base = basename(path)
+        sibling = join(dirname(path), base.replace(split_of(path), other, 1)) if other else ""
         if os.path.isfile(sibling) and os.path.realpath(sibling) not in map(os.path.realpath, paths):
-            compared.append((sibling, {r["scene"]: n for n, r in enumerate(map(json.loads, open(sibling))) if "scene" in r}))
+            with open(sibling) as f:
+                compared.append((sibling, {r["scene"]: None for r in map(json.loads, f) if "scene" in r}))
     for i, (a, scenes_a) in enumerate(compared):
         for b, scenes_b in compared[i + 1:]:
             shared = sorted(scenes_a.keys() & scenes_b.keys(), key=str)
@@ -1645,14 +1692,14 @@ def download(url, path, md5=None):
     """Fetch url to path. Goes on where a cut connection or an earlier run stopped (if the file is still the same one),
     and accepts nothing but the size that the server announced and, if known, the checksum."""
     part, tag, failures, total = path + ".part", path + ".part.tag", 0, None
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    bar = tqdm(unit="B", unit_scale=True, unit_divisor=1024, desc=os.path.basename(path))
+    os.makedirs(dirname(os.path.abspath(path)), exist_ok=True)
+    bar = tqdm(unit="B", unit_scale=True, unit_divisor=1024, desc=basename(path))
     while True:
-        have = os.path.getsize(part) if os.path.exists(part) else 0
+        have = getsize(part) if exists(part) else 0
         start, request = have, urllib.request.Request(url, headers={"User-Agent": "prepare.py"})
         if have:
             request.add_header("Range", f"bytes={have}-")
-            if os.path.exists(tag):
+            if exists(tag):
                 request.add_header("If-Range", open(tag).read())
         try:
             with urllib.request.urlopen(request, timeout=60) as reply:
@@ -1660,9 +1707,10 @@ def download(url, path, md5=None):
                     have = 0                              # another file by now, or a server that cannot go on
                 length = reply.headers.get("Content-Length")
                 total = None if length is None else have + int(length)
-                if total and shutil.disk_usage(os.path.dirname(os.path.abspath(path))).free < total - have:
+                if total and shutil.disk_usage(dirname(os.path.abspath(path))).free < total - have:
                     fail(f"{path} needs {(total - have) / 1e9:.1f} GB, which the disk does not have")
-                if (mark := reply.headers.get("ETag") or reply.headers.get("Last-Modified")) and not mark.startswith("W/"):
+                mark = reply.headers.get("ETag") or reply.headers.get("Last-Modified")
+                if mark and not mark.startswith("W/"):
                     with open(tag, "w") as f:
                         f.write(mark)
                 bar.total, bar.n = total, have
@@ -1686,7 +1734,7 @@ def download(url, path, md5=None):
             if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
                 fail(f"{part}: {error.strerror}; make room and give the command again")
             done = False
-        have = os.path.getsize(part) if os.path.exists(part) else 0
+        have = getsize(part) if exists(part) else 0
         if done or have == total:
             break
         if total is not None and have > total:
@@ -1694,8 +1742,8 @@ def download(url, path, md5=None):
             fail(f"{url} sent {have} bytes instead of {total}: wrong size, thrown away; give the command again")
         failures = 0 if have > start else failures + 1
         if failures >= RETRIES:
-            fail(f"{url}: the connection failed {RETRIES} times, {have} of {total or 'unknown'} bytes are in {part}; give the "
-                 "command again to go on")
+            fail(f"{url}: the connection failed {RETRIES} times, {have} of {total or 'unknown'} bytes are in {part}; "
+                 "give the command again to go on")
         time.sleep(RETRY_WAIT * 2 ** failures * (failures > 0))
     bar.close()
     if md5:
@@ -1705,7 +1753,7 @@ def download(url, path, md5=None):
             os.remove(part)
             fail(f"{url}: checksum {found} instead of {md5}; the file was thrown away, give the command again")
     os.replace(part, path)
-    if os.path.exists(tag):
+    if exists(tag):
         os.remove(tag)
 
 
@@ -1715,14 +1763,14 @@ def unpack(archive, root):
         if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as z:
                 for m in tqdm(z.infolist(), unit=" files", desc="unpack"):
-                    target = os.path.join(root, m.filename)
-                    if not (os.path.isfile(target) and os.path.getsize(target) == m.file_size):
+                    target = join(root, m.filename)
+                    if not (os.path.isfile(target) and getsize(target) == m.file_size):
                         z.extract(m, root)
         else:
             with tarfile.open(archive) as t:
                 for m in tqdm(t, unit=" files", desc="unpack"):
-                    target = os.path.join(root, m.name)
-                    if not (os.path.isfile(target) and os.path.getsize(target) == m.size):
+                    target = join(root, m.name)
+                    if not (os.path.isfile(target) and getsize(target) == m.size):
                         t.extract(m, root, filter="data")
     except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
         fail(f"{archive} is damaged ({str(error).splitlines()[0]}): delete it and give the command again")
@@ -1732,21 +1780,22 @@ def missing_raw(dataset, root, why):
     """The message for raw data that is not there: what, where from, how large, which terms, and where to put it."""
     d = DATASETS[dataset]
     open_text = f"\n  or run: python prepare.py --dataset {dataset} --download --root {root}" if "download" in d else ""
-    fail(f"{why}\n  {dataset} needs: {d['get']}\n  published at: {d['url']}\n  size: {d['size']}\n  terms: {d['licence']}\n"
-         f"  put it in: {root} (or give --root){open_text}", 2)
+    fail(f"{why}\n  {dataset} needs: {d['get']}\n  published at: {d['url']}\n  size: {d['size']}\n"
+         f"  terms: {d['licence']}\n  put it in: {root} (or give --root){open_text}", 2)
 
 
 def find_root(dataset, root):
-    """The folder that looks like the dataset: root, one or two below it, or one or two above it. None if there is none."""
+    """The folder that looks like the dataset: root, or one or two below it or above it. None if there is none."""
     def marks(folder):
-        return (path for mark in DATASETS[dataset]["marks"] for path in glob.iglob(os.path.join(glob.escape(folder), mark)))
-    if not os.path.isdir(root):
+        patterns = (join(glob.escape(folder), mark) for mark in DATASETS[dataset]["marks"])
+        return (path for pattern in patterns for path in glob.iglob(pattern))
+    if not isdir(root):
         return None
-    below = [os.path.join(root, a) for a in folders(root)]
-    below += [os.path.join(a, b) for a in below[:200] for b in folders(a)[:200]]
+    below = [join(root, a) for a in folders(root)]
+    below += [join(a, b) for a in below[:200] for b in folders(a)[:200]]
     found = next((folder for folder in (root, *below) if next(marks(folder), None)), None)
     inside = os.path.abspath(root)                        # further up only where root is a part of what is found
-    for folder in (os.path.dirname(inside), os.path.dirname(os.path.dirname(inside))):
+    for folder in (dirname(inside), dirname(dirname(inside))):
         found = found or next((folder for path in marks(folder) if (path + os.sep).startswith(inside + os.sep)), None)
     if found and found != root:
         print(f"prepare.py: {root} is not the root of {dataset}; using {found}", file=sys.stderr)
@@ -1758,9 +1807,9 @@ def find_root(dataset, root):
 def prepare(dataset, split, options, root, path, points, seed, limits, occlusion, paper, stride, limit, shard, workers,
             overwrite, must_exist):
     """One split of one dataset -> path. False if it has no frames and need not have any."""
-    command = {"dataset": dataset, "split": split, "root": root and os.path.abspath(root), "points": points, "seed": seed,
-               "range": limits, "occlusion": occlusion, "paper_labels": paper, "stride": stride, "limit": limit,
-               "shard": shard, **options}
+    command = {"dataset": dataset, "split": split, "root": root and os.path.abspath(root), "points": points,
+               "seed": seed, "range": limits, "occlusion": occlusion, "paper_labels": paper, "stride": stride,
+               "limit": limit, "shard": shard, **options}
     state = saved_state(path, command, overwrite)
     if state and state["finished"]:
         print(f"{path}: already made by this command, kept (--overwrite makes it anew)")
@@ -1771,25 +1820,25 @@ def prepare(dataset, split, options, root, path, points, seed, limits, occlusion
     try:
         total = sum(1 for _ in frames())
         if not total:
-            return False if not must_exist else missing_raw(dataset, root, f"{root} has no frames of {dataset} ({split})")
+            return must_exist and missing_raw(dataset, root, f"{root} has no frames of {dataset} ({split})")
         first, last = (total * (shard[0] - 1) // shard[1], total * shard[0] // shard[1]) if shard else (0, total)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        make = partial(make_record, folder=os.path.dirname(path), points=points, seed=seed, limits=limits,
+        os.makedirs(dirname(path), exist_ok=True)
+        make = partial(make_record, folder=dirname(path), points=points, seed=seed, limits=limits,
                        occlusion=occlusion, paper=paper, label_z=paper and dataset in PAPER_Z)
         state = write_records(islice(frames(), first, last), last - first, path, make, workers,
                               DATASETS[dataset].get("chunk", CHUNK), command, state)
     except BrokenProcessPool:
-        fail("a worker was killed, most likely for lack of memory: give the command again with fewer --workers to go on")
+        fail("a worker was killed, most likely for lack of memory: the same command with fewer --workers goes on")
     except (OSError, ValueError, KeyError) as error:      # a listing or a table; frames are caught one by one
         where = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
         fail(f"{dataset} in {root}: {where} (half-extracted archive? wrong folder?)")
-    print(f"{path}: {state['records']} images of {last - first}; {state['too_few_labels']} with fewer than {MIN_POINTS} labels "
-          f"and {state['bad']} unreadable left out" + (", hidden LiDAR points dropped" if occlusion else ""))
+    print(f"{path}: {state['records']} images of {last - first}; {state['too_few_labels']} with fewer than "
+          f"{MIN_POINTS} labels and {state['bad']} unreadable left out" + ", hidden LiDAR points too" * occlusion)
     for example in state["bad_examples"]:
         print(f"prepare.py: left out {example}", file=sys.stderr)
     if state["bad"] > 0.01 * (last - first):
-        print(f"prepare.py: WARNING: {state['bad']} of {last - first} images could not be read: is the download complete?",
-              file=sys.stderr)
+        print(f"prepare.py: WARNING: {state['bad']} of {last - first} images could not be read: is the download "
+              "complete?", file=sys.stderr)
     return True
 
 
@@ -1829,7 +1878,7 @@ def parse_args(argv=None):
     p.add_argument("--min-depth", type=float, help="Euclidean [m]; default by dataset")
     p.add_argument("--max-depth", type=float, help="Euclidean [m]; default by dataset")
     p.add_argument("--occlusion", action="store_true", help="drop LiDAR points that the camera cannot see")
-    p.add_argument("--paper-labels", action="store_true", help="the published labels, faults included (z, 0.8 x), marked")
+    p.add_argument("--paper-labels", action="store_true", help="the published labels (z, 0.8 x), marked")
     # amount
     p.add_argument("--stride", type=at_least(1), help="every k-th image (default 1; ScanNet++: every 10th video frame)")
     p.add_argument("--limit", type=at_least(1), help="at most so many images")
@@ -1869,7 +1918,7 @@ def main(argv=None):
     # ---- raw data
     root = None
     if dataset != "toy":
-        wanted = args.root or os.path.join("data", "raw", d.get("raw", dataset))
+        wanted = args.root or join("data", "raw", d.get("raw", dataset))
         root = find_root(dataset, wanted)
         if not root and args.download:
             if "download" not in d:
@@ -1877,8 +1926,8 @@ def main(argv=None):
             url, name, md5 = d["download"]
             if args.url:
                 url, md5 = args.url, None
-            archive = os.path.join(wanted, name)
-            if not os.path.exists(archive):
+            archive = join(wanted, name)
+            if not exists(archive):
                 download(url, archive, md5)
             unpack(archive, wanted)
             root = find_root(dataset, wanted)
@@ -1889,18 +1938,19 @@ def main(argv=None):
     options = {"sunrgbd": {"paper": args.paper_labels},
                "nyuv2": {"paper": args.paper_labels, "every_image": args.all_images},
                "scannetpp": {"every": args.stride or SCANNETPP_EVERY},
-               "folder": {"intrinsics": args.intrinsics, "depth_scale": args.depth_scale, "depth_type": args.depth_type},
-               }.get(dataset, {})
+               "folder": {"intrinsics": args.intrinsics, "depth_scale": args.depth_scale,
+                          "depth_type": args.depth_type}}.get(dataset, {})
     stride = 1 if dataset == "scannetpp" else args.stride or 1
-    out, written = args.out or os.path.join("data", dataset), []
+    out, written = args.out or join("data", dataset), []
     default = d["splits"] if dataset != "folder" else ("train",)
     for split in (args.split,) if args.split else default:
         if dataset == "toy":
-            options = {"images": args.images if split == "train" else args.val_images, "light": args.light, "seed": args.seed}
+            images = args.images if split == "train" else args.val_images
+            options = {"images": images, "light": args.light, "seed": args.seed}
         part = "" if not args.shard else ".{:0{}d}-of-{}".format(args.shard[0], len(str(args.shard[1])), args.shard[1])
-        path = os.path.join(out, f"{split}{part}.jsonl")
-        if prepare(dataset, split, options, root, path, args.points, args.seed, limits, args.occlusion, args.paper_labels,
-                   stride, args.limit, args.shard, args.workers, args.overwrite,
+        path = join(out, f"{split}{part}.jsonl")
+        if prepare(dataset, split, options, root, path, args.points, args.seed, limits, args.occlusion,
+                   args.paper_labels, stride, args.limit, args.shard, args.workers, args.overwrite,
                    must_exist=args.split or split == default[-1] and not written):
             written.append(path)
 
