@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import os
+import re
 import sys
 import time
 from dataclasses import dataclass
@@ -178,8 +179,8 @@ def step(model, encoder: Encoder, prefix: Prefix, tokens, position, seen) -> tor
 
 
 @lru_cache(maxsize=64)
-def template_tokens(encoder_key, form: str) -> tuple[list[int], frozenset[int]]:
-    """The tokens before the number of an answer template, the same whatever the number, and all ids that spell numbers."""
+def template_tokens(encoder_key, form: str) -> tuple[list[int], dict[int, str]]:
+    """The tokens before the number of an answer template, the same whatever the number, and all that spell numbers."""
     encoder = ENCODERS[encoder_key]
     variants = [render.answer_tokens(encoder, form.format(x=x)) for x in ("2.35", "12.71", "0.05", "107.90")]
     forced = []
@@ -187,9 +188,8 @@ def template_tokens(encoder_key, form: str) -> tuple[list[int], frozenset[int]]:
         if len(set(column)) > 1:
             break
         forced.append(column[0])
-    tokenizer = encoder.tokenizer
-    numbers = {i for i in range(len(tokenizer)) if (t := tokenizer.decode([i])) and set(t) <= set("0123456789.")}
-    return forced, frozenset(numbers)
+    spelled = {i: encoder.tokenizer.decode([i]) for i in range(len(encoder.tokenizer))}
+    return forced, {i: text for i, text in spelled.items() if re.fullmatch(r" ?[0-9.]+", text)}
 
 
 ENCODERS: dict[str, Encoder] = {}  # template_tokens needs a hashable name for an encoder
@@ -202,7 +202,7 @@ def answer(model, encoder: Encoder, samples: list[dict], form: str | None, max_n
 
     `form` (render.answer_form) is only a guess of what will be said: its fixed words go through the model many at a time
     and every one is compared with the argmax before it counts; after the first difference decoding goes on freely."""
-    forced, numbers, end = [], frozenset(), encoder.end_id
+    forced, numbers, end = [], {}, encoder.end_id
     if form is not None:
         ENCODERS[encoder.folder] = encoder
         forced, numbers = template_tokens(encoder.folder, form)
@@ -261,6 +261,90 @@ def decode_text(encoder: Encoder, tokens: list[int]) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# the distribution over the numbers that the model could have said
+
+EPSILON, RELATIVE = 1e-2, 0.05  # prefixes less probable than this, or intervals narrower than this share, are not split
+
+
+@torch.no_grad()
+def median_answer(model, encoder: Encoder, samples: list[dict], form: str, max_new_tokens: int = 64):
+    """The median of the model's own distribution over numbers, instead of the likeliest digit after the likeliest digit.
+    -> answers {"text", "q10", "q90", "confidence", "lost"}, number of forward passes (four; greedy needs six).
+
+    q10 and q90: the model puts 10 % of its probability below and above. confidence: what it puts within 25 % of the
+    median. lost: what was not followed. A row that would not say the template is answered greedily, "text" alone."""
+    ENCODERS[encoder.folder] = encoder
+    forced, numbers = template_tokens(encoder.folder, form)
+    prefix = prefill(model, encoder, samples, forced)
+    agrees = (prefix.logits[:, :-1].argmax(-1) == torch.tensor(forced, device=prefix.logits.device)).all(1).tolist()
+    leaves, forwards = number_leaves(model, encoder, prefix, numbers)
+    answers: list[dict | None] = []
+    for row, agreed in zip(leaves, agrees):
+        low, high, mass = np.array(row).T if row else np.zeros((3, 0))
+        if not agreed or mass.sum() < 0.5:
+            answers.append(None)
+            continue
+        inside = (np.arange(16) + 0.5) / 16  # each interval as 16 points
+        values = (low[:, None] + (high - low)[:, None] * inside).ravel()
+        order = np.argsort(values)
+        values, weights = values[order], np.repeat(mass / 16, 16)[order]
+        below = np.cumsum(weights) - weights / 2
+        q10, median, q90 = np.interp(np.array([0.1, 0.5, 0.9]) * mass.sum(), below, values)
+        near = (values > median / 1.25) & (values < median * 1.25)
+        answers.append({"text": form.format(x=f"{median:.2f}"), "q10": round(float(q10), 4), "q90": round(float(q90), 4),
+                        "confidence": round(float(weights[near].sum()), 4), "lost": round(float(1 - mass.sum()), 4)})
+    rest = [b for b, a in enumerate(answers) if a is None]
+    if rest:
+        tokens, more = answer(model, encoder, [samples[b] for b in rest], form, max_new_tokens)
+        forwards += more
+        for b, t in zip(rest, tokens):
+            answers[b] = {"text": decode_text(encoder, t)}
+    return answers, forwards
+
+
+def number_leaves(model, encoder: Encoder, prefix: Prefix, numbers: dict[int, str]):
+    """Expand the numbers that may follow a prefill, all rows and prefixes of a length in one forward pass: a tree whose
+    nodes see their own digits only. -> per row leaves (low, high, probability), number of forward passes.
+
+    A prefix with a decimal point stands for an interval: "2.3" for [2.3, 2.4). It is a leaf when it is narrow or
+    improbable; so the probability of its many endings is kept without asking for them."""
+    ids, spelled = list(numbers), list(numbers.values())
+    rows = range(len(prefix.seen))
+    nodes = [[("", 1.0)] for _ in rows]  # number so far, its probability
+    leaves: list[list] = [[] for _ in rows]
+    seen, logits, device = prefix.seen[:, None], prefix.logits[:, -1:], prefix.logits.device
+    for depth in range(9):
+        chances = logits.double().softmax(-1)[..., ids].tolist()  # (B, N, numbers)
+        grown: list[list] = [[] for _ in rows]
+        for b in rows:
+            for n, (text, weight) in enumerate(nodes[b]):
+                if text.strip("."):  # here the number may end
+                    leaves[b].append((float(text), float(text), weight * max(0.0, 1 - sum(chances[b][n]))))
+                for j, chance in enumerate(chances[b][n]):
+                    longer, share = text + (spelled[j] if text else spelled[j].strip()), weight * chance
+                    if " " in longer or longer.count(".") > 1:
+                        continue
+                    decimals = len(longer.partition(".")[2])
+                    low = float(longer) if longer != "." else 0.0
+                    width = 10.0 ** -decimals
+                    if "." in longer and (share <= EPSILON or width <= RELATIVE * low):
+                        leaves[b].append((low, low + width, share))
+                    elif share > EPSILON:
+                        grown[b].append((n, ids[j], longer, share))
+        most = max(map(len, grown))
+        if not most or depth == 8:
+            return leaves, 1 + depth
+        padded = [row + [(0, ids[0], "", 0.0)] * (most - len(row)) for row in grown]
+        parent = torch.tensor([[node[0] for node in row] for row in padded], device=device)
+        tokens = torch.tensor([[node[1] for node in row] for row in padded], device=device)
+        nodes = [[node[2:] for node in row] for row in grown]
+        seen = seen.gather(1, parent[..., None].expand(-1, -1, seen.shape[2]))
+        seen = torch.cat([seen, torch.eye(most, dtype=torch.bool, device=device).expand(len(rows), -1, -1)], 2)
+        position = (prefix.position + depth)[:, None].expand(-1, most)
+        logits = step(model, encoder, prefix, tokens, position, seen)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # queries
 
 
@@ -313,23 +397,29 @@ class QueryBatches(torch.utils.data.Dataset):
 
 
 def ask(model, encoder: Encoder, settings: dict, records: Records, pairs: list, task: str = "distance", batch_size: int = 32,
-        workers: int = 0, max_new_tokens: int = 64, seed: int = 0, free: bool = False):
-    """Ask the model each query -> yields (queries, answer texts, forward passes) batch by batch. free: no template."""
+        workers: int = 0, max_new_tokens: int = 64, seed: int = 0, decode: str = "greedy"):
+    """Ask the model each query -> yields (queries, answers, forward passes) batch by batch; an answer is {"text"}, with
+    decode "median" also its interval (median_answer)."""
     dataset = QueryBatches(records, task, pairs, batch_size, settings, encoder, seed)
     loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=lambda x: x)
-    form = None if free or settings["camera"] == "ray" else render.answer_form(task, settings["prompt"])
+    form = None if settings["camera"] == "ray" else render.answer_form(task, settings["prompt"])
+    if decode == "median" and form is None:
+        raise ValueError("--decode median: camera 'ray' says more than one number; only greedy answers.")
     for queries, samples in loader:
         if queries is None:
             raise ValueError(samples)
-        tokens, forwards = answer(model, encoder, samples, form, max_new_tokens)
-        yield queries, [decode_text(encoder, t) for t in tokens], forwards
+        if decode == "median":
+            yield queries, *median_answer(model, encoder, samples, form, max_new_tokens)
+        else:
+            tokens, forwards = answer(model, encoder, samples, form, max_new_tokens)
+            yield queries, [{"text": decode_text(encoder, t)} for t in tokens], forwards
 
 
-def prediction(query: Query, text: str, **more) -> dict:
-    """One line of predictions.jsonl."""
+def prediction(query: Query, answer: dict, **more) -> dict:
+    """One line of predictions.jsonl. answer: {"text", ...}, the rest is kept."""
     record, (x, y) = query.records[0], query.points[0] if query.points else (None, None)
     line = {"image": record["image"], "pixel": [x, y], "task": query.task, "true": round(query.value, 4),
-            "pred": render.parse_answer(text, query.task), "text": text}
+            "pred": render.parse_answer(answer["text"], query.task), **answer}
     if query.task == "distance":  # true / ray is z
         line["ray"] = round(float(render.ray_length(x, y, record["intrinsics"])), 6)
     return {**line, **more}
@@ -391,6 +481,11 @@ def score(lines: list[dict]) -> dict:
     best = best_constant(true)
     out["always_2m"] = float(within(np.full_like(true, 2.0), true, 1.25).mean())
     out["best_constant"] = {"value": round(best, 3), "delta1": float(within(np.full_like(true, best), true, 1.25).mean())}
+    if any("q10" in line for line in lines):  # how often the truth is where the model puts 80 % of its probability
+        known = [line for line in lines if "q10" in line]
+        out["in_10_90"] = sum(line["q10"] <= line["true"] <= line["q90"] for line in known) / len(known)
+        out["confidence"] = sum(line["confidence"] for line in known) / len(known)
+        out["lost"] = sum(line["lost"] for line in known) / len(known)
     if all("ray" in line for line in lines):  # a ratio, so delta and AbsRel are the same by z; a constant's are not
         ray = np.array([line["ray"] for line in lines])
         by_z = metrics(pred / ray, true / ray)
@@ -422,10 +517,10 @@ def table(result: dict) -> str:
         return "-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
 
     columns = {**result["datasets"], "average": result["average"]}
-    rows = {k: k for k in ("delta1", "delta2", "delta3", "abs_rel", "rmse", "log10", "silog", "unparsed", "n")}
     text = [["", *columns]]
-    for key, label in rows.items():
-        text.append([label, *(show(c.get(key)) if key in c else "" for c in columns.values())])
+    for key in ("delta1", "delta2", "delta3", "abs_rel", "rmse", "log10", "silog", "unparsed", "n", "in_10_90", "confidence", "lost"):
+        if any(key in c for c in columns.values()):
+            text.append([key, *(show(c[key]) if key in c else "" for c in columns.values())])
     text[2:2] = [["  95 % interval", *(f"{c['delta1_ci'][0]:.3f}-{c['delta1_ci'][1]:.3f}" if c.get("delta1_ci") else ""
                                        for c in columns.values())]]
     text.append(["always 2.0 m: delta1", *(show(c["always_2m"]) for c in columns.values())])
@@ -531,6 +626,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     flag("--constant", type=float, metavar="METRES", help="always this answer (Table 1: 2.0)")
     flag("--predictions", metavar="FILE", help="score these answers")
     # decoding, system
+    flag("--decode", choices=("greedy", "median"), default="greedy", help="median of the distribution over numbers, with an "
+         "interval; the paper is greedy")
     flag("--max-new-tokens", type=int, default=64)
     flag("--batch-size", type=int, default=32)
     flag("--workers", type=int, default=min(4, (os.cpu_count() or 2) - 1), help="processes that load images, per rank")
@@ -561,7 +658,7 @@ def run_model(args, out: Path, groups: list) -> list[dict] | None:
     model = load_model(args.checkpoint, device, pick_dtype(args.dtype, device))
     weights = max((p.stat().st_mtime for p in Path(encoder.folder).glob("*.safetensors")), default=0)
     asked = {"checkpoint": args.checkpoint, "weights_time": weights, "settings": settings, "seed": args.seed, "all": args.all,
-             "queries": args.queries, "label_type": args.label_type, "max_new_tokens": args.max_new_tokens,
+             "queries": args.queries, "decode": args.decode, "label_type": args.label_type, "max_new_tokens": args.max_new_tokens,
              "data": [(r.path, task, len(pairs)) for _, r, task, pairs in groups]}
     asked = json.loads(json.dumps(asked))
     run = out / "run.json"
@@ -585,11 +682,11 @@ def run_model(args, out: Path, groups: list) -> list[dict] | None:
             todo = [(n, pair) for n, pair in numbered if n not in done]
             bar.update(len(numbered) - len(todo))
             at = 0
-            for queries, texts, count in ask(model, encoder, settings, records, [p for _, p in todo], task, args.batch_size,
-                                             args.workers, args.max_new_tokens, args.seed):
+            for queries, answers, count in ask(model, encoder, settings, records, [p for _, p in todo], task, args.batch_size,
+                                               args.workers, args.max_new_tokens, args.seed, args.decode):
                 forwards += count
-                for query, text in zip(queries, texts):
-                    line = prediction(query, text, dataset=name, id=todo[at][0])
+                for query, reply in zip(queries, answers):
+                    line = prediction(query, reply, dataset=name, id=todo[at][0])
                     file.write(json.dumps(line) + "\n")
                     at += 1
                 file.flush()
@@ -625,7 +722,7 @@ def main(argv=None) -> None:
             groups = list_queries(args)
             if args.constant is not None:
                 lines = [prediction(render.TASKS[task](records, i, np.random.default_rng((args.seed, i, point)), point),
-                                    f"{args.constant:g}", dataset=name)
+                                    {"text": f"{args.constant:g}"}, dataset=name)
                          for name, records, task, pairs in groups for i, point in pairs]
         out.mkdir(parents=True, exist_ok=True)
         if args.checkpoint:

@@ -19,7 +19,6 @@ import hashlib
 import json
 import math
 import os
-import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -154,36 +153,27 @@ def open_record(path: str, number: int, image_root: str | None):
 # asking
 
 
-def ask_pixels(model, encoder, settings: dict, image: Image.Image, intrinsics, pixels: np.ndarray, batch_size: int,
-               workers: int, max_new_tokens: int, first: int = 0):
-    """Ask about pixels (N, 2), from number `first` on -> yields batches of {"pixel", "pred" [m] or None, "text"}.
-
-    The photo is brought to the model's focal length here, once: of what every query does, opening and resizing a large
-    photo would be by far the most. The model sees the same pixels (prompt "text": a width may be said 1 px larger)."""
-    focal = settings["focal"] if settings["camera"] == "unify" else None
-    view = render.unify_focal(image, intrinsics, focal, grid=1)
-    height, width = view.pixels.shape[:2]
-    moved = np.minimum([view.move(*p) for p in pixels], (width - 0.5, height - 0.5))
-    camera = (*((focal, focal) if focal else intrinsics[:2]), *view.intrinsics[2:4], width, height)
+def ask_pixels(model, encoder, settings: dict, path: str, intrinsics, pixels: np.ndarray, batch_size: int, workers: int,
+               max_new_tokens: int, decode: str = "greedy", first: int = 0):
+    """Ask about pixels (N, 2), from number `first` on -> yields batches of {"pixel", "pred" [m] or None, "text", ...}."""
+    record = {"image": path, "intrinsics": intrinsics, "pixel_coords": pixels, "depth": np.ones(len(pixels))}
+    records = [render.check_record(record, path)]  # evaluate.ask needs no more of Records; the depth is unused
     pairs = [(0, k) for k in range(first, len(pixels))]
-    with tempfile.TemporaryDirectory() as folder:
-        Image.fromarray(view.pixels).save(path := Path(folder) / "photo.bmp")
-        record = {"image": str(path), "intrinsics": camera, "pixel_coords": moved, "depth": np.ones(len(pixels))}
-        records = [render.check_record(record, str(path))]  # evaluate.ask needs no more of Records; the depth is unused
-        for _, texts, _ in evaluate.ask(model, encoder, settings, records, pairs, "distance", batch_size, workers,
-                                        max_new_tokens):
-            values = [render.parse_answer(text) for text in texts]
-            yield [{"pixel": pixel, "pred": value if value and NEAREST < value < FARTHEST else None, "text": text}
-                   for pixel, value, text in zip(pixels[first:].tolist(), values, texts)]
-            first += len(texts)
+    for _, answers, _ in evaluate.ask(model, encoder, settings, records, pairs, "distance", batch_size, workers,
+                                      max_new_tokens, decode=decode):
+        values = [render.parse_answer(answer["text"]) for answer in answers]
+        yield [{"pixel": pixel, "pred": value if value and NEAREST < value < FARTHEST else None, **answer}
+               for pixel, value, answer in zip(pixels[first:].tolist(), values, answers)]
+        first += len(answers)
 
 
-def identity(path: str, intrinsics, grid: np.ndarray, settings: dict, folder: str, dtype, max_new_tokens: int) -> dict:
+def identity(path: str, intrinsics, grid: np.ndarray, settings: dict, folder: str, dtype, max_new_tokens: int, decode: str) -> dict:
     """What the answers depend on: those of an interrupted run are taken up only if all of it is the same."""
     stats = [(p.name, p.stat()) for p in sorted(Path(folder).glob("*.safetensors"))]
     found = {"weights": [(name, s.st_size, s.st_mtime_ns) for name, s in stats],  # a checksum would read many GB
              "image": hashlib.sha256(Path(path).read_bytes()).hexdigest(), "intrinsics": intrinsics,
-             "grid": grid.shape[:2], "settings": settings, "dtype": str(dtype), "max_new_tokens": max_new_tokens}
+             "grid": grid.shape[:2], "settings": settings, "dtype": str(dtype), "max_new_tokens": max_new_tokens,
+             "decode": decode}
     return json.loads(json.dumps(found))
 
 
@@ -367,6 +357,10 @@ def parse_args(argv=None) -> argparse.Namespace:
     flag("--at", type=pixel, nargs="+", metavar="X,Y", help="print the distance of these pixels, and make no cloud")
     flag("--edge-filter", type=float, metavar="R", help="leave out of the cloud what differs by more than the ratio R "
          "(such as 0.1) from all four neighbours on the grid")
+    flag("--decode", choices=("greedy", "median"), default="greedy", help="median: of the distribution over numbers, with "
+         "confidence, q10 and q90 in points.npz and cloud.ply")
+    flag("--min-confidence", type=float, metavar="P", help="leave points out of which the model puts less than P of its "
+         "probability within 25 %% of the median (0 to 1; needs --decode median)")
     render.add_settings_flags(parser)
     # the photo's camera: --focal is the photo's own here, so the model's has another name
     flag("--unified-focal", dest="focal", type=float, help="unified focal length, px (Sec. 3.4)")
@@ -413,8 +407,16 @@ def make_cloud(args, out: Path, inputs: tuple, ask, asked: dict, grid: np.ndarra
         (out / PART).unlink()
         raise ValueError(f"{args.checkpoint}: none of its {len(lines):,} answers is a distance (the first: "
                          f"{lines[0]['text']!r}). Was it trained for the prompt '{asked['settings']['prompt']}'?")
+    # 0 where a greedy fallback knows no interval
+    measures = {name: np.array([line.get(name, 0.0) for line in lines], np.float32).reshape(rows, columns)
+                for name in ("confidence", "q10", "q90") if args.decode == "median"}
+    if args.min_confidence is not None:
+        keep = known & (measures["confidence"] >= args.min_confidence)
+        if not keep.any():
+            raise ValueError(f"--min-confidence {args.min_confidence:g}: leaves no point; the highest is "
+                             f"{measures['confidence'].max():.2f}. Give a lower one, and go on.")
     if args.edge_filter is not None:
-        keep = known & has_neighbour(depth_m, args.edge_filter)
+        keep = keep & has_neighbour(depth_m, args.edge_filter)
         if not keep.any():
             raise ValueError(f"--edge-filter {args.edge_filter:g}: leaves no point. Give a larger ratio, and go on.")
     pixels = grid[keep]
@@ -425,13 +427,14 @@ def make_cloud(args, out: Path, inputs: tuple, ask, asked: dict, grid: np.ndarra
     side = 1.8 * xyz[:, 2] * max(width / columns / fx, height / rows / fy)  # so that slanted surfaces have no gaps
     drawn = picture(image, depth_m, xyz, colors, side, note)
     save(out / "depth.npy", lambda file: np.save(file, depth_m))
+    measures = {name: values[keep] for name, values in measures.items()}
     save(out / "points.npz", lambda file: np.savez(file, pixels=pixels, depth=depth_m[keep], xyz=xyz, colors=colors,
-                                                   intrinsics=intrinsics))
+                                                   intrinsics=intrinsics, **measures))
     save(out / "picture.png", lambda file: drawn.save(file, "PNG"))
     save(out / "cloud.ply", lambda file: write_ply(file, **dict(zip("xyz", xyz.T)),
-                                                   **dict(zip(("red", "green", "blue"), colors.T))))
+                                                   **dict(zip(("red", "green", "blue"), colors.T)), **measures))
     result = {"checkpoint": args.checkpoint, "photo": str(path), "focal_source": source, "queries": len(lines),
-              "unparsed": int((~known).sum()), "points": len(xyz), "edge_filter": args.edge_filter, **asked}
+              "unparsed": int((~known).sum()), "points": len(xyz), "edge_filter": args.edge_filter, "min_confidence": args.min_confidence, **asked}
     evaluate.write_text(out / "run.json", json.dumps(result, indent=2) + "\n")
     (out / PART).unlink()
     print(f"{note}; {cost}")
@@ -449,6 +452,8 @@ def main(argv=None) -> None:
         for name in ("points", "batch_size", "max_new_tokens"):
             if getattr(args, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: needs at least 1.")
+        if args.min_confidence is not None and args.decode != "median":
+            raise ValueError("--min-confidence: needs --decode median; greedy answers have no confidence.")
         if args.edge_filter is not None and not (math.isfinite(args.edge_filter) and args.edge_filter > 0):
             raise ValueError(f"--edge-filter {args.edge_filter:g}: needs a positive ratio, such as 0.1.")
         inputs = path, image, intrinsics, *_ = open_input(args)
@@ -469,7 +474,7 @@ def main(argv=None) -> None:
             (rows, columns), (width, height) = grid.shape[:2], image.size
             print(f"{columns} x {rows} = {rows * columns:,} queries on an even grid ({args.points:,} were wanted), one "
                   f"every {width / columns:.3g} x {height / rows:.3g} px", flush=True)
-            asked = identity(path, intrinsics, grid, settings, encoder.folder, dtype, args.max_new_tokens)
+            asked = identity(path, intrinsics, grid, settings, encoder.folder, dtype, args.max_new_tokens, args.decode)
             done = {}
             if (out / PART).exists():
                 try:
@@ -480,8 +485,8 @@ def main(argv=None) -> None:
             out.mkdir(parents=True, exist_ok=True)
 
         model = evaluate.load_model(args.checkpoint, device, dtype)
-        ask = partial(ask_pixels, model, encoder, settings, image, intrinsics, batch_size=args.batch_size,
-                      workers=0 if args.at else args.workers, max_new_tokens=args.max_new_tokens)
+        ask = partial(ask_pixels, model, encoder, settings, str(path), intrinsics, batch_size=args.batch_size,
+                      workers=0 if args.at else args.workers, max_new_tokens=args.max_new_tokens, decode=args.decode)
         if not args.at:
             return make_cloud(args, out, inputs, ask, asked, grid, done)
         lines = [line for batch in ask(pixels=np.array(args.at)) for line in batch]

@@ -19,7 +19,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -343,19 +343,38 @@ def phrase(query: Query, view: View, settings: dict) -> tuple[str, str]:
     return question.format(given=query.given), answer.format(x=x)
 
 
+def open_labelled(path: str, intrinsics: tuple, where: str) -> tuple[Image.Image, tuple, float, float]:
+    """A record's image, the intrinsics of its pixels, and their scale against the labelled ones."""
+    image = open_image(path, intrinsics[4:])
+    return image, *match_size(image, intrinsics, where)
+
+
+@lru_cache(maxsize=2)
+def whole_view(path: str, changed: float | None, intrinsics: tuple, where: str, focal: float | None, grid: int):
+    """-> view without a marker, label scale: opening and resizing is most of the work, and is done once for all points
+    of an image that are asked one after another. `changed`: the file's time, so that a new image is read."""
+    image, camera, sx, sy = open_labelled(path, intrinsics, where)
+    return unify_focal(image, camera, focal, grid), sx, sy
+
+
 def render(query: Query, settings: dict, grid: int, crop=None, rng=None) -> tuple[list[View], str, str]:
     """A query as the model gets it -> views (one per image, markers drawn), question, answer."""
     views = []
     for k, record in enumerate(query.records):
-        image = open_image(record["image"], record["intrinsics"][4:])
-        intrinsics, sx, sy = match_size(image, record["intrinsics"], record["where"])
-        points = [(sx * (x + 0.5) - 0.5, sy * (y + 0.5) - 0.5) for x, y in query.points] if k == 0 else []
-        view = unify_focal(image, intrinsics, settings["focal"] if settings["camera"] == "unify" else None, grid, crop,
-                           points, rng)
+        focal = settings["focal"] if settings["camera"] == "unify" else None
+        points = query.points if k == 0 else []
+        if crop is None:
+            changed = os.path.getmtime(record["image"]) if os.path.exists(record["image"]) else None
+            view, sx, sy = whole_view(record["image"], changed, record["intrinsics"], record["where"], focal, grid)
+            view = replace(view, pixels=view.pixels.copy())
+        else:
+            image, intrinsics, sx, sy = open_labelled(record["image"], record["intrinsics"], record["where"])
+            keep = [(sx * (x + 0.5) - 0.5, sy * (y + 0.5) - 0.5) for x, y in points]
+            view = unify_focal(image, intrinsics, focal, grid, crop, keep, rng)
+        view.scale = (view.scale[0] * sx, view.scale[1] * sy)  # from label pixels
         if settings["prompt"] != "text":
             for point, color in zip(points, COLORS.values()):
                 draw_marker(view.pixels, *view.move(*point), settings["marker"], settings["marker_size"], color)
-        view.scale = (view.scale[0] * sx, view.scale[1] * sy)  # from label pixels from here on
         views.append(view)
     return views, *phrase(query, views[0], settings)
 

