@@ -208,6 +208,16 @@ def test_toy_records(toy):
     assert len({tuple(r["intrinsics"][4:]) for r in train}) >= 3
 
 
+def test_toy_lamp(toy):
+    """The lamp is on the camera: brightness falls with distance, in all rooms alike (a metric cue)."""
+    light, depth = [], []
+    for row in records(toy, "train"):
+        xy = np.array(row["pixel_coords"])
+        light.append(np.asarray(Image.open(toy / row["image"]).convert("RGB")).max(-1)[xy[:, 1], xy[:, 0]])
+        depth.append(np.log(row["depth"]))
+    assert np.corrcoef(np.concatenate(light), np.concatenate(depth))[0, 1] < -0.8
+
+
 def test_toy_labels_lie_on_the_walls(toy):
     """Back-projected labels of all views of a room lie on few axis-parallel planes; z in their place would not."""
     def on_planes(points):
@@ -245,6 +255,18 @@ def start(*args, cwd):
                             start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
+def alive(group):
+    """Processes of a group that still run (zombies do not), where /proc can tell."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, pgrp = stat.read_text().rpartition(")")[2].split()[:3]
+        except OSError:
+            continue
+        found += [stat.parent.name] if int(pgrp) == group and state != "Z" else []
+    return found
+
+
 def test_resume_after_kill(tmp_path):
     """SIGKILL in the middle, then the same command: the bytes of an uninterrupted run, nothing twice."""
     raw = tmp_path / "raw"
@@ -252,18 +274,25 @@ def test_resume_after_kill(tmp_path):
     for n in range(8, 500):
         for kind in ("rgb", "depth"):
             os.link(raw / f"{kind}/{n % 8:04d}.png", raw / f"{kind}/{n:04d}.png")
-    flags = ("--dataset", "folder", "--root", raw, "--split", "val", "--points", 20, "--workers", 1)
+    flags = ("--dataset", "folder", "--root", raw, "--split", "val", "--points", 20)
     assert run(*flags, "--out", tmp_path / "whole")[0] == 0
     cut = tmp_path / "cut"
-    job, deadline = start(*flags, "--out", cut, cwd=tmp_path), time.time() + 20
+    job, deadline = start(*flags, "--workers", 2, "--out", cut, cwd=tmp_path), time.time() + 20
     while time.time() < deadline and job.poll() is None:                  # until something is on the disk
         if sum(f.stat().st_size for f in cut.rglob("*") if f.is_file()) > 4000:
             break
         time.sleep(0.005)
-    os.killpg(job.pid, signal.SIGKILL)
+    os.kill(job.pid, signal.SIGKILL)                           # the parent alone, as a scheduler does it
     assert job.wait() == -signal.SIGKILL and not (cut / "val.jsonl").exists(), "the run ended before it was killed"
-    left = sum(f.stat().st_size for f in cut.rglob("*") if f.is_file())
-    assert left > 0
+    deadline = time.time() + 10
+    while alive(job.pid) and time.time() < deadline:
+        time.sleep(0.02)
+    if alive(job.pid):
+        os.killpg(job.pid, signal.SIGKILL)
+        pytest.fail("workers outlived their parent by 10 s")
+    grown = max((f for f in cut.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+    with open(grown, "ab") as f:                               # a write that was cut in the middle of a line
+        f.write(b'{"image": "../raw/rgb/00')
     assert run(*flags, "--out", cut)[0] == 0
     for name in ("val.jsonl", "val.idx"):
         assert (cut / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
@@ -297,7 +326,7 @@ def survives(tmp_path, capfd, dataset, raw, named, good, split="val"):
 
 def cut_file(path, share=0.5):
     data = Path(path).read_bytes()
-    Path(path).write_bytes(data[:int(len(data) * share)])
+    Path(path).write_bytes(data[:int(len(data) * share) | 1])         # an odd size: in the middle of a number
 
 
 @pytest.mark.parametrize("part", ["rgb", "depth"])
@@ -372,6 +401,14 @@ def test_eth3d_depth_of_wrong_size(tmp_path, capfd):
     survives(tmp_path, capfd, "eth3d", tmp_path / "raw", eth_depth_of_wrong_size(tmp_path / "raw"), good=3)
 
 
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_depth_png_that_is_no_16_bit_map(tmp_path, capfd, mode):
+    """An 8-bit picture of depth holds no metres: it is named, not divided by 1000."""
+    own_folder(tmp_path / "raw", count=4)
+    Image.new("RGB", (80, 60), (200, 150, 220)).convert(mode).save(tmp_path / "raw/depth/0002.png")
+    survives(tmp_path, capfd, "folder", tmp_path / "raw", "depth/0002.png", good=3)
+
+
 def omnidata(component, scene, domain):
     return lambda raw: omnidata_root(raw, "omnitools", component, (scene,), (domain,), "fixatedpose")
 
@@ -418,6 +455,24 @@ def test_wrong_root(tmp_path, capfd, dataset):
             assert len(rows) == len(right) or dataset == "eth3d"          # one scene of ETH3D is a fair answer
         else:
             assert str(raw) in said, said
+
+
+@pytest.mark.parametrize("dataset, pattern", [
+    ("argoverse2", "city_SE3_egovehicle.feather"), ("argoverse2", "lidar/*.feather"), ("waymo", "lidar/*.parquet"),
+    ("waymo", "camera_image/*.parquet"), ("nuscenes", "LIDAR_TOP/scene-0103*.pcd.bin"), ("nuscenes", "ego_pose.json"),
+    ("scannetpp", "pose_intrinsic_imu.json"), ("taskonomy", "point_info/**/*.json"), ("matterport3d", "*.conf"),
+    ("ddad", "000001/**/*.npz"), ("ddad", "000001/scene_*.json"), ("sunrgbd", "intrinsics.txt"),
+    ("ibims1", "calib/*.txt"), ("ibims1", "mask_transp/*.png")])
+def test_cut_file_is_named(tmp_path, capfd, dataset, pattern):
+    """Of the many files behind a record, the message names the one that is cut, so that one can fetch it again."""
+    split, build, _ = RAW[dataset]
+    build(tmp_path / "raw")
+    path = sorted((tmp_path / "raw").rglob(pattern))[0]
+    cut_file(path, 0.6)
+    code, said = attempt(capfd, tmp_path, dataset, split=split)
+    name = path.name if len(list((tmp_path / "raw").rglob(path.name))) == 1 else f"{path.parent.name}/{path.name}"
+    assert name in said and "Traceback" not in said, said
+    assert code == 0 or not list(tmp_path.glob("out/*.jsonl"))
 
 
 @pytest.mark.parametrize("dataset", RAW)
@@ -711,18 +766,19 @@ def fetch(tmp_path, server, capfd):
     return attempt(capfd, tmp_path, "ibims1", "--download", "--url", server.url)
 
 
-def right_labels(tmp_path):
-    """The same bytes as from the folder that was packed."""
+def right_labels(tmp_path, data):
+    """The labels are those of the folder that was packed, and an archive that is kept is the server's file."""
     rows = prepared(tmp_path, "ibims1", tmp_path / "src", out="direct")
     got = records(tmp_path / "out")
     assert [r["depth"] for r in got] == [r["depth"] for r in rows] and len(got) == 2
+    assert all(f.read_bytes() == data for f in (tmp_path / "raw").glob("*.zip"))
 
 
 def test_download(tmp_path, server, capfd):
     """Fetched, unpacked, prepared; a second run asks the server nothing."""
     code, said = fetch(tmp_path, server, capfd)
     assert code == 0, said
-    right_labels(tmp_path)
+    right_labels(tmp_path, server.data)
     asked = len(server.log)
     assert fetch(tmp_path, server, capfd)[0] == 0 and len(server.log) == asked
 
@@ -733,7 +789,7 @@ def test_download_cut_connection(tmp_path, server, capfd):
     code, said = fetch(tmp_path, server, capfd)
     assert code == 0, said
     assert server.log == [None, "bytes=10000-", "bytes=15000-"]
-    right_labels(tmp_path)
+    right_labels(tmp_path, server.data)
 
 
 def test_download_restart(tmp_path, server, capfd):
@@ -745,7 +801,7 @@ def test_download_restart(tmp_path, server, capfd):
     server.log.clear()
     code, said = fetch(tmp_path, server, capfd)
     assert code == 0 and server.log == ["bytes=30000-"], said
-    right_labels(tmp_path)
+    right_labels(tmp_path, server.data)
 
 
 def test_download_wrong_size(tmp_path, server, capfd):
@@ -771,7 +827,7 @@ def test_download_starts_anew(tmp_path, server, capfd, case):
         server.data, server.etag = fetched, '"new"'
     code, said = fetch(tmp_path, server, capfd)
     assert code == 0, said
-    right_labels(tmp_path)
+    right_labels(tmp_path, server.data)
 
 
 def test_download_refused(tmp_path, server, capfd):
@@ -786,6 +842,14 @@ def test_download_damaged_archive(tmp_path, server, capfd):
     server.data = server.data[:len(server.data) // 2] + bytes(len(server.data) // 2)
     code, said = fetch(tmp_path, server, capfd)
     assert code != 0 and ".zip" in said and "Traceback" not in said and not (tmp_path / "out/val.jsonl").exists()
+
+
+def test_download_checksum(tmp_path, server, capfd, monkeypatch):
+    """Right size, but not the file whose checksum is known: thrown away."""
+    entry = {**prepare.DATASETS["ibims1"], "download": (server.url, "ibims1_core_raw.zip", "0" * 32)}
+    monkeypatch.setitem(prepare.DATASETS, "ibims1", entry)
+    code, said = attempt(capfd, tmp_path, "ibims1", "--download")
+    assert code != 0 and "checksum" in said.lower() and not list((tmp_path / "raw").glob("*.zip"))
 
 
 def test_download_closed_dataset(tmp_path, capfd):
@@ -812,6 +876,17 @@ def test_real_nuscenes(tmp_path):
     for row in rows:                                          # a few share a pixel or lie on the border
         assert 0.97 * count[row["camera"]] <= len(row["depth"]) <= count[row["camera"]]
         assert 3 < min(row["depth"]) and max(row["depth"]) < 140
+
+
+def test_real_check_of_nuscenes(tmp_path, capfd):
+    """Six real street views: silent on the labels as they are, z in their place (the published ones) is found."""
+    rows = prepared(tmp_path, "nuscenes", sample("nuscenes"))
+    code, said = checked(capfd, tmp_path / "out/val.jsonl")
+    assert code == 0, said
+    all_z(rows)
+    (tmp_path / "out/val.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    code, said = checked(capfd, tmp_path / "out/val.jsonl")
+    assert code != 0 and re.search(r"\bz\b.*euclid", said.lower()), said
 
 
 def test_real_argoverse2(tmp_path):

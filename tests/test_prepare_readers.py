@@ -211,7 +211,8 @@ def argoverse_log(root, log, times=(0, 100), images=(20,), lost=(), seed=0, wall
         return rigid(rotation([0.02, 0.01, 1], 0.9 + 0.0015 * ms), [5012.5 + 0.012 * ms, 3107.25 + 0.003 * ms, 14.0])
 
     ego_cam = rigid(OPENCV_IN_VEHICLE @ rotation([0.1, 1, 0], 0.05), [1.63, -0.02, 1.39])
-    sensors = [("ring_front_center", ego_cam), ("up_lidar", rigid(np.eye(3), [1.35, 0, 1.64]))]
+    sensors = [("up_lidar", rigid(np.eye(3), [1.35, 0, 1.64])), ("ring_front_center", ego_cam),
+               ("ring_rear_left", rigid(ego_cam[:3, :3], [1, 1, 1]))]
     (folder / "calibration").mkdir(parents=True)
 
     def write(path, columns):
@@ -226,9 +227,9 @@ def argoverse_log(root, log, times=(0, 100), images=(20,), lost=(), seed=0, wall
 
     fx, fy, cx, cy, w, h = AV2_CAMERA
     write(folder / "calibration/intrinsics.feather", {
-        "sensor_name": ["ring_front_center"], "fx_px": [fx], "fy_px": [fy], "cx_px": [cx], "cy_px": [cy],
-        "k1": [-0.27], "k2": [-0.1], "k3": [0.2],                  # on disk the images are undistorted: to be ignored
-        "height_px": np.array([h], np.uint16), "width_px": np.array([w], np.uint16)})
+        "sensor_name": ["ring_side_left", "ring_front_center"], "fx_px": [fx - 9, fx], "fy_px": [fy - 9, fy],
+        "cx_px": [cx + 9, cx], "cy_px": [cy - 9, cy], "k1": [-0.2] * 2, "k2": [-0.1] * 2, "k3": [0.2] * 2,
+        "height_px": np.full(2, h, np.uint16), "width_px": np.full(2, w, np.uint16)})     # k1..k3: not to be used
     write(folder / "calibration/egovehicle_SE3_sensor.feather",
           {"sensor_name": [s for s, _ in sensors], **se3([m for _, m in sensors])})
     stamps = sorted({*times, *images} - set(lost))
@@ -237,8 +238,9 @@ def argoverse_log(root, log, times=(0, 100), images=(20,), lost=(), seed=0, wall
     expected = {}
     for ms in images:
         save(painted(ramp(w, h)), folder / f"sensors/cameras/ring_front_center/{AV2_T0 + ms * MS}.jpg")
-        # a camera folder without a calibration row (log 7606de8d... lacks its stereo intrinsics)
-        save(painted(ramp(w, h)), folder / f"sensors/cameras/stereo_front_left/{AV2_T0 + ms * MS}.jpg")
+        # camera folders that lack one of their two calibration rows (log 7606de8d... lacks its stereo intrinsics)
+        for name in ("ring_side_left", "ring_rear_left"):
+            save(painted(ramp(w, h)), folder / f"sensors/cameras/{name}/{AV2_T0 + ms * MS}.jpg")
     for ms in times:
         near = [i for i in images if abs(i - ms) <= 51]
         at = min(near or images, key=lambda i: abs(i - ms))
@@ -259,8 +261,8 @@ def argoverse_log(root, log, times=(0, 100), images=(20,), lost=(), seed=0, wall
 def test_argoverse2_moving_ego(tmp_path):
     """Images 20 ms after their sweep, the car turning: labels, pose, time; one image a sweep, none far from a sweep."""
     raw = tmp_path / "raw"
-    images = (20, 70, 120, 400)                 # 70 is nearer to a sweep than 51 ms but not the nearest; 400 has none
-    expected = argoverse_log(raw / "val", "0a", images=images)
+    # 70 and 145 are within 51 ms of the second sweep but not the nearest to it; the third sweep has none within 51 ms
+    expected = argoverse_log(raw / "val", "0a", times=(0, 100, 800), images=(20, 70, 120, 145, 880))
     rows = prepared(tmp_path, "argoverse2", raw, "--points", 100000)
     assert [round(r["time"] * 1e3 - AV2_T0 / MS) for r in rows] == [20, 120]
     for row, ms in zip(rows, (20, 120)):
@@ -685,8 +687,8 @@ def test_taskonomy(tmp_path, layout):
     expected = omnidata_root(tmp_path / "raw", layout, "taskonomy", ("allensville", "ackermanville"),
                              ("depth_euclidean", "depth_zbuffer"),
                              "point_info" if layout == "omnitools" else "fixatedpose")
-    rows = prepared(tmp_path, "taskonomy", tmp_path / "raw", "--points", 300, split="train")
-    assert len(rows) == 2
+    rows = prepared(tmp_path, "taskonomy", tmp_path / "raw", "--points", 300, "--max-depth", 300, split="train")
+    assert len(rows) == 2                                     # 65535 / 512 = 128 m is within that limit
     for row in rows:
         z, exact, c2w = expected[next(s for s in expected if s in row["scene"])]
         is_dense(tmp_path / "out", row, exact, OMNI, z)
@@ -708,7 +710,7 @@ def test_hm3d_from_the_z_buffer(tmp_path):
     """Without depth_euclidean the z-buffer is converted with the view's own field of view."""
     expected = omnidata_root(tmp_path / "raw", "omnitools", "hm3d", ("00000-kfPV7w3FaU5", "00001-UVdNNRcVyV1"),
                              ("depth_zbuffer",), "fixatedpose")
-    rows = prepared(tmp_path, "hm3d", tmp_path / "raw", "--points", 300, split="train")
+    rows = prepared(tmp_path, "hm3d", tmp_path / "raw", "--points", 300, "--max-depth", 300, split="train")
     assert len(rows) == 2
     for row in rows:
         z, exact, c2w = expected[next(s for s in expected if s in row["scene"])]
