@@ -330,11 +330,15 @@ def save_image(pixels, path):
     """PNG or JPEG by the name; never a half-written file."""
     os.makedirs(dirname(path), exist_ok=True)
     temporary = f"{path}.{os.getpid()}.tmp"
-    if path.endswith(".png"):
-        pixels.save(temporary, "PNG")
-    else:
-        pixels.convert("RGB").save(temporary, "JPEG", quality=95)
-    os.replace(temporary, path)
+    try:
+        if path.endswith(".png"):
+            pixels.save(temporary, "PNG")
+        else:
+            pixels.convert("RGB").save(temporary, "JPEG", quality=95)
+        os.replace(temporary, path)
+    finally:
+        if exists(temporary):                             # the disk was full
+            os.remove(temporary)
 
 
 def write_json(path, value):
