@@ -121,7 +121,8 @@ DATASETS = {
         download=("https://rgbd.cs.princeton.edu/data/SUNRGBD.zip", "SUNRGBD.zip", None)),
     "ibims1": dict(
         range=(0.1, 25), splits=("val",), marks=("depth", "calib"),
-        get="ibims1_core_raw.zip", url="https://www.asg.ed.tum.de/lmf/ibims1", size="55 MB", licence="see its download page",
+        get="ibims1_core_raw.zip", url="https://www.asg.ed.tum.de/lmf/ibims1", size="55 MB",
+        licence="see its download page",
         download=("https://dataserv.ub.tum.de/s/m1455541/download?path=%2F&files=ibims1_core_raw.zip",
                   "ibims1_core_raw.zip", None)),
     "nyuv2": dict(
