@@ -227,7 +227,7 @@ def answer(model, encoder: Encoder, samples: list[dict], form: str | None, max_n
         return whole[len(out[b]):] if whole[:len(out[b])] == out[b] else []
 
     def live(b):
-        return out[b][-1] != end and len(out[b]) < max_new_tokens
+        return out[b][-1] not in encoder.stop_ids and len(out[b]) < max_new_tokens
 
     while any(live(b) for b in rows):
         feed = [[out[b][-1]] + (finish(b) if form else []) if live(b) else [] for b in rows]
@@ -247,7 +247,7 @@ def answer(model, encoder: Encoder, samples: list[dict], form: str | None, max_n
                 kept[b] = j + 1
             if kept[b]:
                 out[b] += feed[b][1:kept[b]]
-                if out[b][-1] != end:
+                if out[b][-1] not in encoder.stop_ids:
                     out[b].append(best[b][kept[b] - 1])
                 out[b] = out[b][:max_new_tokens]
         holds = torch.arange(width, device=device) < torch.tensor(kept, device=device)[:, None]
@@ -257,7 +257,7 @@ def answer(model, encoder: Encoder, samples: list[dict], form: str | None, max_n
 
 
 def decode_text(encoder: Encoder, tokens: list[int]) -> str:
-    return encoder.tokenizer.decode([t for t in tokens if t != encoder.end_id])
+    return encoder.tokenizer.decode([t for t in tokens if t not in encoder.stop_ids])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -638,13 +638,15 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def list_queries(args) -> list[tuple[str, Records, str, list]]:
     """-> (dataset name, records, task, (record, point) pairs) for each file and task."""
-    groups = []
-    for path in args.data or default_data():
+    groups, paths = [], args.data or default_data()
+    names = [dataset_name(path) for path in paths]
+    names = [path if names.count(name) > 1 else name for path, name in zip(paths, names)]  # two sets are two columns
+    for path, name in zip(paths, names):
         records = Records(path, args.image_root, args.label_type)
         pairs = draw_queries(records, None if args.all else args.queries, args.seed)
         if not pairs:
             raise ValueError(f"{path}: has no labelled point.")
-        groups += [(dataset_name(path), records, task, pairs) for task in args.tasks or ["distance"]]
+        groups += [(name, records, task, pairs) for task in args.tasks or ["distance"]]
     return groups
 
 

@@ -431,6 +431,7 @@ class Encoder:
     image_id: int
     row_end_id: int | None = None
     image_end_id: int | None = None
+    stop_ids: frozenset[int] = frozenset()  # where decoding ends: the end of turn, and what generation_config.json adds
     cache: dict = field(default_factory=dict)
 
     @property
@@ -518,9 +519,17 @@ def load_encoder(path: str) -> Encoder:
     factor = processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1.0  # Pixtral as released
     scaled = (np.arange(256, dtype=np.float64) * factor).astype(np.float32)
     ids = {k: tokenizer.convert_tokens_to_ids(family[k]) for k in ("row_end", "image_end") if k in family}
+    stops = generation_stops(folder) | {tokenizer.eos_token_id}
     return Encoder(str(folder), kind, tokenizer, vision.get("patch_size", 16 if kind != "qwen2_5_vl" else 14),
                    vision.get("spatial_merge_size", 2) if family["mrope"] else 1, (scaled[None] - mean) / std,
-                   tokenizer.convert_tokens_to_ids(family["image_token"]), ids.get("row_end"), ids.get("image_end"))
+                   tokenizer.convert_tokens_to_ids(family["image_token"]), ids.get("row_end"), ids.get("image_end"), stops)
+
+
+def generation_stops(folder: Path) -> frozenset[int]:
+    """The tokens at which transformers' generate ends for this checkpoint."""
+    path = folder / "generation_config.json"
+    stops = (json.loads(path.read_text()).get("eos_token_id") or []) if path.is_file() else []
+    return frozenset([stops] if isinstance(stops, int) else stops)
 
 
 def patchify(pixels: np.ndarray, encoder: Encoder) -> np.ndarray:

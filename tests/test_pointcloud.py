@@ -254,7 +254,7 @@ def test_part_of_another_checkpoint_or_photo(tmp_path, tiny, photo):
     encoder, grid = render.load_encoder(str(tiny)), pointcloud.pixel_grid(96, 72, 50)
     asked = pointcloud.identity(str(photo), (80, 80, 1, 1, 96, 72), grid, {}, encoder.folder, "float32", 64, "greedy")
     (tmp_path / "model.safetensors").write_bytes(b"other")
-    other = pointcloud.identity(str(photo), (80, 80, 1, 1, 96, 72), grid, {}, str(tmp_path), "float32", 64)
+    other = pointcloud.identity(str(photo), (80, 80, 1, 1, 96, 72), grid, {}, str(tmp_path), "float32", 64, "greedy")
     assert [k for k in asked if asked[k] != other[k]] == ["weights"]
     make_photo(photo, 96, 70)
     other = pointcloud.identity(str(photo), (80, 80, 1, 1, 96, 72), grid, {}, encoder.folder, "float32", 64, "greedy")
