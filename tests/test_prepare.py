@@ -686,7 +686,17 @@ def test_check_does_not_cry_wolf(tmp_path, capfd, case):
     assert code == 0, said
 
 
-@pytest.mark.parametrize("case", ["cluttered", "walls"])
+def test_check_rounded_labels(tmp_path, capfd, toy):
+    """Right labels that somebody rounded to a millimetre are no z of a depth PNG: the walls of the room say so."""
+    def to_millimetres(rows):
+        for r in rows:
+            r["depth"] = [round(d, 3) for d in r["depth"]]
+            r.pop("depth_type", None)
+    code, said = checked(capfd, rewrite(toy, tmp_path, to_millimetres))
+    assert code == 0, said
+
+
+@pytest.mark.parametrize("case", ["cluttered", "walls", "slopes"])
 def test_check_finds_z_declared_euclidean(tmp_path, capfd, case):
     """z maps prepared with the wrong --depth-type: the depth PNG's steps, or flat walls, give it away."""
     if case == "walls":
@@ -695,6 +705,8 @@ def test_check_finds_z_declared_euclidean(tmp_path, capfd, case):
             v, u = np.mgrid[:60, :80]
             save_depth(np.round(1000 / (0.2 + 0.0015 * (u - 40) + 0.001 * (n - 10) / 10 * (v - 30))),
                        tmp_path / f"raw/depth/{n:04d}.png")
+    elif case == "slopes":                                     # curved: nothing but the steps of 1 mm
+        own_folder(tmp_path / "raw", count=20)
     else:
         cluttered(tmp_path / "raw", 24, seed=4)
     prepared(tmp_path, "folder", tmp_path / "raw", "--depth-type", "euclidean")

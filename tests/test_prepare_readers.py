@@ -1024,6 +1024,20 @@ def test_nyuv2_from_sunrgbd(tmp_path):
         is_dense(tmp_path / "out", row, euclidean(own, SUN_CAMERA), SUN_CAMERA, own)
 
 
+def test_nyuv2_in_millimetres(tmp_path):
+    """The 640 x 480 distribution: 1-based principal point, Eigen crop, 10.0 m is saturation whatever the limit."""
+    camera = [518.8579, 519.4696, 324.5824, 252.7362, 640, 480]
+    mm = np.round(ramp(640, 480, base=3) * 1000)
+    save(painted(mm / 1000), tmp_path / "raw/rgb/rgb_00001.jpg")
+    mm[200:260, 100:500] = 10000
+    save_depth(mm, tmp_path / "raw/depth/sync_depth_00001.png")
+    z = np.full((480, 640), np.nan)
+    z[45:471, 41:601] = mm[45:471, 41:601] / 1000
+    z[z >= 10] = np.nan
+    row, = prepared(tmp_path, "nyuv2", tmp_path / "raw", "--points", 3000, "--max-depth", 30)
+    is_dense(tmp_path / "out", row, euclidean(z, camera), camera, z)
+
+
 @pytest.mark.parametrize("dataset", ["nyuv2", "sunrgbd"])
 def test_nyuv2_and_sunrgbd_paper_labels(tmp_path, dataset):
     """--paper-labels: raw / 10000, which is 0.8 x the true Euclidean depth; the record says which labels it has."""
