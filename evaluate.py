@@ -53,9 +53,10 @@ def attend(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_
         if k.shape[1] != q.shape[1]:
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         longest, starts = int((starts[1:] - starts[:-1]).max()), starts.to(torch.int32)
-        window = {"window_size": (-1, 0)} if VARLEN_WINDOW else {"is_causal": True}
-        return varlen_attn(q, k, v, starts, starts, longest, longest, scale=scaling,
-                           **(window if module.is_causal else {}))[None], None
+        how = {"scale": scaling} if "scale" in VARLEN_FLAGS else {}  # else 1 / sqrt(d), which is what all families use
+        if module.is_causal:
+            how.update({"window_size": (-1, 0)} if "window_size" in VARLEN_FLAGS else {"is_causal": True})
+        return varlen_attn(q, k, v, starts, starts, longest, longest, **how)[None], None
     # elsewhere: segments of equal length are one batch, which is most of them (the windows of Qwen2.5-VL's vision tower)
     starts = starts.tolist()
     groups: dict[int, list[int]] = {}
@@ -75,9 +76,9 @@ try:  # FlashAttention as it comes with torch; its arguments changed between ver
     import inspect
 
     from torch.nn.attention.varlen import varlen_attn
-    VARLEN_WINDOW = "is_causal" not in inspect.signature(varlen_attn).parameters
+    VARLEN_FLAGS = inspect.signature(varlen_attn).parameters
 except ImportError:
-    varlen_attn, VARLEN_WINDOW = None, False
+    varlen_attn, VARLEN_FLAGS = None, {}
 
 
 def pack_attention(model):
