@@ -45,6 +45,10 @@ def attend(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_
     Packed (B = 1): tokens see their own segment only; the vision tower gives `cu_seq_lens_q`, the text `segments`, both
     (n + 1,) starts. Otherwise: a bool `attention_mask` (B, 1, T, K), as decoding and GRPO's tree rows have."""
     starts = segments if cu_seq_lens_q is None else cu_seq_lens_q
+    places = kwargs.get("position_ids")
+    if starts is None and attention_mask is None and places is not None and places.shape[-1] == 2:
+        # Pixtral's tower in older transformers gives (row, column) of each patch instead: an image begins at (0, 0)
+        starts = F.pad((places == 0).all(-1).nonzero()[:, 0], (0, 1), value=len(places))
     if starts is None:
         out = F.scaled_dot_product_attention(query, key, value, attention_mask, scale=scaling, enable_gqa=True)
         return out.transpose(1, 2), None
