@@ -57,14 +57,6 @@ def pixel_grid(width: int, height: int, count: int) -> np.ndarray:
     return np.stack(np.meshgrid(x, y), -1)
 
 
-def unproject(pixels: np.ndarray, depth_m: np.ndarray, intrinsics) -> np.ndarray:
-    """Pixels (..., 2) at Euclidean distances (...) -> points (..., 3) in camera axes [m]."""
-    fx, fy, cx, cy = intrinsics[:4]
-    x, y = pixels[..., 0], pixels[..., 1]
-    z = depth_m / render.ray_length(x, y, intrinsics)
-    return np.stack([(x - cx) / fx * z, (y - cy) / fy * z, z], -1)
-
-
 def has_neighbour(depth_m: np.ndarray, limit: float) -> np.ndarray:
     """(rows, columns) bool: distances within a factor 1 + `limit` of one of their four neighbours, at least. The others
     float between two surfaces, or are single wrong answers."""
@@ -420,7 +412,7 @@ def make_cloud(args, out: Path, inputs: tuple, ask, asked: dict, grid: np.ndarra
         if not keep.any():
             raise ValueError(f"--edge-filter {args.edge_filter:g}: leaves no point. Give a larger ratio, and go on.")
     pixels = grid[keep]
-    xyz = unproject(pixels, depth_m[keep], intrinsics).astype(np.float32)
+    xyz = render.unproject(pixels, depth_m[keep], intrinsics).astype(np.float32)
     colors = np.asarray(image)[pixels[:, 1], pixels[:, 0]]
     note = (f"{len(xyz):,} points, {(~known).sum():,} of {len(lines):,} answers were no distance, "
             f"focal {fx:.1f} {fy:.1f} px ({source})")

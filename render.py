@@ -155,6 +155,14 @@ def ray_length(x, y, intrinsics) -> np.ndarray:
     return np.sqrt(1 + ((np.asarray(x) - cx) / fx) ** 2 + ((np.asarray(y) - cy) / fy) ** 2)
 
 
+def unproject(pixels: np.ndarray, depth_m: np.ndarray, intrinsics) -> np.ndarray:
+    """Pixels (..., 2) at Euclidean distances (...) -> points (..., 3) in camera axes [m]."""
+    fx, fy, cx, cy = intrinsics[:4]
+    x, y = pixels[..., 0], pixels[..., 1]
+    z = depth_m / ray_length(x, y, intrinsics)
+    return np.stack([(x - cx) / fx * z, (y - cy) / fy * z, z], -1)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # images
 
@@ -287,11 +295,64 @@ class Query:
     given: float | None = None
 
 
+class Unfit(ValueError):
+    """A record that a task cannot be asked about, though nothing is wrong with it: no pose, a standing car."""
+
+
 def ask_distance(records: Records, i: int, rng, point: int | None = None) -> Query:
     """Euclidean distance of a point from the camera [m]: metric depth."""
-    record, point = records[i], point
+    record = records[i]
     point = pick(record, rng) if point is None else point
     return Query("distance", [record], [tuple(record["pixel_coords"][point])], float(record["depth"][point]))
+
+
+def ask_axis(records: Records, i: int, rng, point: int | None = None) -> Query:
+    """Distance along the principal axis [m]: z, the depth of pure vision models."""
+    query = ask_distance(records, i, rng, point)
+    ray = float(ray_length(*query.points[0], query.records[0]["intrinsics"]))
+    return replace(query, task="axis", value=query.value / ray)
+
+
+def ask_speed(records: Records, i: int, rng, point: int | None = None) -> Query:
+    """Speed that reaches a point within a given time [m/s]."""
+    query, given = ask_distance(records, i, rng, point), draw_given(rng, TIMES)
+    return replace(query, task="speed", value=query.value / given, given=given)
+
+
+def ask_time(records: Records, i: int, rng, point: int | None = None) -> Query:
+    """Time in which a given speed reaches a point [s]."""
+    query, given = ask_distance(records, i, rng, point), draw_given(rng, SPEEDS)
+    return replace(query, task="time", value=query.value / given, given=given)
+
+
+def ask_two_point(records: Records, i: int, rng, point: int | None = None) -> Query:
+    """Distance between two points [m], the first marked in red, the second in blue."""
+    record = records[i]
+    point = pick(record, rng) if point is None else point
+    xyz = unproject(record["pixel_coords"], record["depth"], record["intrinsics"])
+    apart = np.linalg.norm(xyz - xyz[point], axis=1)
+    others = np.flatnonzero(apart >= NEAREST_PAIR)
+    if not len(others):
+        raise Unfit(f"{record['where']}: has no second point {NEAREST_PAIR} m or more from point {point}.")
+    other = int(rng.choice(others))
+    return Query("two_point", [record], [tuple(record["pixel_coords"][k]) for k in (point, other)], float(apart[other]))
+
+
+def ask_motion(records: Records, i: int, rng, point: int | None = None) -> Query:
+    """How far the camera moved [m] between a record and one near it in the file, of the same scene and camera."""
+    record = records[i]
+    if record.get("pose") is None:
+        raise Unfit(f"{record['where']}: has no 'pose', so it cannot be asked how far the camera moved.")
+    for offset in rng.permutation([*range(-MOTION_WINDOW, 0), *range(1, MOTION_WINDOW + 1)]):
+        if not 0 <= i + offset < len(records):
+            continue
+        other = records[i + int(offset)]
+        if other.get("pose") is not None and all(other.get(k) == record.get(k) for k in ("scene", "camera")):
+            moved = float(np.linalg.norm(center(other) - center(record)))
+            if MOTION[0] <= moved <= MOTION[1]:
+                return Query("motion", [record, other], [], moved)
+    raise Unfit(f"{record['where']}: none of the {MOTION_WINDOW} records before and after it is of the same scene and "
+                f"camera, with its 'pose' {MOTION[0]} to {MOTION[1]} m away.")
 
 
 def pick(record: dict, rng) -> int:
@@ -300,16 +361,68 @@ def pick(record: dict, rng) -> int:
     return int(rng.integers(len(record["depth"])))
 
 
-TASKS: dict[str, Callable] = {"distance": ask_distance}
+def draw_given(rng, limits: tuple[float, float]) -> float:
+    """The number that a question gives, one decimal; log-uniform, so that no order of magnitude is rare."""
+    return round(float(np.exp(rng.uniform(*np.log(limits)))), 1)
 
-# task -> prompt -> question, answer. {x} is the value. "release" is the think/answer form of Sec. 3.2.
+
+def center(record: dict) -> np.ndarray:
+    """Position of a record's camera in its scene [m]."""
+    pose = np.asarray(record["pose"], float)
+    if pose.size != 16 or not np.isfinite(pose).all():
+        raise ValueError(f"{record['where']}: pose needs 16 finite numbers, camera-to-world.")
+    return pose.reshape(4, 4)[:3, 3]
+
+
+def can_ask(records: Records, task: str, tries: int = 64) -> bool:
+    """Whether a task fits any of some records spread over a file."""
+    for i in np.unique(np.linspace(0, len(records) - 1, tries).astype(int)):
+        try:
+            TASKS[task](records, int(i), np.random.default_rng(int(i)))
+            return True
+        except Unfit:
+            continue
+    return False
+
+
+# paper: it does not say which numbers its questions give, nor how far its pairs of frames are apart
+TIMES = (1.0, 10.0)  # s. A factor of ten where delta1 forgives 1.25: who ignores the given number is wrong
+SPEEDS = (0.5, 5.0)  # m/s, a stroll to a run: two decimals can still tell the time to a point half a metre away
+NEAREST_PAIR = 0.1  # m; nearer points are one to the eye, and two decimals cannot tell their distance
+MOTION = (0.1, 10.0)  # m; below, a pose is mostly noise (a standing car), beyond, the frames share hardly any view
+MOTION_WINDOW = 30  # records: 3 s of a 10 Hz camera; 2.5 s of nuScenes, whose six cameras take turns
+TASKS: dict[str, Callable] = {"distance": ask_distance, "axis": ask_axis, "speed": ask_speed, "time": ask_time,
+                              "two_point": ask_two_point, "motion": ask_motion}
+
+# task -> prompt -> question, answer. {x} is the value, {given} the time or speed. "release" is the think/answer form of
+# Sec. 3.2. The words before {x} are the same in all answers of a task, so that decoding can verify them at once.
 THINK = ("Output the thinking process in <think> </think> and final answer (the {unit} number only, without the unit) in "
          "<answer> </answer> tags.")
 QUESTIONS = {
     "distance": {"paper": "How many meters is this point from the camera?",
                  "release": "How far is this point from the camera? " + THINK.format(unit="meter")},
+    # paper: of the other tasks it shows pictures only (Fig. 7); these are in the style of the first
+    "axis": {"paper": "How many meters is this point from the camera along the forward direction?",
+             "release": "How far is this point from the camera along the forward direction? "
+                        + THINK.format(unit="meter")},
+    "speed": {"paper": "How many meters per second must the camera move to reach this point in {given} seconds?",
+              "release": "How fast must the camera move to reach this point in {given} seconds? "
+                         + THINK.format(unit="meters per second")},
+    "time": {"paper": "How many seconds does the camera take to reach this point at {given} meters per second?",
+             "release": "How long does the camera take to reach this point at {given} meters per second? "
+                        + THINK.format(unit="second")},
+    "two_point": {"paper": "How many meters is the point of the red marker from the point of the blue marker?",
+                  "release": "How far is the point of the red marker from the point of the blue marker? "
+                             + THINK.format(unit="meter")},
+    "motion": {"paper": "How many meters has the camera moved between the two images?",
+               "release": "How far has the camera moved between the two images? " + THINK.format(unit="meter")},
 }
-ANSWERS = {"distance": "The point is around {x} meters away from the camera."}
+ANSWERS = {"distance": "The point is around {x} meters away from the camera.",
+           "axis": "The point is around {x} meters in front of the camera.",
+           "speed": "The camera must move at around {x} meters per second.",
+           "time": "The camera takes around {x} seconds.",
+           "two_point": "The two points are around {x} meters apart.",
+           "motion": "The camera has moved around {x} meters."}
 TEXT_QUESTION = "Given this image of size (width = {w}, height = {h}), how far is the pixel at ({u}, {v}) from the camera?"
 CAMERA_QUESTION = ("Given this image of size (width = {w}, height = {h}), where the camera intrinsics are (fx = {fx}, fy = {fy}, "
                    "cx = {cx}, cy = {cy}) and the images are without distortions, how many meters is this point away from "
@@ -328,18 +441,19 @@ def phrase(query: Query, view: View, settings: dict) -> tuple[str, str]:
     prompt, camera, x = settings["prompt"], settings["camera"], f"{query.value:.2f}"
     fx, fy, cx, cy, w, h = view.intrinsics
     question, answer = QUESTIONS[query.task].get(prompt), answer_form(query.task, prompt)
-    if query.task == "distance" and prompt == "text":
+    if query.task != "distance" and (prompt == "text" or camera in ("prompt", "ray")):
+        raise ValueError(f"task '{query.task}': prompt 'text' and the camera strategies 'prompt' and 'ray' are for the "
+                         "distance alone (App. A.1, A.5).")
+    if prompt == "text":
         u, v = (math.floor(p + 0.5) for p in view.move(*query.points[0]))
         question = TEXT_QUESTION.format(w=w, h=h, u=u, v=v)
-    elif query.task == "distance" and camera == "prompt":
+    elif camera == "prompt":
         question = CAMERA_QUESTION.format(w=w, h=h, fx=f"{fx:.2f}", fy=f"{fy:.2f}", cx=f"{cx:.2f}", cy=f"{cy:.2f}")
-    elif query.task == "distance" and camera == "ray":
+    elif camera == "ray":
         u, v = view.move(*query.points[0])
         right, up = math.degrees(math.atan2(u - cx, fx)), math.degrees(math.atan2(cy - v, fy))
         answer = RAY_ANSWER.format(right=f"{abs(right):.0f}", side="right" if right >= 0 else "left", up=f"{abs(up):.0f}",
                                    updown="above" if up >= 0 else "below", x="{x}")
-    if question is None:
-        raise ValueError(f"task '{query.task}' has no prompt '{prompt}'.")
     return question.format(given=query.given), answer.format(x=x)
 
 
@@ -382,14 +496,27 @@ def render(query: Query, settings: dict, grid: int, crop=None, rng=None) -> tupl
 # ----------------------------------------------------------------------------------------------------------------------
 # numbers in answers
 
-UNITS = {"distance": {"m": 1.0, "meter": 1.0, "meters": 1.0, "metre": 1.0, "metres": 1.0, "cm": 0.01, "centimeter": 0.01,
-                      "centimeters": 0.01, "centimetre": 0.01, "centimetres": 0.01, "mm": 0.001, "millimeters": 0.001,
-                      "millimetres": 0.001, "km": 1000.0, "kilometer": 1000.0, "kilometers": 1000.0, "kilometres": 1000.0,
-                      "ft": 0.3048, "foot": 0.3048, "feet": 0.3048, "in": 0.0254, "inch": 0.0254, "inches": 0.0254,
-                      "yard": 0.9144, "yards": 0.9144}}
+METERS = {"m": 1.0, "meter": 1.0, "meters": 1.0, "metre": 1.0, "metres": 1.0, "cm": 0.01, "centimeter": 0.01,
+          "centimeters": 0.01, "centimetre": 0.01, "centimetres": 0.01, "mm": 0.001, "millimeters": 0.001,
+          "millimetres": 0.001, "km": 1000.0, "kilometer": 1000.0, "kilometers": 1000.0, "kilometres": 1000.0,
+          "ft": 0.3048, "foot": 0.3048, "feet": 0.3048, "in": 0.0254, "inch": 0.0254, "inches": 0.0254,
+          "yard": 0.9144, "yards": 0.9144, "mile": 1609.344, "miles": 1609.344}
+SECONDS = {"s": 1.0, "sec": 1.0, "secs": 1.0, "second": 1.0, "seconds": 1.0, "ms": 0.001, "millisecond": 0.001,
+           "milliseconds": 0.001, "min": 60.0, "mins": 60.0, "minute": 60.0, "minutes": 60.0, "h": 3600.0, "hr": 3600.0,
+           "hour": 3600.0, "hours": 3600.0}
+UNITS = {"distance": METERS, "axis": METERS, "two_point": METERS, "motion": METERS, "time": SECONDS,
+         "speed": {"mps": 1.0, "kmh": 1 / 3.6, "kph": 1 / 3.6, "mph": 0.44704, "knots": 0.514444} | {
+             way + per + time: METERS[way] / SECONDS[time] for way in METERS for time in SECONDS
+             for per in ("/", " / ", " per ")}}
 THOUSANDS = r"[1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?"
 NUMBER = re.compile(rf"(?<![\w.])[-+\u2212]?(?:{THOUSANDS}|\d+[.,]\d+|\d+\.?|\.\d+)(?:[eE][-+]?\d+)?(?!\d)")
 PERCENT = re.compile(r"\s*(?:%|percent)", re.I)
+
+
+@lru_cache
+def unit_pattern(task: str) -> re.Pattern:
+    names = sorted(map(re.escape, UNITS.get(task, METERS)), key=len, reverse=True)
+    return re.compile(r"[\s\-]*(" + "|".join(names) + r")(?![A-Za-z/])", re.I)
 
 
 def parse_answer(text: str, task: str = "distance") -> float | None:
@@ -397,11 +524,10 @@ def parse_answer(text: str, task: str = "distance") -> float | None:
 
     The last <answer> tag decides if there is one; else the first number that stands before a unit, converted to metres;
     else the only number there is. Several bare numbers, no number, or a number that is not finite: None."""
-    units = UNITS.get(task, UNITS["distance"])
+    units, pattern = UNITS.get(task, METERS), unit_pattern(task)
     tags = re.findall(r"<answer>(.*?)(?:</answer>|$)", text or "", re.S)
     text = tags[-1] if tags else text or ""
     found = [(m.group(), m.end()) for m in NUMBER.finditer(text) if not PERCENT.match(text, m.end())]
-    pattern = re.compile(r"[\s\-]*(" + "|".join(sorted(map(re.escape, units), key=len, reverse=True)) + r")(?![A-Za-z/])", re.I)
     with_unit = [(n, unit.group(1).lower()) for n, end in found if (unit := pattern.match(text, end))]
     with_unit = [(n, u) for n, u in with_unit if u != "in" or len(with_unit) == 1]  # "2 in front" is no length
     if with_unit:

@@ -35,8 +35,9 @@ def write_jsonl(path: Path, records: list) -> Path:
     return path
 
 
-def make_world(folder: Path, images: int = 6, points: int = 8, seed: int = 0) -> Path:
-    """A jsonl with PNGs: walls at a slant, brightness tells the distance. Returns the jsonl's path."""
+def make_world(folder: Path, images: int = 6, points: int = 8, seed: int = 0, poses: bool = False) -> Path:
+    """A jsonl with PNGs: walls at a slant, brightness tells the distance. poses: one camera that moves by 0.5 m from
+    image to image. Returns the jsonl's path."""
     rng, records = np.random.default_rng(seed), []
     folder.mkdir(parents=True, exist_ok=True)
     for k in range(images):
@@ -52,6 +53,8 @@ def make_world(folder: Path, images: int = 6, points: int = 8, seed: int = 0) ->
         records.append({"image": f"{k:03d}.png", "intrinsics": camera,
                         "pixel_coords": [[int(a), int(b)] for a, b in zip(x, y)],
                         "depth": [round(float(depth[b, a]), 4) for a, b in zip(x, y)]})
+        if poses:
+            records[-1].update(scene="walls", camera="a", pose=[1, 0, 0, 0.3 * k, 0, 1, 0, 0, 0, 0, 1, 0.4 * k, 0, 0, 0, 1])
     return write_jsonl(folder / "val.jsonl", records)
 
 

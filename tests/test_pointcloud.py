@@ -109,12 +109,12 @@ def test_more_points_than_pixels():
 def test_unproject_is_the_inverse_of_projecting():
     rng = np.random.default_rng(0)
     intrinsics, pixels, depth = (812.5, 790.1, 301.2, 255.7), rng.uniform(0, 600, (500, 2)), rng.uniform(0.05, 200, 500)
-    xyz = pointcloud.unproject(pixels, depth, intrinsics)
+    xyz = render.unproject(pixels, depth, intrinsics)
     assert np.allclose(np.linalg.norm(xyz, axis=1), depth, rtol=1e-12)  # Euclidean, not z
     fx, fy, cx, cy = intrinsics
     assert np.abs(fx * xyz[:, 0] / xyz[:, 2] + cx - pixels[:, 0]).max() < 1e-3
     assert np.abs(fy * xyz[:, 1] / xyz[:, 2] + cy - pixels[:, 1]).max() < 1e-3
-    x, y, z = pointcloud.unproject(np.array([[600.0, 600.0]]), np.ones(1), intrinsics)[0]
+    x, y, z = render.unproject(np.array([[600.0, 600.0]]), np.ones(1), intrinsics)[0]
     assert x > 0 and y > 0 and z > 0  # right, down, forward
 
 

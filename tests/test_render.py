@@ -13,7 +13,7 @@ from PIL import Image
 
 import evaluate
 import render
-from conftest import image_processor, noise, plain_inputs, run_script, stock, views_for, write_jsonl
+from conftest import image_processor, make_world, noise, plain_inputs, run_script, stock, views_for, write_jsonl
 
 SETTINGS = {**render.DEFAULTS, "focal": 100}
 RED = (255, 0, 0)
@@ -30,9 +30,9 @@ def red_pixels(pixels: np.ndarray) -> set:
     return {(int(x), int(y)) for y, x in np.argwhere((pixels == RED).all(2))}
 
 
-def shown(path: Path, settings: dict, grid: int = 1, **more):
+def shown(path: Path, settings: dict, grid: int = 1, task: str = "distance", **more):
     """The first query of a jsonl, rendered."""
-    query = render.TASKS["distance"](render.Records(path), 0, np.random.default_rng(0), 0)
+    query = render.TASKS[task](render.Records(path), 0, np.random.default_rng(0), 0)
     return render.render(query, settings, grid, **more)
 
 
@@ -310,16 +310,113 @@ def test_no_checkpoint(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# tasks
+
+
+def ask(path: Path, task: str, i: int = 0, point: int | None = None, seed: int = 0):
+    return render.TASKS[task](render.Records(path), i, np.random.default_rng(seed), point)
+
+
+def test_task_values(tmp_path):
+    """Against geometry by hand: a point 3 m ahead and 4 m to the right at the height of the camera is 5 m away."""
+    path = record(tmp_path, pixel_coords=[[39.5 + 30, 29.5], [39.5, 29.5]], depth=[5.0, 2.0],
+                  intrinsics=[22.5, 22.5, 39.5, 29.5, 80, 60])
+    assert ask(path, "distance", point=0).value == 5.0
+    assert ask(path, "axis", point=0).value == pytest.approx(3.0)
+    assert ask(path, "two_point", point=0).value == pytest.approx(math.hypot(4, 1))
+    assert ask(path, "two_point", point=1).points == [(39.5, 29.5), (69.5, 29.5)]
+    for task, (low, high) in (("speed", render.TIMES), ("time", render.SPEEDS)):
+        given = np.array([ask(path, task, point=0, seed=k).given for k in range(300)])
+        assert low <= given.min() < 1.2 * low and high / 1.2 < given.max() <= high and (given == given.round(1)).all()
+        assert np.mean(given < math.sqrt(low * high)) == pytest.approx(0.5, abs=0.15)
+        query = ask(path, task, point=0)
+        assert query.value * query.given == pytest.approx(5.0) and str(query.given) in shown(path, SETTINGS, task=task)[1]
+
+
+def test_queries_are_a_function_of_the_generator(tmp_path):
+    path = make_world(tmp_path, poses=True)
+    for task in render.TASKS:
+        a, b, c = (ask(path, task, 2, seed=seed) for seed in (3, 3, 4))
+        assert (a.value, a.points, a.given) == (b.value, b.points, b.given) != (c.value, c.points, c.given)
+
+
+@pytest.mark.parametrize("crop", [None, (40, 60, 40, 60)])
+def test_two_markers(tmp_path, crop):
+    """Red at the first point, blue at the second, both on the image in any crop, each where `move` says."""
+    path = record(tmp_path, pixel_coords=[[4, 9], [72, 51]], depth=[2.0, 3.0])
+    for seed in range(10):
+        query = ask(path, "two_point", seed=seed)
+        (view,), question, _ = render.render(query, {**SETTINGS, "marker": "dot"}, 4, crop, np.random.default_rng(seed))
+        assert question.index("red") < question.index("blue")
+        for point, color in zip(query.points, render.COLORS.values()):
+            y, x = np.argwhere((view.pixels == color).all(2)).mean(0)
+            assert (x, y) == pytest.approx(view.move(*point), abs=0.51)
+
+
+def test_motion(tmp_path):
+    """Another frame of the same scene and camera in reach; the second image is that frame's."""
+    path = make_world(tmp_path, poses=True)
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    records[3]["camera"], records[4]["scene"], records[5]["pose"] = "b", "garden", None
+    records[2]["pose"] = records[0]["pose"]  # the camera stood still between these
+    write_jsonl(path, records)
+    partners = {ask(path, "motion", 0, seed=k).records[1]["image"] for k in range(20)}
+    assert partners == {str(path.with_name("001.png"))}
+    query = ask(path, "motion", 1)
+    assert query.value == pytest.approx(0.5) and query.points == []
+    views, question, answer = render.render(query, SETTINGS, 28)
+    assert len(views) == 2 and "0.50" in answer and "two images" in question
+    assert all(v.intrinsics[:2] == pytest.approx((100, 100)) for v in views)
+    for i, say in ((5, "has no 'pose'"), (3, "same scene and camera"), (4, "line 5")):
+        with pytest.raises(render.Unfit, match=say):
+            ask(path, "motion", i)
+    assert render.can_ask(render.Records(path), "motion")
+    write_jsonl(path, [{**r, "pose": [1.0]} for r in records])
+    with pytest.raises(ValueError, match="16 finite numbers"):
+        ask(path, "motion", 0)
+    assert not render.can_ask(render.Records(record(tmp_path)), "motion")
+
+
+def test_no_second_point(tmp_path):
+    """One point, or a second one hardly beside it: said, with the file and line."""
+    for points, depth in (([[20, 30]], [2.0]), ([[20, 30], [21, 30]], [2.0, 2.0])):
+        with pytest.raises(render.Unfit, match="line 1: has no second point"):
+            ask(record(tmp_path, pixel_coords=points, depth=depth), "two_point")
+
+
+def test_markers_and_camera_strategies_of_other_tasks(tmp_path):
+    """What the paper defines for the distance alone is refused for the others, not dropped silently."""
+    path = record(tmp_path, pixel_coords=[[4, 9], [72, 51]], depth=[2.0, 3.0])
+    for change in ({"prompt": "text"}, {"camera": "prompt"}, {"camera": "ray"}):
+        with pytest.raises(ValueError, match="distance"):
+            shown(path, {**SETTINGS, **change}, task="axis")
+    shown(path, {**SETTINGS, "camera": "none"}, task="axis")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # parse_answer
 
 
-@pytest.mark.parametrize("form", [render.answer_form("distance", "paper"), render.answer_form("distance", "release"),
-                                  render.RAY_ANSWER.format(right="31", side="left", up="12", updown="below", x="{x}")])
-def test_parse_answer_inverts_format(form):
-    """Whatever distance we write, we read."""
+RAY_FORM = render.RAY_ANSWER.format(right="31", side="left", up="12", updown="below", x="{x}")
+
+
+@pytest.mark.parametrize("task, form", [("distance", RAY_FORM)] + [(task, render.answer_form(task, prompt))
+                                                                   for task in render.TASKS for prompt in ("paper", "release")])
+def test_parse_answer_inverts_format(task, form):
+    """Whatever value we write, we read."""
     for x in [*np.geomspace(0.01, 999, 400), 1.0, 10.0, 1000.0, 12345.67]:
         text = f"{x:.2f}"
-        assert render.parse_answer(form.format(x=text)) == float(text)
+        assert render.parse_answer(form.format(x=text), task) == float(text)
+
+
+@pytest.mark.parametrize("task, text, value", [
+    ("speed", "2.5 m/s", 2.5), ("speed", "36 km/h", 10.0), ("speed", "10 mph", 4.4704), ("speed", "3 feet per second", 0.9144),
+    ("speed", "To be there in 4.0 seconds, 1.5 meters per second.", 1.5), ("speed", "1.2", 1.2), ("speed", "120 m/min", 2.0),
+    ("speed", "36 kilometers per hour", 10.0), ("time", "1.5 minutes", 90.0), ("time", "12 m at 2 m/s take 6 s", 6.0),
+    ("time", "250 ms", 0.25), ("time", "2 hours", 7200.0), ("time", "3 or 4", None), ("speed", "5 m or 6 m", None),
+    ("motion", "50 cm", 0.5), ("axis", "2 km", 2000.0), ("two_point", "3 feet apart", 0.9144)])
+def test_units_of_tasks(task, text, value):
+    assert render.parse_answer(text, task) == (None if value is None else pytest.approx(value))
 
 
 @pytest.mark.parametrize("text, value", [
