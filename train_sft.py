@@ -54,28 +54,50 @@ TINY = {"hidden": 96, "heads": 4, "vision_layers": 2, "text_layers": 2, "init_st
 
 class Samples(torch.utils.data.Dataset):
     """Endless training samples: item i is a pure function of (seed, i). An unreadable image or record is replaced by
-    another draw and reported in "bad". answers False: the prompts alone, as GRPO wants them."""
+    another draw and reported in "bad". answers False: the prompts alone, as GRPO wants them. images: so many images in
+    all, over and over, each time with another of their points (Fig. 5)."""
 
     def __init__(self, datasets: list[tuple[Records, float]], tasks: dict[str, float], settings: dict, encoder: Encoder,
-                 crop: tuple, seed: int, answers: bool = True):
-        self.datasets, self.tasks, self.settings, self.encoder = datasets, tasks, settings, encoder
-        self.crop, self.seed, self.answers = crop, seed, answers
+                 crop: tuple, seed: int, answers: bool = True, images: int | None = None):
+        self.tasks, self.settings, self.encoder, self.crop = tasks, settings, encoder, crop
+        self.seed, self.answers, self.images = seed, answers, images
+        # motion needs poses, which not all datasets have: a task is asked of those that it fits
+        self.fitting = {task: [d for d in datasets if render.can_ask(d[0], task)] for task in tasks}
+        for task, fitting in self.fitting.items():
+            if not fitting:
+                raise ValueError(f"task '{task}': fits none of the records of {', '.join(r.path for r, _ in datasets)}."
+                                 + (" Its records need 'pose', 'scene' and 'camera'." if task == "motion" else ""))
 
     def __getitem__(self, i: int) -> dict:
-        bad = []
+        bad, last = [], ""
         for attempt in range(20):
             rng = np.random.default_rng((self.seed, i, attempt))
-            records = self.datasets[draw(rng, [w for _, w in self.datasets])][0]
             task = list(self.tasks)[draw(rng, list(self.tasks.values()))]
             try:
-                query = render.TASKS[task](records, int(rng.integers(len(records))), rng)
+                records, record, point = self.place(self.fitting[task], i, attempt, rng)
+                query = render.TASKS[task](records, record, rng, point)
                 views, question, text = render.render(query, self.settings, self.encoder.grid, self.crop, rng)
             except ValueError as e:
-                bad.append(str(e))
+                last = str(e)
+                bad += [] if isinstance(e, render.Unfit) else [last]
                 continue
             tail = render.answer_tokens(self.encoder, text) + [self.encoder.end_id] if self.answers else []
             return {**render.encode(self.encoder, views, question, tail), "task": task, "value": query.value, "bad": bad}
-        raise ValueError(f"20 samples in a row could not be read; the last: {bad[-1]}")
+        raise ValueError(f"20 samples in a row could not be read; the last: {last}")
+
+    def place(self, datasets: list[tuple[Records, float]], i: int, attempt: int, rng) -> tuple[Records, int, int | None]:
+        """-> records, which of them, which point (None: any). With self.images, sample i is point i // images of image
+        i % images; these images are spread over the file, and differ if it has so many."""
+        if not self.images:
+            records = datasets[draw(rng, [w for _, w in datasets])][0]
+            return records, int(rng.integers(len(records))), None
+        turn, image = divmod(i, self.images)
+        rng = np.random.default_rng((self.seed, image, attempt))  # the same for all points of an image
+        records = datasets[draw(rng, [w for _, w in datasets])][0]
+        stride = next(n for n in range(int(0.618 * len(records)) + 1, 2 * len(records) + 2) if math.gcd(n, len(records)) == 1)
+        record = (image + attempt) * stride % len(records)
+        points = rng.permutation(len(records[record]["depth"]))
+        return records, record, int(points[turn % len(points)]) if len(points) else None
 
 
 def draw(rng, weights: list[float]) -> int:
@@ -105,7 +127,7 @@ def report_bad(messages: list[str], bad: int, seen: int) -> None:
                          "above name the files; prepare the data again, or leave the dataset out.")
 
 
-def open_datasets(specs: list[str], image_root: str | None = None) -> list[tuple[Records, float]]:
+def open_datasets(specs: list[str], image_root: str | None = None, label_type: str | None = None) -> list[tuple[Records, float]]:
     """'a.jsonl' or 'a.jsonl:0.1' -> records and weights. Weights are relative."""
     datasets = []
     for spec in specs:
@@ -116,7 +138,7 @@ def open_datasets(specs: list[str], image_root: str | None = None) -> list[tuple
             path, weight = spec, 1.0
         if not weight > 0 or not math.isfinite(weight):
             raise ValueError(f"--data {spec}: the weight after ':' needs a positive number.")
-        datasets.append((Records(path, image_root), weight))
+        datasets.append((Records(path, image_root, label_type), weight))
     return datasets
 
 
@@ -509,15 +531,16 @@ def validate(model, encoder: Encoder, settings: dict, sets: list[tuple[str, Reco
     with gathered(model, reshard):
         for name, records, pairs in sets:
             sums = torch.zeros(3, dtype=torch.float64, device=model.device)
-            mine = pairs[dist.get_rank()::dist.get_world_size()]
             for task in tasks:
+                mine = evaluate.fitting_pairs(records, task, pairs)[dist.get_rank()::dist.get_world_size()]
                 for queries, answers, _ in evaluate.ask(model, encoder, settings, records, mine, task, batch_size):
                     true = np.array([q.value for q in queries])
                     pred = np.array([render.parse_answer(a["text"], task) for a in answers], float)  # None: NaN
                     sums += torch.tensor([evaluate.within(pred, true, 1.25).sum(), np.isnan(pred).sum(), len(true)])
             dist.all_reduce(sums)
             hits, unparsed, count = sums.tolist()
-            scores[name] = {"delta1": hits / count, "unparsed": int(unparsed), "n": int(count)}
+            if count:  # a file without poses says nothing about motion
+                scores[name] = {"delta1": hits / count, "unparsed": int(unparsed), "n": int(count)}
     return scores
 
 
@@ -557,7 +580,11 @@ def parse_args(argv=None) -> argparse.Namespace:
     # data
     flag("--data", nargs="+", metavar="JSONL[:WEIGHT]", help="training files; default: the paper's mixture in data/")
     flag("--image-root", help="folder of the images, if not each jsonl's own")
-    flag("--tasks", nargs="+", default=["distance:1"], metavar="TASK[:WEIGHT]", help="Sec. 3.4: equal weights")
+    flag("--label-type", choices=("euclidean", "z"), help="what the files hold, if they do not say")
+    flag("--tasks", nargs="+", default=["distance:1"], metavar="TASK[:WEIGHT]", help=f"of {', '.join(render.TASKS)}; "
+         "Sec. 4, Other Tasks: equal weights")
+    flag("--points-per-image", type=int, metavar="K", help="see samples / K images only, K points of each (Fig. 5); default: "
+         "any point of any image")
     flag("--crop", type=int, nargs=4, default=[1000, 1400, 700, 1200], metavar=("W0", "W1", "H0", "H1"),
          help="random crop, px (Sec. 4)")
     flag("--workers", type=int, default=4, help="processes that load images, per rank")
@@ -589,6 +616,16 @@ def parse_args(argv=None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def images_to_see(datasets: list[tuple[Records, float]], samples: int, points: int) -> int:
+    """--points-per-image: how many images share the samples; each file must have so many, or some would repeat."""
+    images = samples // points if points > 0 else 0
+    for records, _ in datasets:
+        if not 1 <= images <= len(records):
+            raise ValueError(f"--points-per-image {points}: {samples} samples are {images} images, {records.path} has "
+                             f"{len(records)}. Change --samples, or prepare more images.")
+    return images
+
+
 def parse_weights(specs: list[str]) -> dict[str, float]:
     """['distance:1', 'speed'] -> weights of tasks."""
     weights = {name: float(weight or 1) for name, _, weight in (s.partition(":") for s in specs)}
@@ -609,7 +646,8 @@ def run(args: argparse.Namespace) -> None:
     if steps < 1:
         raise ValueError(f"--samples {args.samples:g} is less than one batch of {args.batch}.")
     specs, tasks = args.data or default_data(), parse_weights(args.tasks)
-    datasets = open_datasets(specs, args.image_root)
+    datasets = open_datasets(specs, args.image_root, args.label_type)
+    images = images_to_see(datasets, steps * args.batch, args.points_per_image) if args.points_per_image else None
     sets = open_validation(specs, args.val, args.val_queries, args.image_root) if args.val_every else []
     if rank == 0:
         open_run(out, args, args.resume)
@@ -640,7 +678,7 @@ def run(args: argparse.Namespace) -> None:
     # -------------------------------------------------------------------------------------------------- data
     last = min(steps, args.stop_after or steps)
     indices = batch_indices(first, last, args.batch, args.micro_batch, rank, world)
-    samples = Samples(datasets, tasks, settings, encoder, args.crop, args.seed)
+    samples = Samples(datasets, tasks, settings, encoder, args.crop, args.seed, images=images)
     loader = iter(torch.utils.data.DataLoader(samples, batch_sampler=indices, num_workers=args.workers, collate_fn=collate,
                                               pin_memory=device.type == "cuda", prefetch_factor=4 if args.workers else None))
     micro_steps = -(-(args.batch // world) // args.micro_batch)
