@@ -4,6 +4,7 @@ How fast it is: each number beside the one to compare it with, measured in one r
     python tests/bench.py render                 # one iBims-like sample at f = 1000, stage by stage
     python tests/bench.py train --size 3b        # random weights of the real size: samples/s, TFLOP/s, memory (a GPU)
     python tests/bench.py evaluate --size toy    # queries/s: forced template, plain steps, transformers' generate
+    python tests/bench.py grpo --micro-batch 2   # GRPO's seconds a prompt over SFT's a sample, beside the plain way
     python tests/bench.py records                # a jsonl of a million records: opening, reading, memory
 
 --size toy | 3b | 7b: random weights. Medians of several runs; sizes and rules are printed with the numbers.
@@ -26,22 +27,23 @@ sys.path.insert(0, str(ROOT))
 
 import evaluate  # noqa: E402
 import render  # noqa: E402
+import train_grpo  # noqa: E402
 import train_sft  # noqa: E402
 
 # Qwen2.5-VL as published (text width, layers, heads, KV heads, MLP, vocabulary, tied head); the vision tower is the same
 REAL = {"3b": (2048, 36, 16, 2, 11008, 151936, True), "7b": (3584, 28, 28, 4, 18944, 152064, False)}
 
 
-def median_ms(function, runs: int = 9, warmup: int = 2) -> float:
+def median_ms(function, runs: int = 9, warmup: int = 2, clock=time.perf_counter) -> float:
     times = []
     for k in range(runs + warmup):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        start = time.perf_counter()
+        start = clock()
         function()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        times.append(1e3 * (time.perf_counter() - start))
+        times.append(1e3 * (clock() - start))
     return statistics.median(times[warmup:])
 
 
@@ -107,19 +109,19 @@ def bench_render(args) -> None:
             v = render.unify_focal(render.open_image(str(path)), camera, 1000, 28, crop, [(300, 200)], rng)
             render.draw_marker(v.pixels, *v.move(300, 200))
             render.patchify(v.pixels, encoder)
-        print(f"one sample, {path.name} 640 x 480 -> {view.pixels.shape[1]} x {view.pixels.shape[0]} and the like, one core, median ms")
+        print(f"one sample, {path.name} 640 x 480 -> {view.pixels.shape[1]} x {view.pixels.shape[0]} and the like, median ms of processor time")
         stages = {"load": lambda: render.open_image(str(path)),
                   "unify + crop": lambda: render.unify_focal(image, camera, 1000, 28, crop, [(300, 200)], rng),
                   "unify, no crop": lambda: render.unify_focal(image, camera, 1000, 28),
                   "marker": lambda: render.draw_marker(view.pixels, 300, 200),
                   "patchify": lambda: render.patchify(view.pixels, encoder), "all (with crop)": all_stages}
         for name, function in stages.items():
-            print(f"  {name:16} {median_ms(function, 15):7.2f}")
+            print(f"  {name:16} {median_ms(function, 15, clock=time.process_time):7.2f}")
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
         theirs = Qwen2VLImageProcessorPil(size={"shortest_edge": 784, "longest_edge": 12845056})
         picture = Image.fromarray(whole.pixels)
         print(f"  {'for comparison: the image processor of transformers alone':58} "
-              f"{median_ms(lambda: theirs([picture], return_tensors='pt'), 5):7.2f}")
+              f"{median_ms(lambda: theirs([picture], return_tensors='pt'), 5, clock=time.process_time):7.2f}")
 
 
 def bench_train(args) -> None:
@@ -168,16 +170,18 @@ def bench_evaluate(args) -> None:
         form, question = render.answer_form("distance", args.prompt), render.QUESTIONS["distance"][args.prompt]
         answer = render.answer_tokens(encoder, form.format(x="2.35")) + [encoder.end_id]
         views = noise_views(encoder, columns, rows, args.batch)
-        taught = [{**render.encode(encoder, [v], question, answer), "bad": []} for v in views[:2]]
+        lesson = train_sft.collate([{**render.encode(encoder, [v], question, answer), "bad": []} for v in views[:2]])
         model = train_sft.shard_model(folder, device, dtype)
         model.train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3 if args.size == "toy" else 1e-5, fused=True)
         for _ in range(300):
-            if train_sft.train_step(model, optimizer, encoder, [train_sft.collate(taught)], 1.0, device)["loss"] < 0.02:
+            if train_sft.train_step(model, optimizer, encoder, [lesson], 1.0, device)["loss"] < 0.02:
                 break
-        train_sft.save_model(model, folder, Path(tmp), dict(render.DEFAULTS), dtype)
+        taught = Path(tmp) / "taught"
+        taught.mkdir()
+        train_sft.save_model(model, folder, taught, dict(render.DEFAULTS), dtype)
         del model, optimizer
-        model = evaluate.load_model(tmp, device, dtype)
+        model = evaluate.load_model(str(taught), device, dtype)
         samples = [render.encode(encoder, [v], question) for v in views]
         counts = {}
 
@@ -187,7 +191,7 @@ def bench_evaluate(args) -> None:
             rates = {name: args.batch / median_ms(lambda: ask(name, f), 5, 1) * 1e3 for name, f in (("forced", form), ("plain steps", None))}
             inputs = [render.model_inputs(render.pack([s]), encoder, device) for s in samples[:4]]
             from transformers import AutoModelForImageTextToText
-            stock = AutoModelForImageTextToText.from_pretrained(tmp, dtype=dtype, attn_implementation="sdpa").to(device).eval()
+            stock = AutoModelForImageTextToText.from_pretrained(taught, dtype=dtype, attn_implementation="sdpa").to(device).eval()
             stock.generation_config.do_sample, stock.generation_config.repetition_penalty = False, 1.0
 
             def generate():
@@ -200,6 +204,58 @@ def bench_evaluate(args) -> None:
             print(f"evaluate {args.size}, prompt {args.prompt}, {columns * rows} image tokens, batch {args.batch}: {name}: {rate:.2f} queries/s"
                   + (f", {counts[name]} forward passes" if name in counts else "")
                   + f" ({rate / rates['transformers generate, one by one, sdpa']:.1f} x generate)" * (len(rates) > 2))
+
+
+def bench_grpo(args) -> None:
+    """Seconds of GRPO for a prompt over seconds of SFT for a sample, same model, images and batch; and the plain way, a
+    copy of the prompt for each answer, in rollout and update. No token ends an answer here, so all have the same length."""
+    rank, world, device = train_sft.setup_distributed()
+    dtype = evaluate.pick_dtype("auto", device)
+    columns, rows = (26, 20) if args.size == "toy" else image_tokens(args.size)  # 520 image tokens
+    group, length, count = 8, 40, args.micro_batch
+    with tempfile.TemporaryDirectory() as tmp:
+        if args.size == "toy":  # large enough that arithmetic counts, not the number of calls
+            folder = tmp
+            train_sft.make_tiny(Path(tmp), hidden=256, heads=4, vision_layers=4, text_layers=6, init_std=0.04)
+        else:
+            folder = make_model_folder(Path(tmp), args.size)
+        encoder = render.load_encoder(folder)
+        encoder.stop_ids = frozenset()
+        views, question = noise_views(encoder, columns, rows, count), render.QUESTIONS["distance"]["release"]
+        answer = (render.answer_tokens(encoder, render.answer_form("distance", "release").format(x="2.35"))
+                  + [encoder.end_id] * length)[:length]
+        samples = [{**render.encode(encoder, [v], question), "bad": []} for v in views]
+        taught = train_sft.collate([{**render.encode(encoder, [v], question, answer), "bad": []} for v in views])
+        copies = [s for s in samples for _ in range(group)]
+        model = train_sft.shard_model(folder, device, dtype).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+        numbers = torch.rand(count, length, group, dtype=torch.float64, device=device)
+        advantages = torch.randn(count, group)
+
+        def rollout(samples, numbers):
+            with train_sft.gathered(model, False):
+                return train_grpo.rollout(model, encoder, samples, numbers, 1.0)
+
+        def update(samples, rollouts, advantages, micro_batch):
+            train_grpo.update(model, optimizer, encoder, samples, rollouts, advantages, micro_batch, 1.0, 1.0)
+
+        alone = numbers.permute(0, 2, 1).reshape(count * group, length, 1)
+        shared, plain = rollout(samples, numbers), rollout(copies, alone)
+        runs = 3 if device.type == "cpu" else 5
+        ms = {"SFT, a sample": median_ms(lambda: train_sft.train_step(model, optimizer, encoder, [taught], 1.0, device),
+                                         runs, 1),
+              "GRPO rollout": median_ms(lambda: rollout(samples, numbers), runs, 1),
+              "GRPO update": median_ms(lambda: update(samples, shared, advantages, count), runs, 1),
+              "plain rollout": median_ms(lambda: rollout(copies, alone), 1, 0),
+              "plain update": median_ms(lambda: update(copies, plain, advantages.view(-1, 1), group), 1, 0)}
+        one = ms["SFT, a sample"]
+        size = sum(p.numel() for p in model.parameters()) / 1e6
+        print(f"grpo {args.size}: {size:.1f} M parameters, {columns * rows} image tokens, {count} prompts x {group} answers "
+              f"x {length} tokens ({device.type} {dtype}); ms a prompt, and over SFT:")
+        ms["GRPO, a prompt"] = ms["GRPO rollout"] + ms["GRPO update"]
+        ms["plain, a prompt"] = ms["plain rollout"] + ms["plain update"]
+        for name, value in ms.items():
+            print(f"  {name:16} {value / count:9.1f} {value / one:7.2f}")
 
 
 def bench_records(args) -> None:
@@ -225,7 +281,8 @@ def bench_records(args) -> None:
 
 
 def main(argv=None) -> None:
-    benches = {"render": bench_render, "train": bench_train, "evaluate": bench_evaluate, "records": bench_records}
+    benches = {"render": bench_render, "train": bench_train, "evaluate": bench_evaluate, "grpo": bench_grpo,
+               "records": bench_records}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=list(benches))
     parser.add_argument("--size", choices=("toy", *REAL), default="toy")
