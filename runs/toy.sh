@@ -7,4 +7,4 @@ export OMP_NUM_THREADS=1
 python prepare.py --dataset toy
 torchrun --standalone --nproc-per-node 2 train_sft.py @runs/toy.args --resume
 python evaluate.py ckpt/toy --data data/toy/val.jsonl
-python pointcloud.py ckpt/toy data/toy/val.jsonl --record 7 --out out/toy
+python pointcloud.py ckpt/toy data/toy/val.jsonl --record 17 --out out/toy --overwrite
