@@ -17,7 +17,7 @@ import os
 import re
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -377,47 +377,81 @@ def draw_queries(records: Records, count: int | None, seed: int = 0) -> list[tup
     return sorted(pairs)
 
 
+def make_query(records: Records, task: str, pair: tuple[int, int], seed: int = 0) -> Query:
+    """The query of a (record, point) pair; what a task draws (a speed, a second point) is a function of the pair."""
+    return render.TASKS[task](records, pair[0], np.random.default_rng((seed, *pair)), pair[1])
+
+
+def fitting_pairs(records: Records, task: str, pairs: list, seed: int = 0) -> list:
+    """The pairs that a task can be asked about: for motion, only records with a pose that moved."""
+    def fits(pair):
+        try:
+            make_query(records, task, pair, seed)
+        except render.Unfit:
+            return False
+        return True
+    return [pair for pair in pairs if fits(pair)] if task in ("two_point", "motion") else pairs
+
+
 class QueryBatches(torch.utils.data.Dataset):
     """Rendered and encoded queries, a batch an item, so that loader workers can prepare them. An unreadable image stops
-    the evaluation: a score over fewer points than it claims would be wrong."""
+    the evaluation: a score over fewer points than it claims would be wrong. singly: a distance sample for each of a
+    query's points. encoder None: (views, question) instead of a sample, as plain models take it."""
 
-    def __init__(self, records: Records, task: str, pairs: list, batch_size: int, settings: dict, encoder: Encoder, seed: int):
+    def __init__(self, records: Records, task: str, pairs: list, batch_size: int, settings: dict,
+                 encoder: Encoder | None, seed: int, singly: bool = False):
         self.records, self.task, self.pairs, self.batch_size = records, task, pairs, batch_size
-        self.settings, self.encoder, self.seed = settings, encoder, seed
+        self.settings, self.encoder, self.seed, self.singly = settings, encoder, seed, singly
 
     def __len__(self):
         return math.ceil(len(self.pairs) / self.batch_size)
 
     def __getitem__(self, b):
         queries, samples = [], []
-        for i, point in self.pairs[b * self.batch_size:(b + 1) * self.batch_size]:
+        for pair in self.pairs[b * self.batch_size:(b + 1) * self.batch_size]:
             try:
-                query = render.TASKS[self.task](self.records, i, np.random.default_rng((self.seed, i, point)), point)
-                views, question, _ = render.render(query, self.settings, self.encoder.grid)
+                query = make_query(self.records, self.task, pair, self.seed)
+                parts = [replace(query, task="distance", points=[p]) for p in query.points] if self.singly else [query]
+                for part in parts:
+                    views, question, _ = render.render(part, self.settings, self.encoder.grid if self.encoder else 1)
+                    samples.append(render.encode(self.encoder, views, question) if self.encoder else (views, question))
             except ValueError as e:  # raised by `ask`: a worker would send its whole traceback
                 return None, str(e)
             queries.append(query)
-            samples.append(render.encode(self.encoder, views, question))
         return queries, samples
 
 
 def ask(model, encoder: Encoder, settings: dict, records: Records, pairs: list, task: str = "distance", batch_size: int = 32,
-        workers: int = 0, max_new_tokens: int = 64, seed: int = 0, decode: str = "greedy"):
+        workers: int = 0, max_new_tokens: int = 64, seed: int = 0, decode: str = "greedy", geometry: bool = False):
     """Ask the model each query -> yields (queries, answers, forward passes) batch by batch; an answer is {"text"}, with
-    decode "median" also its interval (median_answer)."""
-    dataset = QueryBatches(records, task, pairs, batch_size, settings, encoder, seed)
+    decode "median" also its interval (median_answer). geometry: two points by their two distances (measure)."""
+    singly = geometry and task == "two_point"
+    dataset = QueryBatches(records, task, pairs, batch_size, settings, encoder, seed, singly)
     loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=lambda x: x)
-    form = None if settings["camera"] == "ray" else render.answer_form(task, settings["prompt"])
+    form = render.answer_form("distance" if singly else task, settings["prompt"])
+    form = None if settings["camera"] == "ray" else form
     if decode == "median" and form is None:
         raise ValueError("--decode median: camera 'ray' says more than one number; only greedy answers.")
     for queries, samples in loader:
         if queries is None:
             raise ValueError(samples)
         if decode == "median":
-            yield queries, *median_answer(model, encoder, samples, form, max_new_tokens)
+            answers, forwards = median_answer(model, encoder, samples, form, max_new_tokens)
         else:
             tokens, forwards = answer(model, encoder, samples, form, max_new_tokens)
-            yield queries, [{"text": decode_text(encoder, t)} for t in tokens], forwards
+            answers = [{"text": decode_text(encoder, t)} for t in tokens]
+        if singly:
+            answers = [measure(q, a["text"], b["text"]) for q, a, b in zip(queries, answers[::2], answers[1::2])]
+        yield queries, answers, forwards
+
+
+def measure(query: Query, *texts: str) -> dict:
+    """The distance between two points by geometry: both answers on their pixels' rays, and the length between them."""
+    depth_m = [render.parse_answer(text) for text in texts]
+    if None in depth_m:
+        return {"text": "", "texts": texts}
+    xyz = render.unproject(np.array(query.points), np.array(depth_m), query.records[0]["intrinsics"])
+    return {"text": f"{np.linalg.norm(xyz[0] - xyz[1]):.2f} meters", "texts": texts}
 
 
 def prediction(query: Query, answer: dict, **more) -> dict:
@@ -427,6 +461,9 @@ def prediction(query: Query, answer: dict, **more) -> dict:
             "pred": render.parse_answer(answer["text"], query.task), **answer}
     if query.task == "distance":  # true / ray is z
         line["ray"] = round(float(render.ray_length(x, y, record["intrinsics"])), 6)
+    line |= {"given": query.given} if query.given else {}
+    line |= {"pixel2": list(query.points[1])} if len(query.points) > 1 else {}
+    line |= {"image2": query.records[1]["image"]} if len(query.records) > 1 else {}
     return {**line, **more}
 
 
@@ -501,7 +538,7 @@ def score(lines: list[dict]) -> dict:
 
 def summarize(lines: list[dict]) -> dict:
     """All predictions -> {"datasets": {name: metrics}, "average": {...}}, in the paper's order. Another task than distance
-    is a column of its own, "name/task"."""
+    is a column of its own, "name/task". Of several tasks: "tasks", the average of each, which "average" averages."""
     groups: dict[str, list[dict]] = {}
     for line in lines:
         name = line.get("dataset", "data")
@@ -509,18 +546,59 @@ def summarize(lines: list[dict]) -> dict:
     order = list(PAPER_ORDER)
     names = sorted(groups, key=lambda n: (order.index(n) if n in order else len(order), n))
     datasets = {name: score(groups[name]) for name in names}
-    average = {}
+    found = {line.get("task", "distance") for line in lines}
+    tasks = [*(t for t in render.TASKS if t in found), *sorted(found - set(render.TASKS))]
+    if len(tasks) == 1:
+        return {"datasets": datasets, "average": average(datasets.values())}
+    averages = {task: average(d for name, d in datasets.items() if task_of(name) == task) for task in tasks}
+    return {"datasets": datasets, "tasks": averages, "average": average(averages.values())}
+
+
+def task_of(column: str) -> str:
+    return column.rpartition("/")[2] if column.rpartition("/")[2] in render.TASKS else "distance"
+
+
+def average(scores) -> dict:
+    scores, out = list(scores), {}
     for key in ("delta1", "delta2", "delta3", "abs_rel", "rmse", "log10", "silog", "always_2m"):
-        values = [d[key] for d in datasets.values()]
-        average[key] = None if any(v is None for v in values) else sum(values) / len(values)
-    return {"datasets": datasets, "average": average}
+        values = [s[key] for s in scores]
+        out[key] = None if any(v is None for v in values) else sum(values) / len(values)
+    return out
+
+
+def show(value) -> str:
+    return "-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def align(text: list[list[str]]) -> list[str]:
+    """Rows of cells as lines, the first column to the left."""
+    widths = [max(len(row[k]) for row in text) for k in range(len(text[0]))]
+    return ["  ".join(cell.ljust(w) if k == 0 else cell.rjust(w) for k, (cell, w) in enumerate(zip(row, widths)))
+            for row in text]
+
+
+def task_table(result: dict) -> str:
+    """delta1 of each task (row) and dataset (column), as in Table 6, with the constant rows of Table 3."""
+    columns = result["datasets"]
+    names = list(dict.fromkeys(name.removesuffix("/" + task_of(name)) for name in columns))
+    text = [["delta1", *names, "average"]]
+    for task, mean in result["tasks"].items():
+        cells = [columns.get(name if task == "distance" else f"{name}/{task}", {}) for name in names]
+        text.append([task, *(show(c.get("delta1")) for c in cells), show(mean["delta1"])])
+        text.append(["  always 2.0", *(show(c.get("always_2m")) for c in cells), show(mean["always_2m"])])
+        best = [c.get("best_constant") for c in cells]
+        found = [b["delta1"] for b in best if b]
+        text.append(["  best constant", *(f"{b['delta1']:.3f} ({b['value']:g})" if b else "-" for b in best),
+                     show(sum(found) / len(found))])
+    text.append(["average of tasks", *([""] * len(names)), show(result["average"]["delta1"])])
+    counts = ", ".join(f"{name} {d['n']} ({d['unparsed']})" for name, d in columns.items())
+    return "\n".join(align(text) + [f"queries (unparsed): {counts}"])
 
 
 def table(result: dict) -> str:
-    """One column a dataset, as in Table 1, and the average."""
-    def show(value):
-        return "-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
-
+    """One column a dataset, as in Table 1, and the average; several tasks as in Table 6."""
+    if "tasks" in result:
+        return task_table(result)
     columns = {**result["datasets"], "average": result["average"]}
     text = [["", *columns]]
     for key in ("delta1", "delta2", "delta3", "abs_rel", "rmse", "log10", "silog", "unparsed", "n", "in_10_90", "confidence", "lost"):
@@ -533,12 +611,9 @@ def table(result: dict) -> str:
                                             if "best_constant" in c else "" for c in columns.values())])
     if any(name in PAPER_ORDER for name in columns):
         text.append(["paper, always 2.0 m", *(show(PAPER_ORDER.get(name)) if name in PAPER_ORDER else "" for name in columns)])
-    widths = [max(len(row[k]) for row in text) for k in range(len(text[0]))]
-    lines = ["  ".join(cell.ljust(w) if k == 0 else cell.rjust(w) for k, (cell, w) in enumerate(zip(row, widths)))
-             for row in text]
     z = "  ".join(f"{n} {c['by_z']['delta1']:.3f} (always 2.0 m {c['by_z']['always_2m']:.3f}, abs_rel {show(c['by_z']['abs_rel'])}, "
                   f"rmse {show(c['by_z']['rmse'])})" for n, c in columns.items() if "by_z" in c)
-    return "\n".join(lines + ([f"by z instead of Euclidean, delta1: {z}"] if z else []))
+    return "\n".join(align(text) + ([f"by z instead of Euclidean, delta1: {z}"] if z else []))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -624,11 +699,13 @@ def parse_args(argv=None) -> argparse.Namespace:
     # what is asked
     flag("--queries", type=int, default=NUM_QUERIES, help="random points a set (Sec. 3)")
     flag("--all", action="store_true", help="each labelled point once, instead")
-    flag("--tasks", nargs="+", default=None, choices=list(render.TASKS), help="default: distance (Table 6: all)")
+    flag("--tasks", nargs="+", choices=list(render.TASKS), help="default: those that the checkpoint was trained on")
+    flag("--two-point", choices=("answer", "geometry"), default="answer", help="one answer about both points, or the "
+         "length between two answers about one point each")
     flag("--seed", type=int, default=0)
     render.add_settings_flags(parser)
     # instead of a model
-    flag("--constant", type=float, metavar="METRES", help="always this answer (Table 1: 2.0)")
+    flag("--constant", type=float, metavar="NUMBER", help="always this answer (Tables 1 and 3: 2.0)")
     flag("--predictions", metavar="FILE", help="score these answers")
     # decoding, system
     flag("--decode", choices=("greedy", "median"), default="greedy", help="median of the distribution over numbers, with an "
@@ -641,8 +718,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def list_queries(args) -> list[tuple[str, Records, str, list]]:
-    """-> (dataset name, records, task, (record, point) pairs) for each file and task."""
+def list_queries(args, tasks: list[str]) -> list[tuple[str, Records, str, list]]:
+    """-> (dataset name, records, task, (record, point) pairs) for each file and task that fits it."""
     groups, paths = [], args.data or default_data()
     names = [dataset_name(path) for path in paths]
     names = [path if names.count(name) > 1 else name for path, name in zip(paths, names)]  # two sets are two columns
@@ -651,8 +728,20 @@ def list_queries(args) -> list[tuple[str, Records, str, list]]:
         pairs = draw_queries(records, None if args.all else args.queries, args.seed)
         if not pairs:
             raise ValueError(f"{path}: has no labelled point.")
-        groups += [(name, records, task, pairs) for task in args.tasks or ["distance"]]
+        for task in tasks:
+            asked = list({i: (i, k) for i, k in pairs}.values()) if args.all and task == "motion" else pairs
+            fitting = fitting_pairs(records, task, asked, args.seed)
+            if len(fitting) < len(asked):
+                print(f"{name}, {task}: asked about {len(fitting)} of {len(asked)}, the others do not fit this task",
+                      file=sys.stderr)
+            groups += [(name, records, task, fitting)] if fitting else []
+    if not groups:
+        raise ValueError(f"no record of {', '.join(paths)} fits the task {', '.join(tasks)} (motion needs 'pose').")
     return groups
+
+
+def trained_tasks(checkpoint: str | None) -> list[str]:
+    return render.load_settings(checkpoint, quiet=True)["tasks"] if checkpoint else ["distance"]
 
 
 def run_model(args, out: Path, groups: list) -> list[dict] | None:
@@ -665,7 +754,8 @@ def run_model(args, out: Path, groups: list) -> list[dict] | None:
     model = load_model(args.checkpoint, device, pick_dtype(args.dtype, device))
     weights = max((p.stat().st_mtime for p in Path(encoder.folder).glob("*.safetensors")), default=0)
     asked = {"checkpoint": args.checkpoint, "weights_time": weights, "settings": settings, "seed": args.seed, "all": args.all,
-             "queries": args.queries, "decode": args.decode, "label_type": args.label_type, "max_new_tokens": args.max_new_tokens,
+             "queries": args.queries, "decode": args.decode, "two_point": args.two_point, "label_type": args.label_type,
+             "max_new_tokens": args.max_new_tokens,
              "data": [(r.path, task, len(pairs)) for _, r, task, pairs in groups]}
     asked = json.loads(json.dumps(asked))
     run = out / "run.json"
@@ -690,7 +780,8 @@ def run_model(args, out: Path, groups: list) -> list[dict] | None:
             bar.update(len(numbered) - len(todo))
             at = 0
             for queries, answers, count in ask(model, encoder, settings, records, [p for _, p in todo], task, args.batch_size,
-                                               args.workers, args.max_new_tokens, args.seed, args.decode):
+                                               args.workers, args.max_new_tokens, args.seed, args.decode,
+                                               args.two_point == "geometry"):
                 forwards += count
                 for query, reply in zip(queries, answers):
                     line = prediction(query, reply, dataset=name, id=todo[at][0])
@@ -717,7 +808,7 @@ def main(argv=None) -> None:
     args = parse_args(argv)
     try:
         if (args.checkpoint is None) + (args.constant is None) + (args.predictions is None) != 2:
-            raise ValueError("give one of: a checkpoint, --constant METRES, --predictions FILE.")
+            raise ValueError("give one of: a checkpoint, --constant NUMBER, --predictions FILE.")
         kind = "constant" if args.constant is not None else "predictions"
         out = Path(args.out or (Path(args.checkpoint) / "eval" if args.checkpoint and Path(args.checkpoint).is_dir()
                                 else Path("out") / (args.checkpoint or kind).replace("/", "--")))
@@ -726,11 +817,11 @@ def main(argv=None) -> None:
         if args.predictions:
             lines = read_predictions(Path(args.predictions))
         else:
-            groups = list_queries(args)
+            groups = list_queries(args, args.tasks or trained_tasks(args.checkpoint))
             if args.constant is not None:
-                lines = [prediction(render.TASKS[task](records, i, np.random.default_rng((args.seed, i, point)), point),
-                                    {"text": f"{args.constant:g}"}, dataset=name)
-                         for name, records, task, pairs in groups for i, point in pairs]
+                text = {"text": f"{args.constant:g}"}
+                lines = [prediction(make_query(records, task, pair, args.seed), text, dataset=name)
+                         for name, records, task, pairs in groups for pair in pairs]
         out.mkdir(parents=True, exist_ok=True)
         if args.checkpoint:
             lines = run_model(args, out, groups)

@@ -196,6 +196,57 @@ def test_samples_are_a_pure_function_of_seed_and_number(tiny, distances):
                    for i in range(4))
 
 
+def density_of(tiny, path, images: int, samples: int) -> list[tuple]:
+    """(record, point) of each sample when `images` images share them."""
+    _, dataset = samples_of(tiny, path)
+    dataset.images = images
+    return [dataset.place(dataset.fitting["distance"], i, 0, None)[1:] for i in range(samples)]
+
+
+def test_points_per_image(tiny, tmp_path):
+    """Fig. 5: at the same number of samples 1 point of 24 images, 4 of 6, 8 of 3: each image just so often, its points
+    all different, each image before any second point; a function of the seed and the number; the crops differ."""
+    path = make_world(tmp_path, images=24, points=8)
+    for k in (1, 4, 8):
+        drawn = density_of(tiny, path, 24 // k, 24)
+        assert len(set(drawn)) == 24 and drawn == density_of(tiny, path, 24 // k, 24)
+        counts = {record: sum(r == record for r, _ in drawn) for record, _ in drawn}
+        assert len(counts) == 24 // k and set(counts.values()) == {k}
+        assert len({record for record, _ in drawn[:24 // k]}) == 24 // k
+    _, dataset = samples_of(tiny, path)
+    dataset.images = 3
+    sizes = [dataset[i]["sizes"] for i in range(0, 30, 3)]  # of one image
+    assert len(set(map(str, sizes))) > 1 and all(not dataset[i]["bad"] for i in range(24))
+
+
+def test_points_per_image_need_images(distances):
+    datasets = train_sft.open_datasets([str(distances)])
+    assert train_sft.images_to_see(datasets, 60, 10) == 6
+    for points, say in ((1, "has 6"), (100, "0 images"), (0, "0 images"), (-1, "0 images")):
+        with pytest.raises(ValueError, match=say):
+            train_sft.images_to_see(datasets, 60, points)
+
+
+def test_tasks_by_weight_and_of_the_files_that_fit(tiny, distances, tmp_path):
+    """Equal shares of the tasks; motion comes from the file with poses alone, and is no bad sample elsewhere; where no
+    file has any it is refused at the start."""
+    encoder = render.load_encoder(str(tiny))
+    posed = make_world(tmp_path, poses=True)
+    records = [json.loads(line) for line in posed.read_text().splitlines()]
+    records[0]["pose"] = None  # neither is one frame without a pose
+    write_jsonl(posed, records)
+    datasets = train_sft.open_datasets([str(distances), str(posed)])
+    tasks = dict.fromkeys(render.TASKS, 1.0)
+    dataset = train_sft.Samples(datasets, tasks, SETTINGS, encoder, (56, 112, 56, 112), 0)
+    drawn = [dataset[i] for i in range(240)]
+    assert not any(s["bad"] for s in drawn)
+    for task in tasks:
+        mine = [s for s in drawn if s["task"] == task]
+        assert 20 < len(mine) < 65 and all(len(s["sizes"]) == (2 if task == "motion" else 1) for s in mine)
+    with pytest.raises(ValueError, match="motion.*pose"):
+        train_sft.Samples(datasets[:1], tasks, SETTINGS, encoder, (56, 112, 56, 112), 0)
+
+
 def test_dataset_weights(tiny, distances, world):
     datasets = train_sft.open_datasets([f"{distances}:1", f"{world}:0.1"])
     assert [w for _, w in datasets] == [1.0, 0.1]
@@ -331,6 +382,20 @@ def test_validation_is_evaluate(distances, tmp_path, world):
 def table5(path=None):
     args = train_sft.parse_args([f"@{ROOT / 'runs' / path}"] if path else [])
     return {k: getattr(args, k) for k in ("samples", "batch", "lr", "schedule", "warmup", "clip", "focal", "crop", "checkpointing")}
+
+
+def test_all_tasks_train_and_are_scored(tmp_path):
+    """Six tasks with equal weights, four points of each image, validated; the folder knows its tasks, and evaluate.py
+    asks them without a flag."""
+    data = make_world(tmp_path / "data" / "posed", 8, 8, poses=True)
+    out = tmp_path / "run"
+    train(out, data, "--tasks", *render.TASKS, "--val", data, "--val-every", 4, "--val-queries", 4, "--samples", 32,
+          "--points-per-image", 4)
+    assert json.loads((out / "depthlm.json").read_text())["tasks"] == list(render.TASKS)
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["val"]["posed"]["n"] > 20 and not any(line.get("bad") for line in log)
+    evaluate.main([str(out), "--data", str(data), "--queries", "6", "--workers", "0", "--max-new-tokens", "4"])
+    assert list(json.loads((out / "eval" / "metrics.json").read_text())["tasks"]) == list(render.TASKS)
 
 
 def test_recipes_hold_the_values_of_table_5():
