@@ -21,32 +21,28 @@ Paper: Sec. 4 (DepthLMBench) and App. A.2. Deviations are marked by lines that b
 """
 
 import argparse
-import csv
 import errno
 import fcntl
 import glob
 import hashlib
-import http.client
 import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import threading
 import time
 import urllib.error
-import urllib.parse
 import urllib.request
-import zipfile
 from array import array
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 from itertools import islice
 from os.path import basename, dirname, exists, getsize, isdir, join
@@ -60,84 +56,67 @@ MIN_POINTS = 10                 # an image with fewer labelled pixels is left ou
 CHUNK = 32                      # frames that a worker takes at once, and what a kill can cost
 LIDAR_WINDOW = 51_000_000       # Argoverse2: an image and its sweep are at most half a turn + 1 ms apart [ns]
 SCANNETPP_EVERY = 10            # the paper uses 1 M of 10 M video frames
-SCANNETPP_VIDEO = (1920, 1440)  # the size that the intrinsics of ScanNet++'s iPhone stream refer to [px]
 ETH3D_FOCAL = 1000              # ETH3D's 24-megapixel fisheye images become pinhole images of this focal length [px]
 ETH3D_BORDER = 10               # laser pixels nearer to the border than this are left out [px]
 WAYMO_CAMERAS = ("FRONT", "FRONT_LEFT", "FRONT_RIGHT", "SIDE_LEFT", "SIDE_RIGHT")      # camera_name 1..5
 WAYMO_TOP = 1                   # laser_name of the roof LiDAR, the only one with a pose for each range-image cell
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
-# What each dataset is, where it comes from, and the Euclidean range of its labels [m] (what evaluation code agrees on).
-# marks: a folder that holds one of these is the root. download: (url, file name, md5 or None), if open to all.
+# range: Euclidean depth of the labels [m], on which evaluation code agrees. marks: a folder that holds one is the root.
+# get: what, where, how large, under which terms. download: (url, file name, md5 or None), if open to all.
+TRAIN, VAL, BOTH = ("train",), ("val",), ("train", "val")
+SUNRGBD_ZIP = ("https://rgbd.cs.princeton.edu/data/SUNRGBD.zip", "SUNRGBD.zip", None)
 DATASETS = {
-    "argoverse2": dict(
-        range=(1, 200), splits=("train", "val"), marks=("train/*/sensors", "val/*/sensors"),
-        get="the Sensor dataset: train-*.tar and val-*.tar, all unpacked to one tree (train/<log>, val/<log>)",
-        url="https://www.argoverse.org/av2.html", size="about 1 TB", licence="CC BY-NC-SA 4.0"),
-    "waymo": dict(
-        range=(1, 200), splits=("train",), marks=("training/camera_image",), chunk=1000,
-        get="Waymo Open Dataset v2.0.1, training/: camera_image, camera_calibration, lidar, lidar_calibration, "
-            "lidar_pose, lidar_camera_projection, vehicle_pose",
-        url="https://waymo.com/open/download (registration)", size="about 1 TB", licence="Waymo Open Dataset licence"),
-    "nuscenes": dict(
-        range=(1, 200), splits=("train", "val"), marks=("v1.0-trainval", "v1.0-mini", "samples"),
-        get="train: v1.0-trainval metadata and blobs 01-10; val: v1.0-mini.tgz, or the same scenes of trainval",
-        url="https://www.nuscenes.org/nuscenes#download (registration)", size="mini 4 GB, trainval about 300 GB",
-        licence="CC BY-NC-SA 4.0, non-commercial"),
-    "scannetpp": dict(
-        range=(0.1, 10), splits=("train", "val"), marks=("data/*/iphone",),
-        get="splits/ and data/<scene>/iphone with rgb/, rgb_masks/ and depth/ decoded by the official toolkit",
-        url="https://kaldir.vc.in.tum.de/scannetpp (registration)", size="about 1.5 TB with the decoded frames",
-        licence="ScanNet++ terms of use, non-commercial"),
-    "taskonomy": dict(
-        range=(0.1, 50), splits=("train",), marks=("rgb", "*/rgb"),
-        get="domains rgb, depth_euclidean, point_info of component taskonomy (omnitools.download), and "
-            "train_val_test_fullplus.csv",
-        url="https://github.com/StanfordVL/taskonomy", size="about 5 TB for the three domains",
-        licence="MIT for the tools, Gibson terms of use for the data"),
-    "hm3d": dict(
-        range=(0.1, 50), splits=("train",), marks=("rgb", "*/rgb"),
-        get="domains rgb, depth_zbuffer (or depth_euclidean), point_info of component hm3d of Omnidata's starter set",
-        url="https://github.com/EPFL-VILAB/omnidata (registration)", size="several TB",
-        licence="Matterport terms of use"),
-    "matterport3d": dict(
-        range=(0.1, 50), splits=("train",), marks=("v1/scans", "scans", "undistorted_camera_parameters",
-                                                   "*/undistorted_camera_parameters"),
-        get="undistorted_color_images, undistorted_depth_images, undistorted_camera_parameters of all houses, unzipped",
-        url="https://niessner.github.io/Matterport (registration)", size="about 300 GB",
-        licence="Matterport terms of use"),
-    "ddad": dict(
-        range=(1, 200), splits=("val",), marks=("ddad.json",),
-        get="DDAD.tar (train+val), unpacked to ddad_train_val/", url="https://github.com/TRI-ML/DDAD", size="257 GB",
-        licence="CC BY-NC-SA 4.0",
-        download=("https://tri-ml-public.s3.amazonaws.com/github/DDAD/datasets/DDAD.tar", "DDAD.tar",
-                  "027686329dda41bd540e71ac5b43ebcb")),
-    "eth3d": dict(
-        range=(0.1, 100), splits=("val",), marks=("*/dslr_calibration_jpg", "*/*/dslr_calibration_jpg"),
-        get="multi_view_training_dslr_jpg.7z and the dslr depth archives of the training scenes, unpacked to one tree",
-        url="https://www.eth3d.net/datasets", size="about 30 GB", licence="CC BY-NC-SA 4.0"),
-    "sunrgbd": dict(
-        range=(0.1, 8), splits=("val",), marks=("SUNRGBD", "kv1", "kv2", "realsense", "xtion"),
-        get="SUNRGBD.zip", url="https://rgbd.cs.princeton.edu", size="6.4 GB", licence="research use, cite the authors",
-        download=("https://rgbd.cs.princeton.edu/data/SUNRGBD.zip", "SUNRGBD.zip", None)),
-    "ibims1": dict(
-        range=(0.1, 25), splits=("val",), marks=("depth", "calib"),
-        get="ibims1_core_raw.zip", url="https://www.asg.ed.tum.de/lmf/ibims1", size="55 MB",
-        licence="see its download page",
-        download=("https://dataserv.ub.tum.de/s/m1455541/download?path=%2F&files=ibims1_core_raw.zip",
-                  "ibims1_core_raw.zip", None)),
-    "nyuv2": dict(
-        range=(0.1, 10), splits=("val",), raw="sunrgbd",
-        marks=("SUNRGBD", "kv1", "NYUdata", "NYU0001", "*/sync_depth_*.png", "sync_depth_*.png"),
-        get="SUNRGBD.zip (its kv1/NYUdata), or the 640 x 480 test images with sync_depth_*.png",
-        url="https://rgbd.cs.princeton.edu", size="6.4 GB", licence="research use, cite the authors",
-        download=("https://rgbd.cs.princeton.edu/data/SUNRGBD.zip", "SUNRGBD.zip", None)),
-    "folder": dict(
-        range=(0.1, 200), splits=("train", "val"), marks=("rgb", "*/rgb"),
-        get="your own RGB-D images: rgb/<name>.jpg or .png, depth/<name>.png (16 bit) or .npy, intrinsics.txt "
-            "(fx fy cx cy, or 3 x 3) or --intrinsics; optional poses/<name>.txt (4 x 4 camera-to-world)",
-        url="yourself", size="any", licence="yours"),
-    "toy": dict(range=(0.1, 100), splits=("train", "val")),
-}
+    "argoverse2": dict(range=(1, 200), splits=BOTH, marks=("train/*/sensors", "val/*/sensors"), get="""
+        the Sensor dataset: train-*.tar and val-*.tar, all unpacked to one tree (train/<log>, val/<log>)
+        https://www.argoverse.org/av2.html; about 1 TB; CC BY-NC-SA 4.0"""),
+    "waymo": dict(range=(1, 200), splits=TRAIN, marks=("training/camera_image",), chunk=1000, get="""
+        Waymo Open Dataset v2.0.1, training/: camera_image, camera_calibration, lidar, lidar_calibration, lidar_pose,
+        lidar_camera_projection, vehicle_pose
+        https://waymo.com/open/download (registration); about 1 TB; Waymo Open Dataset licence"""),
+    "nuscenes": dict(range=(1, 200), splits=BOTH, marks=("v1.0-trainval", "v1.0-mini", "samples"), get="""
+        train: v1.0-trainval metadata and blobs 01-10; val: v1.0-mini.tgz, or the same scenes of trainval
+        https://www.nuscenes.org/nuscenes#download (registration); mini 4 GB, trainval about 300 GB;
+        CC BY-NC-SA 4.0, non-commercial"""),
+    "scannetpp": dict(range=(0.1, 10), splits=BOTH, marks=("data/*/iphone",), get="""
+        splits/ and data/<scene>/iphone with rgb/, rgb_masks/ and depth/ decoded by the official toolkit
+        https://kaldir.vc.in.tum.de/scannetpp (registration); about 1.5 TB with the decoded frames;
+        ScanNet++ terms of use, non-commercial"""),
+    "taskonomy": dict(range=(0.1, 50), splits=TRAIN, marks=("rgb", "*/rgb"), get="""
+        domains rgb, depth_euclidean, point_info of component taskonomy, and train_val_test_fullplus.csv
+        https://github.com/StanfordVL/taskonomy (omnitools.download); about 5 TB for the three domains;
+        MIT for the tools, Gibson terms of use for the data"""),
+    "hm3d": dict(range=(0.1, 50), splits=TRAIN, marks=("rgb", "*/rgb"), get="""
+        domains rgb, depth_zbuffer (or depth_euclidean), point_info of component hm3d of Omnidata's starter set
+        https://github.com/EPFL-VILAB/omnidata (registration); several TB; Matterport terms of use"""),
+    "matterport3d": dict(range=(0.1, 50), splits=TRAIN, marks=(
+        "v1/scans", "scans", "undistorted_camera_parameters", "*/undistorted_camera_parameters"), get="""
+        undistorted_color_images, undistorted_depth_images, undistorted_camera_parameters of all houses, unzipped
+        https://niessner.github.io/Matterport (registration); about 300 GB; Matterport terms of use"""),
+    "ddad": dict(range=(1, 200), splits=VAL, marks=("ddad.json",), download=(
+        "https://tri-ml-public.s3.amazonaws.com/github/DDAD/datasets/DDAD.tar", "DDAD.tar",
+        "027686329dda41bd540e71ac5b43ebcb"), get="""
+        DDAD.tar (train+val), unpacked to ddad_train_val/
+        https://github.com/TRI-ML/DDAD; 257 GB; CC BY-NC-SA 4.0"""),
+    "eth3d": dict(range=(0.1, 100), splits=VAL, marks=("*/dslr_calibration_jpg", "*/*/dslr_calibration_jpg"), get="""
+        multi_view_training_dslr_jpg.7z and the dslr depth archives of the training scenes, unpacked to one tree
+        https://www.eth3d.net/datasets; about 30 GB; CC BY-NC-SA 4.0"""),
+    "sunrgbd": dict(range=(0.1, 8), splits=VAL, marks=("SUNRGBD", "kv1", "kv2", "realsense", "xtion"), get="""
+        SUNRGBD.zip
+        https://rgbd.cs.princeton.edu; 6.4 GB; research use, cite the authors""", download=SUNRGBD_ZIP),
+    "ibims1": dict(range=(0.1, 25), splits=VAL, marks=("depth", "calib"), download=(
+        "https://dataserv.ub.tum.de/s/m1455541/download?path=%2F&files=ibims1_core_raw.zip", "ibims1_core_raw.zip",
+        None), get="""
+        ibims1_core_raw.zip
+        https://www.asg.ed.tum.de/lmf/ibims1; 55 MB; see its download page for the terms"""),
+    "nyuv2": dict(range=(0.1, 10), splits=VAL, raw="sunrgbd", marks=(
+        "SUNRGBD", "kv1", "NYUdata", "NYU0001", "*/sync_depth_*.png", "sync_depth_*.png"), get="""
+        SUNRGBD.zip (its kv1/NYUdata), or the 640 x 480 test images with sync_depth_*.png
+        https://rgbd.cs.princeton.edu; 6.4 GB; research use, cite the authors""", download=SUNRGBD_ZIP),
+    "folder": dict(range=(0.1, 200), splits=BOTH, marks=("rgb", "*/rgb"), get="""
+        your own RGB-D images: rgb/<name>.jpg or .png, depth/<name>.png (16 bit) or .npy, intrinsics.txt
+        (fx fy cx cy, or 3 x 3) or --intrinsics; optional poses/<name>.txt (4 x 4 camera-to-world)"""),
+    "toy": dict(range=(0.1, 100), splits=BOTH)}
 # "Always 2.0 m": delta1 of the constant answer in the paper's Table 1, to recognise the ground truth that was used
 PAPER_CONSTANT = {"argoverse2": 0.006, "ddad": 0.010, "nuscenes": 0.010, "eth3d": 0.106, "scannetpp": 0.305,
                   "sunrgbd": 0.384, "ibims1": 0.280, "nyuv2": 0.383}
@@ -202,6 +181,14 @@ def transform(quaternion, translation):
     return m
 
 
+def rotations_of(roll, pitch, yaw):
+    """Rz(yaw) Ry(pitch) Rx(roll) for arrays of N angles -> (N, 3, 3)."""
+    (cr, sr), (cp, sp), (cy, sy) = ((np.cos(a), np.sin(a)) for a in (roll, pitch, yaw))
+    return np.stack([cy * cp, cy * sp * sr - sy * cr, cy * sp * cr + sy * sr,
+                     sy * cp, sy * sp * sr + cy * cr, sy * sp * cr - cy * sr,
+                     -sp, cp * sr, cp * cr], -1).reshape(-1, 3, 3)
+
+
 def move(matrix, points):
     """Points (N, 3) through a 4 x 4 matrix."""
     return points @ matrix[:3, :3].T + matrix[:3, 3]
@@ -232,24 +219,14 @@ def visible(cloud, fx):
 
 
 def distort_brown(x, y, k1, k2, p1, p2, k3):
-    """Brown-Conrady (OpenCV order), normalised coordinates: pinhole -> distorted, and the radial factor."""
+    """Brown-Conrady (OpenCV order), normalised coordinates: pinhole -> distorted."""
     q = x * x + y * y
     radial = 1 + q * (k1 + q * (k2 + q * k3))
-    return (x * radial + 2 * p1 * x * y + p2 * (q + 2 * x * x), y * radial + 2 * p2 * x * y + p1 * (q + 2 * y * y),
-            radial)
-
-
-def undistort_brown(x, y, coefficients):
-    """The inverse, by fixed point: 10 rounds reach 1e-6 px on Waymo's lenses."""
-    u, v = x, y
-    for _ in range(10):
-        a, b, _ = distort_brown(u, v, *coefficients)
-        u, v = u + x - a, v + y - b
-    return u, v
+    return x * radial + 2 * p1 * x * y + p2 * (q + 2 * x * x), y * radial + 2 * p2 * x * y + p1 * (q + 2 * y * y)
 
 
 def distort_thin_prism(u, v, k1, k2, p1, p2, k3, k4, sx, sy):
-    """THIN_PRISM_FISHEYE: pinhole ray (u, v, 1) -> distorted, normalised coordinates."""
+    """THIN_PRISM_FISHEYE, normalised coordinates: pinhole -> distorted."""
     r = np.sqrt(u * u + v * v) + 1e-12
     a, b = u * np.arctan(r) / r, v * np.arctan(r) / r
     q = a * a + b * b
@@ -258,31 +235,21 @@ def distort_thin_prism(u, v, k1, k2, p1, p2, k3, k4, sx, sy):
             b * radial + 2 * p2 * a * b + p1 * (q + 2 * b * b) + sy * q)
 
 
-def undistort_thin_prism(x, y, k1, k2, p1, p2, k3, k4, sx, sy):
-    """The inverse, by Newton in the fisheye plane: near the corners the usual fixed point diverges."""
-    r = np.sqrt(x * x + y * y) + 1e-12
-    a, b = x * np.arctan(r) / r, y * np.arctan(r) / r
-    for _ in range(8):
-        q = a * a + b * b
-        radial = 1 + q * (k1 + q * (k2 + q * (k3 + q * k4)))
-        slope = 2 * (k1 + q * (2 * k2 + q * (3 * k3 + q * 4 * k4)))          # d radial / da = slope * a
-        dx = a * radial + 2 * p1 * a * b + p2 * (q + 2 * a * a) + sx * q - x
-        dy = b * radial + 2 * p2 * a * b + p1 * (q + 2 * b * b) + sy * q - y
-        xa = radial + slope * a * a + 2 * p1 * b + 6 * p2 * a + 2 * sx * a
-        xb = slope * a * b + 2 * p1 * a + 2 * p2 * b + 2 * sx * b
-        ya = slope * a * b + 2 * p2 * b + 2 * p1 * a + 2 * sy * a
-        yb = radial + slope * b * b + 2 * p2 * a + 6 * p1 * b + 2 * sy * b
-        det = xa * yb - xb * ya
-        a, b = a - (yb * dx - xb * dy) / det, b - (xa * dy - ya * dx) / det
-    rho = np.sqrt(a * a + b * b) + 1e-12
-    return a * np.tan(rho) / rho, b * np.tan(rho) / rho
+def undistort(distort, x, y, *lens):
+    """The inverse of distort(u, v, *lens) by Newton, slopes from differences: a fixed point diverges in corners."""
+    u, v, h = x, y, 1e-6
+    for _ in range(6):
+        (a, b), (au, bu), (av, bv) = (distort(u + i, v + j, *lens) for i, j in ((0, 0), (h, 0), (0, h)))
+        au, bu, av, bv = (au - a) / h, (bu - b) / h, (av - a) / h, (bv - b) / h
+        det = au * bv - av * bu
+        u, v = u + (bv * (x - a) - av * (y - b)) / det, v + (au * (y - b) - bu * (x - a)) / det
+    return u, v
 
 
 def remap(image, size, source, step=16):
     """Resample an image: source(x, y) says where the output point (x, y) lies in `image`, both counted from the corner
     of the first pixel. Bilinear; between the points of a grid of `step` px the source is interpolated."""
-    w, h = size
-    xs, ys = [np.append(np.arange(0, n, step), n).astype(float) for n in (w, h)]
+    xs, ys = [np.append(np.arange(0, n, step), n).astype(float) for n in size]
     at = np.stack(source(*np.meshgrid(xs, ys)), -1)       # (rows, columns, 2)
     quads = [((int(xs[i]), int(ys[j]), int(xs[i + 1]), int(ys[j + 1])),
               (*at[j, i], *at[j + 1, i], *at[j + 1, i + 1], *at[j, i + 1]))
@@ -293,60 +260,66 @@ def remap(image, size, source, step=16):
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
 
+def reason(error):
+    return f"{error} is not there" if isinstance(error, KeyError) else str(error) or type(error).__name__
+
+
 @contextmanager
 def naming(path):
     """Errors of reading `path` say which file it was."""
     try:
         yield
     except Exception as error:                            # readers of broken files raise whatever they like
-        raise ValueError(str(error) if path in str(error) else f"{path}: {error or type(error).__name__}") from error
+        raise ValueError(reason(error) if path in str(error) else f"{path}: {reason(error)}") from error
 
 
-def read_png(path):
-    """16-bit grey PNG -> uint16 (H, W)."""
+@contextmanager
+def replacing(path):
+    """A temporary path that becomes `path` when all went well, and vanishes otherwise (the disk was full)."""
+    os.makedirs(dirname(path) or ".", exist_ok=True)
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        if exists(temporary):
+            os.remove(temporary)
+
+
+def read_image(path):
     with naming(path), Image.open(path) as image:
-        if image.mode not in ("I;16", "I", "I;16B"):
-            raise ValueError(f"not a 16-bit grey PNG (mode {image.mode})")
-        return np.asarray(image).astype(np.uint16)
+        return np.asarray(image)
 
 
-def read_depth_png(path, scale):
-    """16-bit grey PNG -> float32 metres; `scale` units are a metre."""
-    return read_png(path).astype(np.float32) / np.float32(scale)
+def read_png(path, scale=1):
+    """16-bit grey PNG -> float32 metres (H, W); `scale` units are a metre. With scale 1 as it is, uint16."""
+    raw = read_image(path)
+    if raw.ndim != 2 or raw.dtype.itemsize == 1:
+        raise ValueError(f"{path}: not a 16-bit grey PNG (of {raw.dtype}, {raw.ndim} axes)")
+    return raw.astype(np.uint16) if scale == 1 else raw.astype(np.float32) / np.float32(scale)
 
 
 def image_size(path):
     """(w, h) of an image, of which the end must be there too: a half-extracted archive leaves cut files."""
-    with naming(path), Image.open(path) as image:
-        size, kind = image.size, image.format
-        with open(path, "rb") as f:
-            f.seek(max(0, getsize(path) - 1024))
-            end = f.read()
-        if {"JPEG": b"\xff\xd9", "PNG": b"IEND"}.get(kind, b"") not in end:
+    with naming(path), Image.open(path) as image, open(path, "rb") as f:
+        f.seek(max(0, getsize(path) - 1024))
+        if {"JPEG": b"\xff\xd9", "PNG": b"IEND"}.get(image.format, b"") not in f.read():
             image.load()                                  # cut off, or an unusual end: only decoding can tell
-    return size
+        return image.size
 
 
 def save_image(pixels, path):
-    """PNG or JPEG by the name; never a half-written file."""
-    os.makedirs(dirname(path), exist_ok=True)
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
+    """PNG or JPEG by the name."""
+    with replacing(path) as temporary:
         if path.endswith(".png"):
             pixels.save(temporary, "PNG")
         else:
             pixels.convert("RGB").save(temporary, "JPEG", quality=95)
-        os.replace(temporary, path)
-    finally:
-        if exists(temporary):                             # the disk was full
-            os.remove(temporary)
 
 
 def write_json(path, value):
-    temporary = f"{path}.{os.getpid()}.tmp"
-    with open(temporary, "w") as f:
+    with replacing(path) as temporary, open(temporary, "w") as f:
         json.dump(value, f, indent=1)
-    os.replace(temporary, path)
 
 
 def read_text(path):
@@ -361,29 +334,19 @@ def read_json(path):
 
 def read_json_list(path):
     """The records of a JSON list one by one: nuScenes' tables are over 1 GB, several times that as Python objects."""
-    decoder, text, position = json.JSONDecoder(), "", 0
-    with open(path, encoding="utf-8") as f:
-        while True:
-            while position < len(text) and text[position] in "[, \r\n\t":
-                position += 1
-            try:
-                record, position = decoder.raw_decode(text, position)
+    decoder, between, text, at = json.JSONDecoder(), re.compile(r"[\[,\s]*"), "", 0
+    with naming(path), open(path, encoding="utf-8") as f:
+        while block := f.read(1 << 22):
+            text, at = text[at:] + block, 0
+            while True:
+                at = between.match(text, at).end()
+                try:
+                    record, at = decoder.raw_decode(text, at)
+                except json.JSONDecodeError:              # the end of the list, or of what has been read
+                    break
                 yield record
-                continue
-            except json.JSONDecodeError:                  # the end of the list, or of what has been read
-                if text[position:].strip() == "]":
-                    return
-            more = f.read(1 << 22)
-            if not more:
-                raise ValueError(f"{path} ends in the middle of a record: extract the archive again")
-            text, position = text[position:] + more, 0
-
-
-def feather_rows(path):
-    """Columns of a feather file as numpy arrays by name (Argoverse2)."""
-    with naming(path):
-        table = need_pyarrow().feather.read_table(path)
-    return {name: table[name].to_numpy() for name in table.column_names}
+        if text[at:].strip() != "]":
+            raise ValueError("ends in the middle of a record: extract the archive again")
 
 
 def need_pyarrow():
@@ -395,32 +358,54 @@ def need_pyarrow():
     return pyarrow
 
 
+def read_feather(path):
+    """Columns of a feather file as numpy arrays by name."""
+    with naming(path):
+        table = need_pyarrow().feather.read_table(path)
+        return {name: table[name].to_numpy() for name in table.column_names}
+
+
+def read_sweep(path):
+    """LiDAR points (N, 3) of Argoverse2 (float16), nuScenes and DDAD."""
+    with naming(path):
+        if path.endswith(".feather"):
+            table = read_feather(path)
+            return np.stack([table[k] for k in "xyz"], 1).astype(np.float64)
+        if path.endswith(".bin"):
+            return np.fromfile(path, np.float32).reshape(-1, 5)[:, :3].astype(np.float64)
+        with np.load(path) as file:
+            return file["data"][:, :3].astype(np.float64)
+
+
 def folders(path):
-    """Names of the folders in `path`, sorted."""
-    return sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
+    """Names of the folders in `path`, sorted; hidden ones do not count."""
+    return sorted(e.name for e in os.scandir(path) if e.is_dir() and e.name[0] != ".") if isdir(path) else []
+
+
+def names(path, ending):
+    """Names of the files in `path` that end so, without it, sorted."""
+    return sorted(name.removesuffix(ending) for name in os.listdir(path) if name.endswith(ending))
+
+
+def only_file(path):
+    found = os.listdir(path)
+    if len(found) != 1:
+        raise ValueError(f"{path} holds {len(found)} files, expected one")
+    return join(path, found[0])
 
 
 def parse_intrinsics(text):
     """fx fy cx cy, or a 3 x 3 or 4 x 4 matrix, in words or with commas -> (fx, fy, cx, cy)."""
-    numbers = [float(v) for v in text.replace(",", " ").split()]
-    if len(numbers) not in (4, 9, 16):
-        raise ValueError(f"intrinsics of {len(numbers)} numbers: expected fx fy cx cy, or a 3 x 3 matrix")
-    side = 3 if len(numbers) == 9 else 4
-    return tuple(numbers) if len(numbers) == 4 else (numbers[0], numbers[side + 1], numbers[2], numbers[side + 2])
+    k = [float(v) for v in text.replace(",", " ").split()]
+    if len(k) not in (4, 9, 16):
+        raise ValueError(f"intrinsics of {len(k)} numbers: expected fx fy cx cy, or a 3 x 3 matrix")
+    side = math.isqrt(len(k))
+    return tuple(k) if len(k) == 4 else (k[0], k[side + 1], k[2], k[side + 2])
 
 
 def read_intrinsics(path):
     with naming(path):
         return parse_intrinsics(read_text(path))
-
-
-def unusable(frame, why):
-    """A frame of which the reader already knows that it cannot be used: its worker counts and names it."""
-    return frame._replace(load=partial(refuse, why=why))
-
-
-def refuse(frame, why):
-    raise ValueError(why)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -433,18 +418,17 @@ def rng_for(seed, name):
 
 def candidates(frame, intrinsics, occlusion):
     """All pixels with a depth -> x, y (int), Euclidean, z, each (N,)."""
-    fx, w, h = intrinsics[0], intrinsics[4], intrinsics[5]
+    (w, h), cloud = intrinsics[4:], frame.depth
     if frame.kind in ("z", "euclidean"):
-        if frame.depth.shape != (h, w):
-            raise ValueError(f"depth map of {frame.depth.shape[1]} x {frame.depth.shape[0]}, image of {w} x {h}")
-        y, x = np.nonzero(np.isfinite(frame.depth) & (frame.depth > 0))
-        depth = frame.depth[y, x].astype(np.float64)
+        if cloud.shape != (h, w):
+            raise ValueError(f"depth map of {cloud.shape[1]} x {cloud.shape[0]}, image of {w} x {h}")
+        y, x = np.nonzero(np.isfinite(cloud) & (cloud > 0))
+        depth = cloud[y, x].astype(np.float64)
         rays = ray_lengths(x, y, intrinsics)
         return (x, y, depth * rays, depth) if frame.kind == "z" else (x, y, depth, depth / rays)
-    cloud = frame.depth
     cloud = cloud[np.isfinite(cloud).all(1) & (cloud[:, :2] >= 0).all(1) & (cloud[:, :2] <= (w - 1, h - 1)).all(1)]
     if occlusion and frame.kind == "lidar":
-        cloud = visible(cloud, fx)
+        cloud = visible(cloud, intrinsics[0])
     cloud = cloud[np.argsort(cloud[:, 2], kind="stable")]             # the nearest point of a pixel counts
     x, y = np.floor(cloud[:, :2] + 0.5).astype(int).T
     first = np.unique(y * w + x, return_index=True)[1]
@@ -452,11 +436,11 @@ def candidates(frame, intrinsics, occlusion):
 
 
 def make_record(frame, folder, points, seed, limits, occlusion, paper, label_z):
-    """Load a frame and draw its pixels -> its line of the jsonl, or None if it has too few labels.
+    """Load a frame and draw its pixels -> its line of the jsonl, or "" if it has too few labels.
     limits: (min, max) of the Euclidean depth [m]; label_z: write z instead, as published for some datasets."""
     frame = frame.load(frame)
     size = image_size(frame.image) if frame.pixels is None else frame.pixels.size
-    intrinsics = tuple(frame.intrinsics[:4]) + tuple(frame.intrinsics[4:] or size)
+    intrinsics = (*frame.intrinsics[:4], *(frame.intrinsics[4:] or size))
     if intrinsics[4:] != size:
         raise ValueError("image of {} x {}, intrinsics for {} x {}".format(*size, *intrinsics[4:]))
     if not (np.isfinite(intrinsics).all() and intrinsics[0] > 0 and intrinsics[1] > 0):
@@ -465,7 +449,7 @@ def make_record(frame, folder, points, seed, limits, occlusion, paper, label_z):
     x, y, euclidean, z = candidates(frame, intrinsics, occlusion)
     valid = np.flatnonzero((euclidean >= limits[0]) & (euclidean <= limits[1]))
     if len(valid) < min(MIN_POINTS, points):
-        return None
+        return ""
     chosen = valid[np.sort(rng_for(seed, frame.id).choice(len(valid), min(points, len(valid)), replace=False))]
     image = frame.image
     if frame.pixels is None:
@@ -475,8 +459,7 @@ def make_record(frame, folder, points, seed, limits, occlusion, paper, label_z):
     record = {"image": image, "intrinsics": [round(float(v), 4) for v in intrinsics[:4]] + [int(v) for v in size],
               "pixel_coords": np.stack([x[chosen], y[chosen]], 1).tolist(),
               "depth": np.round((z if label_z else euclidean)[chosen], 4).tolist()}
-    record |= {key: value for key, value in (("scene", frame.scene), ("camera", frame.camera), ("time", frame.time))
-               if value is not None}
+    record |= {k: getattr(frame, k) for k in ("scene", "camera", "time") if getattr(frame, k) is not None}
     if frame.pose is not None:
         record["pose"] = [round(v, 6) for v in np.asarray(frame.pose, np.float64).ravel().tolist()]
     if paper:
@@ -487,19 +470,16 @@ def make_record(frame, folder, points, seed, limits, occlusion, paper, label_z):
 
 
 def make_chunk(frames, make):
-    """-> lines, number of images with too few labels, messages of the frames that could not be read."""
-    lines, few, bad = [], 0, []
+    """-> number of frames, the lines of those that have enough labels, messages of those that could not be read."""
+    lines, bad = [], []
     for frame in frames:
         try:
-            line = make(frame)
+            lines.append(make(frame))
         except Exception as error:                        # one bad frame must not end a run of days; it is counted
-            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            if getattr(error, "errno", None) in DISK_FULL:
                 raise
-            bad.append(f"{frame.id}: {error or type(error).__name__}")
-            continue
-        lines.append(line or "")
-        few += line is None
-    return "".join(lines), sum(map(bool, lines)), few, bad
+            bad.append(f"{frame.id}: {reason(error)}")
+    return len(frames), list(filter(None, lines)), bad
 
 
 def start_worker():
@@ -517,52 +497,50 @@ def start_worker():
 def in_order(function, chunks, workers):
     """Results of function(chunk) in order, a bounded number of chunks under way in `workers` processes."""
     if workers <= 1:
-        yield from ((len(chunk), function(chunk)) for chunk in chunks)
+        yield from map(function, chunks)
         return
     with ProcessPoolExecutor(workers, initializer=start_worker) as pool:
         waiting = deque()
         for chunk in chunks:
-            waiting.append((len(chunk), pool.submit(function, chunk)))
+            waiting.append(pool.submit(function, chunk))
             if len(waiting) > 2 * workers:
-                count, job = waiting.popleft()
-                yield count, job.result()
-        while waiting:
-            count, job = waiting.popleft()
-            yield count, job.result()
+                yield waiting.popleft().result()
+        yield from (job.result() for job in waiting)
 
 
-def state_path(path):
-    return os.path.splitext(path)[0] + ".prepare.json"
+def versions():
+    """What made the file, for its .prepare.json."""
+    found = {"python": sys.version.split()[0], "numpy": np.__version__}
+    with suppress(OSError):
+        found["commit"] = subprocess.run(["git", "rev-parse", "HEAD"], cwd=dirname(os.path.abspath(__file__)),
+                                         capture_output=True, text=True).stdout.strip()
+    return found
+
+
+def beside(path, ending):
+    return os.path.splitext(path)[0] + ending
 
 
 def saved_state(path, command, overwrite):
-    """What an earlier run of the same command left, or None. Another command's output is refused."""
-    if overwrite or not (exists(path) or exists(state_path(path))):
-        return None
-    try:
-        state = read_json(state_path(path))
-    except (OSError, ValueError):
-        fail(f"{path} exists and was not made by this script: choose another --out, or give --overwrite to replace it")
-    if state["command"] != json.loads(json.dumps(command)):
-        different = {k: v for k, v in command.items() if state["command"].get(k) != json.loads(json.dumps(v))}
-        there = {k: state["command"].get(k) for k in different}
-        fail(f"{path} was made by another command ({there}, now {different}): other --out, or --overwrite")
-    if state["finished"] and (not exists(path) or getsize(path) != state["bytes"]):
-        fail(f"{path} was changed since it was made: choose another --out, or give --overwrite to make it anew")
-    return state
+    """What an earlier run of the same command left, or the state of a new one. Another command's output is refused."""
+    state, new = None, {"command": command, "versions": versions(), "finished": False, "frames": 0, "bytes": 0,
+                        "records": 0, "too_few_labels": 0, "bad": 0, "bad_examples": []}
+    if overwrite or not (exists(path) or exists(beside(path, ".prepare.json"))):
+        return new
+    with suppress(ValueError):
+        state = read_json(beside(path, ".prepare.json"))
+    if not state or state["command"] != command:
+        other = {k: v for k, v in command.items() if state and state["command"].get(k) != v}
+        fail(f"{path} was not made by this command, with {other}: choose another --out, or --overwrite it")
+    file = path if state["finished"] else path + ".partial"
+    return state if exists(file) and getsize(file) >= state["bytes"] else new
 
 
-def write_records(frames, total, path, make, workers, chunk, command, state):
+def write_records(frames, total, path, make, workers, chunk, state):
     """Frames -> path, in order, going on from `state`. After each chunk the state says how many bytes are good."""
     part = path + ".partial"
-    if not (state and exists(part) and getsize(part) >= state["bytes"]):
-        state = {"command": command, "versions": versions(), "finished": False, "chunks": 0, "frames": 0, "bytes": 0,
-                 "records": 0, "too_few_labels": 0, "bad": 0, "bad_examples": []}
-        open(part, "wb").close()
-        write_json(state_path(path), state)
-    chunks = iter(lambda: list(islice(frames, chunk)), [])
     next(islice(frames, state["frames"], state["frames"]), None)          # skip what is done
-    with open(part, "r+b") as out, tqdm(
+    with open(part, "ab") as out, tqdm(
             total=total, initial=state["frames"], unit=" images", smoothing=0.05, desc=basename(path),
             mininterval=0.5 if sys.stderr.isatty() else 10) as bar:
         try:
@@ -570,45 +548,29 @@ def write_records(frames, total, path, make, workers, chunk, command, state):
         except OSError:
             fail(f"{path} is being written by another run of this command: wait for it, or choose another --out")
         out.truncate(state["bytes"])
-        out.seek(state["bytes"])
-        for count, (lines, records, few, bad) in in_order(partial(make_chunk, make=make), chunks, workers):
-            out.write(lines.encode())
+        chunks = iter(lambda: list(islice(frames, chunk)), [])
+        for count, lines, bad in in_order(partial(make_chunk, make=make), chunks, workers):
+            out.write("".join(lines).encode())
             out.flush()
-            state |= {"chunks": state["chunks"] + 1, "frames": state["frames"] + count, "bytes": out.tell(),
-                      "records": state["records"] + records, "too_few_labels": state["too_few_labels"] + few,
+            few = count - len(lines) - len(bad)
+            state |= {"frames": state["frames"] + count, "bytes": os.fstat(out.fileno()).st_size,
+                      "records": state["records"] + len(lines), "too_few_labels": state["too_few_labels"] + few,
                       "bad": state["bad"] + len(bad), "bad_examples": (state["bad_examples"] + bad)[:5]}
-            write_json(state_path(path), state)
+            write_json(beside(path, ".prepare.json"), state)
             bar.update(count)
     if total and not state["records"]:
         os.remove(part)
-        os.remove(state_path(path))
+        os.remove(beside(path, ".prepare.json"))
         why = "; ".join(state["bad_examples"][:2]) or "no pixel has a depth in the range (see --min-depth, --max-depth)"
-        fail(f"none of the {total} images of {command['dataset']} ({command['split']}) gives labels of depth: {why}")
+        fail(f"none of the {total} images gives labels of depth: {why}")
     os.replace(part, path)
-    build_index(path)
-    write_json(state_path(path), state | {"finished": True})
-    return state
-
-
-def versions():
-    """What made the file, for its .prepare.json."""
-    try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=dirname(os.path.abspath(__file__)),
-                                capture_output=True, text=True).stdout.strip()
-    except OSError:
-        commit = ""
-    return {"python": sys.version.split()[0], "numpy": np.__version__, "commit": commit}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Index: <name>.idx beside <name>.jsonl, int64 little-endian: where each line starts, and the file size at the end
-
-def index_path(path):
-    return os.path.splitext(path)[0] + ".idx"
+    with replacing(beside(path, ".idx")) as temporary:
+        line_offsets(path).tofile(temporary)
+    write_json(beside(path, ".prepare.json"), state | {"finished": True})
 
 
 def line_offsets(path):
-    """Byte offsets of the N lines and the file size, (N + 1,)."""
+    """Where each of the N lines starts, and the file's size: (N + 1,) int64. The .idx file holds just this."""
     pieces, position = [np.zeros(1, "<i8")], 0
     with open(path, "rb") as f:
         while block := f.read(1 << 24):
@@ -618,120 +580,83 @@ def line_offsets(path):
     return (offsets if offsets[-1] == position else np.append(offsets, position)).astype("<i8")
 
 
-def build_index(path):
-    temporary = f"{index_path(path)}.{os.getpid()}.tmp"
-    line_offsets(path).tofile(temporary)
-    os.replace(temporary, index_path(path))
+# ---------------------------------------------------------------------------------------------------------------------
+# Readers, one a dataset: (root, split, ...) -> frames in a fixed order. They list and pair files; workers open them
+# and call the frame's load_..., which says in what form the depth is.
+
+def refuse(frame, why):
+    raise ValueError(why)
 
 
-def open_index(path):
-    """The offsets, memory-mapped; made anew when missing or older than the jsonl. Line i is bytes [i] to [i + 1]."""
-    path = os.fspath(path)
-    index = index_path(path)
-    if not exists(index) or os.path.getmtime(index) < os.path.getmtime(path):
+def one_by_one(scenes, frames):
+    """The frames of each scene. One whose listing fails gives a frame that cannot be used: counted, and named."""
+    for scene in scenes:
         try:
-            build_index(path)
-        except PermissionError:                           # somebody else's folder: without a file, then
-            return line_offsets(path)
-    return np.memmap(index, "<i8", "r")
+            yield from frames(scene)
+        except (OSError, ValueError, KeyError) as error:
+            yield Frame(str(scene), str(scene), partial(refuse, why=reason(error)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Loaders: what a worker does with a frame
-
-def load_map(frame, path, scale, kind="z"):
-    """A 16-bit depth PNG of the image's own size."""
-    return frame._replace(depth=read_depth_png(path, scale), kind=kind)
+def load_map(frame, path, scale):
+    """A 16-bit PNG of z, of the image's own size."""
+    return frame._replace(depth=read_png(path, scale))
 
 
-def load_lidar(frame, path, read, camera_from_lidar):
+def load_lidar(frame, path, camera_from_lidar):
     """A point cloud, moved into the camera at the time of the image."""
-    with naming(path):
-        points = move(camera_from_lidar, read(path))
-    return frame._replace(depth=project(points, frame.intrinsics), kind="lidar")
-
-
-def spread_small_map(depth, size, intrinsics, mask=None):
-    """A z map smaller than its image -> points: each depth pixel labels the image pixel at its centre."""
-    (h, w), (wide, high) = depth.shape, size
-    j, i = np.nonzero(np.isfinite(depth) & (depth > 0))
-    x = np.floor((i + 0.5) * wide / w).astype(int)        # = round((i + 0.5) * wide / w - 0.5)
-    y = np.floor((j + 0.5) * high / h).astype(int)
-    keep = slice(None) if mask is None else mask[y, x] > 0
-    x, y, z = x[keep], y[keep], depth[j, i][keep].astype(np.float64)
-    return np.stack([x, y, z * ray_lengths(x, y, intrinsics), z], 1)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Readers, one a dataset: (root, split, ...) -> frames in a fixed order. They list and pair files; workers open them.
-
-def read_argoverse2_sweep(path):
-    table = feather_rows(path)
-    return np.stack([table["x"], table["y"], table["z"]], 1).astype(np.float64)       # float16 on disk
+    return frame._replace(depth=project(move(camera_from_lidar, read_sweep(path)), frame.intrinsics), kind="lidar")
 
 
 def frames_argoverse2(root, split):
     """One image a ring camera and sweep: 850 logs x 157 sweeps x 7 cameras, the paper's 1 M. Points are in the ego
     frame of the sweep's time and go through the city to the camera at the image's time. Images are undistorted."""
     need_pyarrow()
-    logs = {s: folders(join(root, s)) if isdir(join(root, s)) else [] for s in ("train", "val")}
-    held_out = [("val", log) for log in logs["val"][:ARGOVERSE2_VAL_LOGS]]
-    rest = [("train", log) for log in logs["train"]] + [("val", log) for log in logs["val"][ARGOVERSE2_VAL_LOGS:]]
-    for part, log in held_out if split == "val" else rest:
-        folder = join(root, part, log)
-        try:
-            cameras, sensors, ego = (feather_rows(join(folder, name)) for name in (
-                "calibration/intrinsics.feather", "calibration/egovehicle_SE3_sensor.feather",
-                "city_SE3_egovehicle.feather"))
-            sweeps = np.array(sorted(int(name[:-8]) for name in os.listdir(join(folder, "sensors/lidar"))
-                                     if name.endswith(".feather")))
-        except (OSError, ValueError) as error:
-            yield unusable(Frame(log, folder, None), str(error))
-            continue
+    train, val = ([join(root, s, log) for log in folders(join(root, s))] for s in BOTH)
 
-        def pose(table, i):
-            numbers = [table[k][i] for k in ("qw", "qx", "qy", "qz", "tx_m", "ty_m", "tz_m")]
-            return transform(numbers[:4], numbers[4:])
+    def pose(table, i):
+        return transform([table[k][i] for k in ("qw", "qx", "qy", "qz")], [table[f"t{k}_m"][i] for k in "xyz"])
+
+    def frames(folder):
+        log = basename(folder)
+        cameras, sensors, ego = (read_feather(join(folder, name + ".feather")) for name in (
+            "calibration/intrinsics", "calibration/egovehicle_SE3_sensor", "city_SE3_egovehicle"))
         sensor_rows = {name: i for i, name in enumerate(sensors["sensor_name"])}
         ego_rows = {int(stamp): i for i, stamp in enumerate(ego["timestamp_ns"])}
+        sweeps = np.array([int(name) for name in names(join(folder, "sensors/lidar"), ".feather")])
         for i, camera in enumerate(cameras["sensor_name"]):
             images = join(folder, "sensors/cameras", camera)
             if not (camera.startswith("ring_") and camera in sensor_rows and isdir(images) and len(sweeps)):
                 continue
-            ego_from_camera = pose(sensors, sensor_rows[camera])
-            intrinsics = tuple(float(cameras[k][i]) for k in ("fx_px", "fy_px", "cx_px", "cy_px")) + tuple(
-                int(cameras[k][i]) for k in ("width_px", "height_px"))
             nearest = {}                                  # sweep -> the image that is nearest to it
-            for stamp in sorted(int(name[:-4]) for name in os.listdir(images) if name.endswith(".jpg")):
+            for stamp in map(int, names(images, ".jpg")):
                 sweep = int(sweeps[np.abs(sweeps - stamp).argmin()])
                 if abs(sweep - stamp) <= LIDAR_WINDOW and abs(sweep - stamp) < abs(sweep - nearest.get(sweep, 0)):
                     nearest[sweep] = stamp
+            ego_from_camera = pose(sensors, sensor_rows[camera])
+            intrinsics = (*(float(cameras[k][i]) for k in ("fx_px", "fy_px", "cx_px", "cy_px")),
+                          *(int(cameras[k][i]) for k in ("width_px", "height_px")))
             for sweep, stamp in nearest.items():
-                if stamp not in ego_rows or sweep not in ego_rows:
-                    continue                              # no pose: no way from the sweep to the image
-                pose_camera = pose(ego, ego_rows[stamp]) @ ego_from_camera
-                yield Frame(f"{log}/{camera}/{stamp}", join(images, f"{stamp}.jpg"),
-                            partial(load_lidar, path=join(folder, f"sensors/lidar/{sweep}.feather"),
-                                    read=read_argoverse2_sweep,
-                                    camera_from_lidar=np.linalg.inv(pose_camera) @ pose(ego, ego_rows[sweep])),
-                            intrinsics, log, camera, stamp / 1e9, pose_camera)
+                if stamp in ego_rows and sweep in ego_rows:           # else there is no way from the sweep to the image
+                    city_from_camera = pose(ego, ego_rows[stamp]) @ ego_from_camera
+                    load = partial(load_lidar, path=join(folder, f"sensors/lidar/{sweep}.feather"),
+                                   camera_from_lidar=np.linalg.inv(city_from_camera) @ pose(ego, ego_rows[sweep]))
+                    yield Frame(f"{log}/{camera}/{stamp}", join(images, f"{stamp}.jpg"), load, intrinsics, log, camera,
+                                stamp / 1e9, city_from_camera)
+    return one_by_one(val[:ARGOVERSE2_VAL_LOGS] if split == "val" else train + val[ARGOVERSE2_VAL_LOGS:], frames)
 
 
 @lru_cache(maxsize=16)
 def parquet_rows(path, columns):
-    """A function row number -> that row as a record batch. Reads forward and keeps no more than it must: the lidar and
-    image files of a segment are gigabytes when unpacked."""
+    """A function row number -> that row as a record batch. Reads forward and keeps one row: the lidar and image files
+    of a segment are gigabytes when unpacked."""
     with naming(path):
         file = need_pyarrow().parquet.ParquetFile(path)
-    groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-    starts = np.cumsum([0, *groups])
     position, batches = math.inf, None
 
     def read(row):
         nonlocal position, batches
-        group = int(np.searchsorted(starts, row, "right")) - 1
-        if row < position or starts[group] > position:
-            position, batches = starts[group], file.iter_batches(1, range(group, len(groups)), list(columns))
+        if row < position:
+            position, batches = 0, file.iter_batches(1, columns=list(columns))
         while position <= row:
             batch, position = next(batches), position + 1
         return batch
@@ -739,55 +664,45 @@ def parquet_rows(path, columns):
 
 
 @lru_cache(maxsize=16)
-def waymo_keys(path, sensor):
-    """Row number of each (timestamp, sensor) of a component file; calibrations have no timestamp: (None, sensor)."""
-    parquet = need_pyarrow().parquet
+def waymo_keys(path):
+    """Row number of each (timestamp, sensor) of a component's file; 0 stands for a key that the component lacks."""
     with naming(path):
-        table = parquet.read_table(path, columns=[n for n in parquet.read_schema(path).names if n.startswith("key.")])
-    def column(name, otherwise):
-        return table[name].to_pylist() if name in table.column_names else [otherwise] * table.num_rows
-    sensors = [WAYMO_CAMERAS.index(s) + 1 if isinstance(s, str) else s for s in column(sensor, 0)]
-    return {key: row for row, key in enumerate(zip(column("key.frame_timestamp_micros", None), sensors))}
+        file = need_pyarrow().parquet.ParquetFile(path)
+        keys = file.read([n for n in file.schema_arrow.names if n.startswith("key.")]).to_pydict()
+    none = [0] * file.metadata.num_rows
+    sensors = keys.get("key.camera_name", keys.get("key.laser_name", none))
+    sensors = [WAYMO_CAMERAS.index(s) + 1 if isinstance(s, str) else s for s in sensors]
+    return {key: row for row, key in enumerate(zip(keys.get("key.frame_timestamp_micros", none), sensors))}
 
 
-def waymo_read(folder, component, segment, stamp, sensor, names):
-    """The named columns of one row of a component, without their prefix; None if the row is not there."""
+def waymo_read(folder, component, segment, stamp, sensor, columns):
+    """Columns of one row of a component; None if the row is not there."""
     path = join(folder, component, segment + ".parquet")
-    key = {"camera": "key.camera_name", "lidar": "key.laser_name"}.get(component.split("_")[0])
-    row = waymo_keys(path, key).get((stamp, sensor))
+    row = waymo_keys(path).get((stamp, sensor))
     if row is None:
         return None
     prefix = component.title().replace("_", "").replace("Lidar", "LiDAR") + "Component"       # lidar_pose: LiDARPose...
-    batch = parquet_rows(path, tuple(f"[{prefix}].{name}" for name in names))(row)
-    values = [batch.column(i)[0] for i in range(len(names))]
+    batch = parquet_rows(path, tuple(f"[{prefix}].{name}" for name in columns))(row)
+    values = [batch.column(i)[0] for i in range(len(columns))]
     return [np.asarray(v.values) if hasattr(v, "values") and v.is_valid else v.as_py() for v in values]
-
-
-def waymo_grid(folder, component, segment, stamp, laser):
-    """A range image (H, W, channels) of the first return, or None."""
-    names = ("range_image_return1.values", "range_image_return1.shape")
-    found = waymo_read(folder, component, segment, stamp, laser, names)
-    return found and found[0].reshape(found[1])
-
-
-def rotations_of(roll, pitch, yaw):
-    """Rz(yaw) Ry(pitch) Rx(roll) for arrays of N angles -> (N, 3, 3)."""
-    (cr, sr), (cp, sp), (cy, sy) = ((np.cos(a), np.sin(a)) for a in (roll, pitch, yaw))
-    return np.stack([cy * cp, cy * sp * sr - sy * cr, cy * sp * cr + sy * sr,
-                     sy * cp, sy * sp * sr + cy * cr, sy * sp * cr - cy * sr,
-                     -sp, cp * sr, cp * cr], -1).reshape(-1, 3, 3)
 
 
 @lru_cache(maxsize=2)
 def waymo_points(folder, segment, stamp):
     """All LiDARs of one frame: world points (N, 3), and the table (N, 6) of camera, x, y (twice) that sees them."""
+    def grid(component):
+        """A range image (H, W, channels) of the first return, or None."""
+        found = waymo_read(folder, component, segment, stamp, laser,
+                           ("range_image_return1.values", "range_image_return1.shape"))
+        return found and found[0].reshape(found[1])
+
     points, seen = [], []
+    vehicle_pose, = waymo_read(folder, "vehicle_pose", segment, stamp, 0, ("world_from_vehicle.transform",))
     for laser in range(1, 6):
-        cells = waymo_grid(folder, "lidar", segment, stamp, laser)
-        table = waymo_grid(folder, "lidar_camera_projection", segment, stamp, laser)
+        cells, table = grid("lidar"), grid("lidar_camera_projection")
         if cells is None or table is None:
             continue
-        extrinsic, low, high, beams = waymo_read(folder, "lidar_calibration", segment, None, laser, (
+        extrinsic, low, high, beams = waymo_read(folder, "lidar_calibration", segment, 0, laser, (
             "extrinsic.transform", "beam_inclination.min", "beam_inclination.max", "beam_inclination.values"))
         extrinsic = extrinsic.astype(np.float64).reshape(4, 4)
         height, width = cells.shape[:2]
@@ -798,14 +713,12 @@ def waymo_points(folder, segment, stamp):
         around = (2 * (width - j - 0.5) / width - 1) * np.pi - math.atan2(extrinsic[1, 0], extrinsic[0, 0])
         rays = np.stack([np.cos(around) * np.cos(up), np.sin(around) * np.cos(up), np.sin(up)], 1)
         vehicle = move(extrinsic, rays * cells[i, j, :1].astype(np.float64))
-        poses = waymo_grid(folder, "lidar_pose", segment, stamp, laser) if laser == WAYMO_TOP else None
-        if poses is not None:                             # the car moves while the roof LiDAR turns
+        poses = grid("lidar_pose") if laser == WAYMO_TOP else None
+        if poses is None:
+            points.append(move(vehicle_pose.astype(np.float64).reshape(4, 4), vehicle))
+        else:                                             # the car moves while the roof LiDAR turns
             p = poses[i, j].astype(np.float64)
-            world = np.einsum("nij,nj->ni", rotations_of(p[:, 0], p[:, 1], p[:, 2]), vehicle) + p[:, 3:]
-        else:
-            pose, = waymo_read(folder, "vehicle_pose", segment, stamp, 0, ("world_from_vehicle.transform",))
-            world = move(pose.astype(np.float64).reshape(4, 4), vehicle)
-        points.append(world)
+            points.append(np.einsum("nij,nj->ni", rotations_of(p[:, 0], p[:, 1], p[:, 2]), vehicle) + p[:, 3:])
         seen.append(table[i, j])
     if not points:
         raise ValueError(f"lidar/{segment}.parquet has no range images at {stamp}")
@@ -817,21 +730,23 @@ def load_waymo(frame, folder, segment, stamp, camera):
     distance is from the camera at the image's own time."""
     # paper: the released script moves labels by the map of the opposite direction (up to 400 px) and drops four LiDARs
     jpeg, pose = waymo_read(folder, "camera_image", segment, stamp, camera, ("image", "pose.transform"))
-    names = [f"intrinsic.{k}" for k in ("f_u", "f_v", "c_u", "c_v", "k1", "k2", "p1", "p2", "k3")]
-    calibration = waymo_read(folder, "camera_calibration", segment, None, camera, (*names, "extrinsic.transform"))
-    (fx, fy, cx, cy), lens = calibration[:4], calibration[4:9]
-    pose = pose.astype(np.float64).reshape(4, 4) @ calibration[9].astype(np.float64).reshape(4, 4) @ WAYMO_FROM_OPENCV
+    columns = [f"intrinsic.{k}" for k in ("f_u", "f_v", "c_u", "c_v", "k1", "k2", "p1", "p2", "k3")]
+    *numbers, extrinsic = waymo_read(folder, "camera_calibration", segment, 0, camera,
+                                     (*columns, "extrinsic.transform"))
+    (fx, fy, cx, cy), lens = numbers[:4], numbers[4:]
+    pose = pose.astype(np.float64).reshape(4, 4) @ extrinsic.astype(np.float64).reshape(4, 4) @ WAYMO_FROM_OPENCV
     world, seen = waymo_points(folder, segment, stamp)
     first, second = seen[:, 0] == camera, seen[:, 3] == camera
     pixel = np.where(first[:, None], seen[:, 1:3], seen[:, 4:6])[first | second]
     points = move(np.linalg.inv(pose), world[first | second])
-    x, y = undistort_brown(*((np.floor(pixel) + 0.5 - (cx, cy)) / (fx, fy)).T, lens)
-    radial = distort_brown(x, y, *lens)[2]
+    a, b = ((np.floor(pixel) + 0.5 - (cx, cy)) / (fx, fy)).T
+    x, y = undistort(distort_brown, a, b, *lens)
     cloud = np.stack([fx * x + cx - 0.5, fy * y + cy - 0.5, np.linalg.norm(points, axis=1), points[:, 2]], 1)
-    cloud = cloud[(points[:, 2] > 0) & (np.abs(radial - 1) < 0.2)]     # beyond, the polynomial is no lens any more
+    # where the lens moves a pixel by a fifth of its radius the polynomial is no lens any more
+    cloud = cloud[(points[:, 2] > 0) & (np.hypot(a - x, b - y) <= 0.2 * np.hypot(x, y))]
 
     def source(u, v):
-        a, b, _ = distort_brown((u - cx) / fx, (v - cy) / fy, *lens)
+        a, b = distort_brown((u - cx) / fx, (v - cy) / fy, *lens)
         return fx * a + cx, fy * b + cy
     image = Image.open(io.BytesIO(jpeg)).convert("RGB")
     return frame._replace(pixels=remap(image, image.size, source), depth=cloud, kind="lidar", pose=pose,
@@ -842,20 +757,14 @@ def frames_waymo(root, split):
     """Images are in parquet files: undistorted copies go to rgb/<segment>/."""
     need_pyarrow()
     folder = join(root, "training")
-    for name in sorted(os.listdir(join(folder, "camera_image"))):
-        if not name.endswith(".parquet"):
-            continue
-        segment = name[:-8]
-        try:
-            keys = waymo_keys(join(folder, "camera_image", name), "key.camera_name")
-        except (OSError, ValueError, KeyError) as error:
-            yield unusable(Frame(segment, name, None), str(error))
-            continue
-        for stamp, camera in keys:
+
+    def frames(segment):
+        for stamp, camera in waymo_keys(join(folder, "camera_image", segment + ".parquet")):
             title = WAYMO_CAMERAS[camera - 1]
             yield Frame(f"{segment}/{stamp}/{title}", f"rgb/{segment}/{stamp}_{title}.jpg",
                         partial(load_waymo, folder=folder, segment=segment, stamp=stamp, camera=camera),
                         scene=segment, camera=title, time=stamp / 1e6)
+    return one_by_one(names(join(folder, "camera_image"), ".parquet"), frames)
 
 
 @lru_cache(maxsize=2)
@@ -870,11 +779,9 @@ def nuscenes_tables(root, version):
     wanted = {r["ego_pose_token"] for r in data}
     poses = {r["token"]: transform(r["rotation"], r["translation"]) for r in table("ego_pose") if r["token"] in wanted}
     tables = {name: {r["token"]: r for r in table(name)} for name in ("scene", "sample", "sensor", "calibrated_sensor")}
-    return tables | {"ego_pose": poses}, data
-
-
-def read_nuscenes_sweep(path):
-    return np.fromfile(path, np.float32).reshape(-1, 5)[:, :3].astype(np.float64)
+    images = sorted((r for r in data if "/CAM" in r["filename"]), key=lambda r: (r["timestamp"], r["filename"]))
+    return tables | {"ego_pose": poses, "image": {r["filename"]: r for r in images},
+                     "sweep": {r["sample_token"]: r for r in data if "/LIDAR_TOP/" in r["filename"]}}
 
 
 def frames_nuscenes(root, split):
@@ -882,100 +789,81 @@ def frames_nuscenes(root, split):
     there = [v for v in ("v1.0-trainval", "v1.0-mini") if isdir(join(root, v))]
     if not there:
         fail(f"{root} has neither v1.0-trainval nor v1.0-mini: extract the metadata archive there, too", 2)
-    version = there[-1 if split == "val" else 0]
-    tables, data = nuscenes_tables(root, version)
+    tables = nuscenes_tables(root, there[-1 if split == "val" else 0])
 
-    def look_up(name, token):
-        if token not in tables[name]:
-            raise ValueError(f"{version}: token {token} is not in {name}.json: extract the metadata again")
-        return tables[name][token]
+    def sensor_and_pose(row):
+        sensor = tables["calibrated_sensor"][row["calibrated_sensor_token"]]
+        return sensor, tables["ego_pose"][row["ego_pose_token"]] @ transform(sensor["rotation"], sensor["translation"])
 
-    def world_from(row):
-        sensor = look_up("calibrated_sensor", row["calibrated_sensor_token"])
-        return sensor, look_up("ego_pose", row["ego_pose_token"]) @ transform(sensor["rotation"], sensor["translation"])
-
-    sweeps = {r["sample_token"]: r for r in data if "/LIDAR_TOP/" in r["filename"]}
-    for row in sorted(data, key=lambda r: (r["timestamp"], r["filename"])):
-        frame = Frame(row["token"], join(root, row["filename"]), None, time=row["timestamp"] / 1e6)
-        try:
-            scene = look_up("scene", look_up("sample", row["sample_token"])["scene_token"])["name"]
-            if (scene in NUSCENES_VAL) != (split == "val") or "/CAM" not in row["filename"]:
-                continue
-            if row["sample_token"] not in sweeps:
-                raise ValueError(f"no key frame of LIDAR_TOP in sample_data.json for sample {row['sample_token']}")
-            sweep = sweeps[row["sample_token"]]
-            (camera, pose), (_, world_from_lidar) = world_from(row), world_from(sweep)
-            channel = look_up("sensor", camera["sensor_token"])["channel"]
-        except ValueError as error:
-            yield unusable(frame, str(error))
-            continue
-        k = camera["camera_intrinsic"]
-        yield frame._replace(
-            load=partial(load_lidar, path=join(root, sweep["filename"]), read=read_nuscenes_sweep,
-                         camera_from_lidar=np.linalg.inv(pose) @ world_from_lidar),
-            intrinsics=(k[0][0], k[1][1], k[0][2], k[1][2], row["width"], row["height"]), scene=scene, camera=channel,
-            pose=pose)
+    def frames(filename):
+        row = tables["image"][filename]
+        scene = tables["scene"][tables["sample"][row["sample_token"]]["scene_token"]]["name"]
+        if (scene in NUSCENES_VAL) == (split == "val"):
+            sweep = tables["sweep"][row["sample_token"]]
+            (camera, pose), (_, world_from_lidar) = sensor_and_pose(row), sensor_and_pose(sweep)
+            load = partial(load_lidar, path=join(root, sweep["filename"]),
+                           camera_from_lidar=np.linalg.inv(pose) @ world_from_lidar)
+            k = camera["camera_intrinsic"]
+            yield Frame(row["token"], join(root, filename), load, (k[0][0], k[1][1], k[0][2], k[1][2], row["width"],
+                        row["height"]), scene, tables["sensor"][camera["sensor_token"]]["channel"],
+                        row["timestamp"] / 1e6, pose)
+    return one_by_one(tables["image"], frames)            # a token that is in no table costs its image
 
 
-def load_scannetpp(frame, depth, mask):
-    """256 x 192 depth for a 1920 x 1440 image, with the frame's own intrinsics; anonymised pixels are left out."""
-    size = image_size(frame.image)
-    scale = size[0] / SCANNETPP_VIDEO[0]                  # the frames may have been decoded smaller
-    fx, fy, cx, cy = frame.intrinsics
-    intrinsics = (fx * scale, fy * scale, (cx + 0.5) * scale - 0.5, (cy + 0.5) * scale - 0.5)
+def load_scannetpp(frame, folder, info):
+    """256 x 192 z for a 1920 x 1440 image, with the frame's own intrinsics: each depth pixel labels the image pixel at
+    its centre. Anonymised pixels are left out."""
+    name = os.path.splitext(basename(frame.image))[0] + ".png"
+    if info is None:
+        raise ValueError(f"{folder}/pose_intrinsic_imu.json has no {name[:-4]}")
+    k, pose, size = info["intrinsic"], info.get("aligned_pose", info.get("aligned_poses")), image_size(frame.image)
+    s = size[0] / 1920                                    # the frames may have been decoded smaller
+    intrinsics = (k[0][0] * s, k[1][1] * s, (k[0][2] + 0.5) * s - 0.5, (k[1][2] + 0.5) * s - 0.5)
+    depth, mask = read_png(join(folder, "depth", name), 1000), join(folder, "rgb_masks", name)
+    j, i = np.nonzero(depth)
+    x, y = (np.floor((n + 0.5) * wide / small).astype(int) for n, wide, small in zip((i, j), size, depth.shape[::-1]))
+    z = depth[j, i].astype(np.float64)
     if exists(mask):
-        with naming(mask), Image.open(mask) as m:
-            mask = np.asarray(m.convert("L").resize(size, Image.Resampling.NEAREST))
-    else:
-        mask = None
-    points = spread_small_map(read_depth_png(depth, 1000), size, intrinsics, mask)
-    return frame._replace(depth=points, kind="points", intrinsics=intrinsics)
+        mask = read_image(mask)
+        keep = mask[y * mask.shape[0] // size[1], x * mask.shape[1] // size[0]] > 0
+        x, y, z = x[keep], y[keep], z[keep]
+    return frame._replace(depth=np.stack([x, y, z * ray_lengths(x, y, intrinsics), z], 1), kind="points",
+                          intrinsics=intrinsics, pose=pose and np.array(pose, np.float64))
 
 
 def frames_scannetpp(root, split, every=SCANNETPP_EVERY):
     """Decoded frames of the iPhone stream, paired by their number; `every` counts video frames (60 a second)."""
-    lists = {}
-    for name in ("nvs_sem_train", "nvs_sem_val"):
-        lists[name] = read_text(join(root, "splits", name + ".txt")).split()
-    held_out = lists["nvs_sem_val"][:SCANNETPP_VAL_SCENES]
-    rest = [s for s in lists["nvs_sem_train"] + lists["nvs_sem_val"][SCANNETPP_VAL_SCENES:] if s not in held_out]
-    for scene in held_out if split == "val" else rest:
+    train, val = (read_text(join(root, f"splits/nvs_sem_{s}.txt")).split() for s in BOTH)
+    held_out = val[:SCANNETPP_VAL_SCENES]
+    rest = [s for s in train + val[SCANNETPP_VAL_SCENES:] if s not in held_out]
+
+    def frames(scene):
         folder = join(root, "data", scene, "iphone")
-        if not isdir(join(folder, "rgb")):
-            continue                                      # not downloaded, or not decoded
-        try:
-            table = read_json(join(folder, "pose_intrinsic_imu.json"))
-        except (OSError, ValueError) as error:
-            yield unusable(Frame(scene, folder, None), str(error))
-            continue
+        table = read_json(join(folder, "pose_intrinsic_imu.json"))
         for name in sorted(os.listdir(join(folder, "rgb"))):
             stem = os.path.splitext(name)[0]
-            if not stem.startswith("frame_") or int(stem[6:]) % every:
-                continue
-            frame = Frame(f"{scene}/{stem}", join(folder, "rgb", name), None, scene=scene, camera="iphone",
-                          time=int(stem[6:]) / 60)
-            if stem not in table:
-                yield unusable(frame, f"{stem} is not in {scene}/iphone/pose_intrinsic_imu.json")
-                continue
-            k, pose = table[stem]["intrinsic"], table[stem].get("aligned_pose", table[stem].get("aligned_poses"))
-            yield frame._replace(
-                load=partial(load_scannetpp, depth=join(folder, "depth", stem + ".png"),
-                             mask=join(folder, "rgb_masks", stem + ".png")),
-                intrinsics=(k[0][0], k[1][1], k[0][2], k[1][2]), pose=pose and np.array(pose, np.float64))
+            if stem.startswith("frame_") and int(stem[6:]) % every == 0:
+                load = partial(load_scannetpp, folder=folder, info=table.get(stem))
+                yield Frame(f"{scene}/{stem}", join(folder, "rgb", name), load, scene=scene, camera="iphone",
+                            time=int(stem[6:]) / 60)
+    there = (s for s in (held_out if split == "val" else rest) if isdir(join(root, "data", s, "iphone/rgb")))
+    return one_by_one(there, frames)
 
 
-def load_omnidata(frame, domain_file):
+def load_omnidata(frame):
     """Taskonomy and HM3D: focal length and pose from the JSON; Euclidean depth if it is there, else the z-buffer."""
-    for suffix in ("point_info", "fixatedpose"):
-        path = domain_file("point_info", suffix + ".json")
-        if exists(path):
-            break
-    info = read_json(path)
+    parts = frame.image.split(os.sep)
+    place = max(i for i, part in enumerate(parts) if part == "rgb")
+
+    def other(domain, ending):
+        """The file of another domain beside .../rgb/.../point_1_view_2_domain_rgb.png: folder and ending change."""
+        return os.sep.join([*parts[:place], domain, *parts[place + 1:]]).removesuffix("rgb.png") + ending
+    info = other("point_info", "point_info.json")
+    info = read_json(info if exists(info) else other("point_info", "fixatedpose.json"))
     size = info.get("resolution", 512)
     focal = size / 2 / math.tan(info["field_of_view_rads"] / 2)
-    kind = "euclidean" if exists(domain_file("depth_euclidean", "depth_euclidean.png")) else "z"
-    name = "depth_euclidean" if kind == "euclidean" else "depth_zbuffer"
-    depth = read_depth_png(domain_file(name, name + ".png"), 512)
+    domain = "depth_euclidean" if exists(other("depth_euclidean", "depth_euclidean.png")) else "depth_zbuffer"
+    depth = read_png(other(domain, domain + ".png"), 512)
     depth[depth >= 65535 / 512] = 0                       # nothing there
     pose = None
     if "camera_rotation_final" in info and "camera_location" in info:
@@ -983,52 +871,36 @@ def load_omnidata(frame, domain_file):
         pose[:3, :3] = rotations_of(*np.array(info["camera_rotation_final"], np.float64))[0]      # Blender XYZ Euler
         pose[:3, 3] = info["camera_location"]
         pose = pose @ OPENGL_TO_OPENCV
-    return frame._replace(depth=depth, kind=kind, pose=pose, camera=info.get("camera_uuid"),
+    return frame._replace(depth=depth, kind="euclidean" if domain == "depth_euclidean" else "z", pose=pose,
+                          camera=info.get("camera_uuid"),
                           intrinsics=(focal, focal, (size - 1) / 2, (size - 1) / 2, size, size))
 
 
-def omnidata_file(image, domain, suffix):
-    """The file of another domain beside .../rgb/.../point_1_view_2_domain_rgb.png: folder and suffix both change."""
-    parts = image.split(os.sep)
-    parts[max(i for i, part in enumerate(parts) if part == "rgb")] = domain
-    return os.sep.join(parts).removesuffix("_domain_rgb.png") + "_domain_" + suffix
-
-
-def frames_omnidata(root, component, allowed):
-    """Every *_domain_rgb.png below root, whatever of the three layouts in the wild it has."""
+def frames_omnidata(root, component, table, bad=()):
+    """Every *_domain_rgb.png below root, whatever of the three layouts in the wild it has, of the scenes that the split
+    table of the download marks as train, or of all where there is no table."""
+    tables = [p for p in (join(root, table), join(dirname(os.path.abspath(root)), table)) if exists(p)]
+    if tables:
+        head, *rows = [[cell.strip() for cell in line.split(",")] for line in read_text(tables[0]).splitlines() if line]
+        listed = {row[0] for row in rows if row[head.index("train")] == "1"}
     skip = {"depth_euclidean", "depth_zbuffer", "point_info", "mask_valid", "normal", "taskonomy", "hm3d"} - {component}
     for folder, below, files in os.walk(root):
         below[:] = sorted(set(below) - skip)
         scene = basename(folder if basename(folder) != "rgb" else dirname(folder))
-        for name in sorted(files):
-            if name.endswith("_domain_rgb.png") and allowed(scene):
-                image = join(folder, name)
-                yield Frame(f"{scene}/{name[:-15]}", image,
-                            partial(load_omnidata, domain_file=partial(omnidata_file, image)), scene=scene)
-
-
-def omnidata_split(root, table):
-    """Scenes marked as train in the split table of the download, or None where the table is not there."""
-    for folder in (root, dirname(os.path.abspath(root))):
-        path = join(folder, table)
-        if exists(path):
-            with open(path, newline="") as f:
-                rows = [[cell.strip() for cell in row] for row in csv.reader(f) if row]
-            column = rows[0].index("train")
-            return {row[0] for row in rows[1:] if row[column] == "1"}
-    return None
+        if scene not in bad and (not tables or scene in listed):
+            for name in sorted(files):
+                if name.endswith("_domain_rgb.png"):
+                    yield Frame(f"{scene}/{name[:-15]}", join(folder, name), load_omnidata, scene=scene)
 
 
 def frames_taskonomy(root, split):
     """All buildings of the fullplus train split. The official trainer also stretches these images at random."""
     # paper: no random stretch; the rendering intrinsics explain Euclidean against z depth to 0.7 mm
-    listed = omnidata_split(root, "train_val_test_fullplus.csv")
-    return frames_omnidata(root, "taskonomy", lambda s: s not in TASKONOMY_BAD and (listed is None or s in listed))
+    return frames_omnidata(root, "taskonomy", "train_val_test_fullplus.csv", TASKONOMY_BAD)
 
 
 def frames_hm3d(root, split):
-    listed = omnidata_split(root, "train_val_test_hm3d.csv")
-    return frames_omnidata(root, "hm3d", lambda s: listed is None or s in listed)
+    return frames_omnidata(root, "hm3d", "train_val_test_hm3d.csv")
 
 
 def frames_matterport3d(root, split):
@@ -1038,26 +910,24 @@ def frames_matterport3d(root, split):
         if basename(folder) == "undistorted_camera_parameters":
             confs += [join(folder, name) for name in files if name.endswith(".conf")]
         below[:] = [name for name in below if name not in ("undistorted_color_images", "undistorted_depth_images")]
-    for conf in sorted(confs):
-        house, base, intrinsics = basename(conf)[:-5], dirname(dirname(conf)), None
-        lines = [line.split() for line in read_text(conf).splitlines()]
-        announced = next((int(line[1]) for line in lines if line and line[0] == "n_images"), 0)
-        if announced > sum(len(line) == 19 for line in lines):
-            yield unusable(Frame(house, conf, None), f"{conf} is cut off: it announces {announced} images")
-        for line in lines:
-            if line and line[0] == "intrinsics_matrix" and len(line) == 10:       # counts until the next such line
-                k = [float(v) for v in line[1:]]          # their origin is the bottom left corner, y up
+
+    def frames(conf):
+        house, base, images, intrinsics = basename(conf)[:-5], dirname(dirname(conf)), 0, (0, 0, 0, 0)
+        for key, *rest in filter(None, map(str.split, read_text(conf).splitlines())):
+            if key == "n_images":
+                images = int(rest[0])
+            elif key == "intrinsics_matrix" and len(rest) == 9:       # counts until the next such line
+                k = [float(v) for v in rest]              # their origin is the bottom left corner, y up
                 intrinsics = (k[0], k[4], k[2] - 0.5, 1024 - k[5] - 0.5, 1280, 1024)
-            elif line and line[0] == "scan" and len(line) == 19:
-                depth, image, pose = line[1], line[2], np.array(line[3:], np.float64).reshape(4, 4)
-                yield Frame(f"{house}/{image}", join(base, "undistorted_color_images", image),
-                            partial(load_map, path=join(base, "undistorted_depth_images", depth), scale=4000),
-                            intrinsics, house, image.rsplit("_", 2)[1], None, pose @ OPENGL_TO_OPENCV)
-
-
-def read_ddad_sweep(path):
-    with np.load(path) as file:
-        return file["data"][:, :3].astype(np.float64)
+            elif key == "scan" and len(rest) == 18:
+                depth, image, pose = rest[0], rest[1], np.array(rest[2:], np.float64).reshape(4, 4)
+                load = partial(load_map, path=join(base, "undistorted_depth_images", depth), scale=4000)
+                images -= 1
+                yield Frame(f"{house}/{image}", join(base, "undistorted_color_images", image), load, intrinsics, house,
+                            image.rsplit("_", 2)[1], None, pose @ OPENGL_TO_OPENCV)
+        if images > 0:
+            raise ValueError(f"{conf} is cut off: {images} of the images that it announces are missing")
+    return one_by_one(sorted(confs), frames)
 
 
 def frames_ddad(root, split):
@@ -1066,134 +936,107 @@ def frames_ddad(root, split):
         r, t = (datum.get("pose", {}).get(k, {}) for k in ("rotation", "translation"))
         return transform([r.get(k, 0) for k in ("qw", "qx", "qy", "qz")], [t.get(k, 0) for k in "xyz"])
 
-    for listed in read_json(join(root, "ddad.json"))["scene_splits"]["1"]["filenames"]:
-        folder, scene = join(root, dirname(listed)), dirname(listed)
-        try:
-            content = read_json(join(root, listed))
-        except (OSError, ValueError) as error:
-            yield unusable(Frame(scene, listed, None), str(error))
-            continue
+    def frames(listed):
+        folder, scene, content = join(root, dirname(listed)), dirname(listed), read_json(join(root, listed))
         data = {d["key"]: d for d in content["data"]}
-        for number, sample in enumerate(content["samples"]):
-            where = f"{scene}/{number}"
-            try:
-                calibration = read_json(join(folder, "calibration", sample["calibration_key"] + ".json"))
-                datums = {data[key]["id"]["name"].upper(): data[key]["datum"] for key in sample["datum_keys"]}
-                lidar = datums["LIDAR"]["point_cloud"]
-            except (OSError, ValueError, KeyError) as error:
-                yield unusable(Frame(where, listed, None), f"{listed}, sample {number}: {error}")
-                continue
-            cameras = {name.upper(): k for name, k in zip(calibration["names"], calibration["intrinsics"])}
-            for camera in sorted(name for name in datums if "image" in datums[name]):
-                image, k = datums[camera]["image"], cameras.get(camera, {})
-                yield Frame(f"{where}/{camera}", join(folder, image["filename"]),
-                            partial(load_lidar, path=join(folder, lidar["filename"]), read=read_ddad_sweep,
-                                    camera_from_lidar=np.linalg.inv(pose(image)) @ pose(lidar)),
-                            (*(k.get(name, 0) for name in ("fx", "fy", "cx", "cy")), image["width"], image["height"]),
-                            # stamps in DDAD are ten times too large; samples are 0.1 s apart
-                            scene, camera, round(0.1 * number, 1), pose(image))
+        samples = {f"{scene}/{number}": sample for number, sample in enumerate(content["samples"])}
+
+        def of_sample(name):
+            sample = samples[name]
+            calibration = read_json(join(folder, "calibration", sample["calibration_key"] + ".json"))
+            intrinsics = {n.upper(): k for n, k in zip(calibration["names"], calibration["intrinsics"])}
+            datums = {data[key]["id"]["name"].upper(): data[key]["datum"] for key in sample["datum_keys"]}
+            lidar = datums["LIDAR"]["point_cloud"]
+            for camera in sorted(n for n in datums if "image" in datums[n]):
+                image, k = datums[camera]["image"], intrinsics.get(camera, {})
+                load = partial(load_lidar, path=join(folder, lidar["filename"]),
+                               camera_from_lidar=np.linalg.inv(pose(image)) @ pose(lidar))
+                k = (*(k.get(n, 0) for n in ("fx", "fy", "cx", "cy")), image["width"], image["height"])
+                # stamps in DDAD are ten times too large; samples are 0.1 s apart
+                yield Frame(f"{name}/{camera}", join(folder, image["filename"]), load, k, scene, camera,
+                            round(0.1 * int(basename(name)), 1), pose(image))
+        return one_by_one(samples, of_sample)
+    return one_by_one(read_json(join(root, "ddad.json"))["scene_splits"]["1"]["filenames"], frames)
 
 
 def load_eth3d(frame, depth, camera):
     """Fisheye image and z map -> pinhole image of focal length ETH3D_FOCAL, labels at the laser pixels' new places."""
-    w, h, fx, fy, cx, cy, *lens = camera                  # cx, cy from the corner of the first pixel
+    model, *numbers = camera
+    if model != "THIN_PRISM_FISHEYE" or len(numbers) != 14:
+        raise ValueError(f"camera of the model {model} in cameras.txt, expected THIN_PRISM_FISHEYE")
+    w, h = map(int, numbers[:2])
+    fx, fy, cx, cy, *lens = map(float, numbers[2:])       # cx, cy from the corner of the first pixel
     if getsize(depth) != 4 * w * h:
         raise ValueError(f"{depth} has {getsize(depth)} bytes, not 4 x {w} x {h}: extract it again")
     z = np.memmap(depth, "<f4", "r", shape=(h, w))[ETH3D_BORDER:-ETH3D_BORDER, ETH3D_BORDER:-ETH3D_BORDER]
     j, i = np.nonzero(np.isfinite(z) & (z > 0))
     z = z[j, i].astype(np.float64)
-    u, v = undistort_thin_prism((i + ETH3D_BORDER + 0.5 - cx) / fx, (j + ETH3D_BORDER + 0.5 - cy) / fy, *lens)
+    u, v = undistort(distort_thin_prism, (i + ETH3D_BORDER + 0.5 - cx) / fx, (j + ETH3D_BORDER + 0.5 - cy) / fy, *lens)
     focal = min(ETH3D_FOCAL, fx)
     scale = focal / fx
     size, centre = (round(w * scale), round(h * scale)), (cx * scale, cy * scale)
     points = np.stack([focal * u + centre[0] - 0.5, focal * v + centre[1] - 0.5, z * np.sqrt(1 + u * u + v * v), z], 1)
+    if image_size(frame.image) != (w, h):
+        raise ValueError("{}: {} x {} px, cameras.txt says {} x {}".format(frame.image, *image_size(frame.image), w, h))
+    shrink = max(1, int(1 / scale))                       # average before sampling, or it would flicker
 
     def source(x, y):
         a, b = distort_thin_prism((x - centre[0]) / focal, (y - centre[1]) / focal, *lens)
         return (fx * a + cx) / shrink, (fy * b + cy) / shrink
-    image_size(frame.image)                               # refuses a cut file
-    image = Image.open(frame.image).convert("RGB")
-    if image.size != (w, h):
-        raise ValueError("image of {} x {}, cameras.txt says {} x {}".format(*image.size, w, h))
-    shrink = max(1, int(1 / scale))                       # average before sampling, or it would flicker
+    image = Image.open(frame.image).convert("RGB").reduce(shrink)
     name = os.path.splitext(basename(frame.image))[0]
-    return frame._replace(pixels=remap(image.reduce(shrink), size, source), depth=points, kind="points",
+    return frame._replace(pixels=remap(image, size, source), depth=points, kind="points",
                           image=f"rgb/{frame.scene}/{name}.jpg",
                           intrinsics=(focal, focal, centre[0] - 0.5, centre[1] - 0.5))
 
 
 def frames_eth3d(root, split):
     """The 13 training scenes. Image and depth may have been unpacked to two trees: paired by scene and name."""
-    def found(pattern):                                   # scene -> folder, at most two levels below root
-        paths = sorted(p for n in ("*", "*/*") for p in glob.glob(join(glob.escape(root), n, pattern)))
-        return {p.removesuffix("/" + pattern).split(os.sep)[-1]: p for p in paths}
-    images, depths = found("images"), found("ground_truth_depth")
-    for scene, folder in sorted(found("dslr_calibration_jpg").items()):
-        cameras = {}
-        for line in read_text(join(folder, "cameras.txt")).splitlines():
-            if line.strip() and line[0] != "#":
-                number, model, *numbers = line.split()
-                cameras[number] = (model, [int(v) for v in numbers[:2]] + [float(v) for v in numbers[2:]])
-        lines = [line for line in read_text(join(folder, "images.txt")).splitlines() if line[:1] != "#"]
-        for line in sorted(lines[::2], key=lambda s: s.split()[-1:]):     # each second line, maybe empty, lists points
-            if not line.strip():
-                continue
-            _, *numbers, camera, name = line.split()
-            numbers = [float(v) for v in numbers]         # world-to-camera
-            frame = Frame(f"{scene}/{name}", join(images.get(scene, scene), name), None, scene=scene,
-                          camera=f"camera {camera}", pose=np.linalg.inv(transform(numbers[:4], numbers[4:])))
-            model, parameters = cameras.get(camera, ("no model", []))
-            if model != "THIN_PRISM_FISHEYE" or len(parameters) != 14:
-                yield unusable(frame, f"{scene}: camera {camera} is {model} in cameras.txt, not THIN_PRISM_FISHEYE")
-                continue
-            yield frame._replace(load=partial(load_eth3d, depth=join(depths.get(scene, scene), name),
-                                              camera=parameters))
+    def found(name):                                      # scene -> folder, at most two levels below root
+        paths = sorted(p for n in ("*", "*/*") for p in glob.glob(join(glob.escape(root), n, name)))
+        return {basename(dirname(p)): p for p in paths}
+    images, depths, calibrations = found("images"), found("ground_truth_depth"), found("dslr_calibration_jpg")
+
+    def lines(path):
+        return [line.split() for line in read_text(path).splitlines() if line[:1] != "#"]
+
+    def frames(scene):
+        cameras = {line[0]: line[1:] for line in lines(join(calibrations[scene], "cameras.txt")) if line}
+        placed = lines(join(calibrations[scene], "images.txt"))[::2]      # each second line, maybe empty, lists points
+        for _, *pose, camera, name in sorted(filter(None, placed), key=lambda line: line[-1]):
+            pose = [float(v) for v in pose]               # world-to-camera
+            load = partial(load_eth3d, depth=join(depths.get(scene, scene), name), camera=cameras.get(camera, ["none"]))
+            yield Frame(f"{scene}/{name}", join(images.get(scene, scene), name), load, scene=scene,
+                        camera=f"camera {camera}", pose=np.linalg.inv(transform(pose[:4], pose[4:])))
+    return one_by_one(sorted(calibrations), frames)
 
 
-def load_sunrgbd(frame, depth, paper):
-    """Millimetres with their bits rotated left by three: what lies beyond 8.19 m has low bits set."""
-    raw = read_png(depth)
-    metres = ((raw >> 3) | (raw << 13)).astype(np.float32) / np.float32(1000)
+def load_sunrgbd(frame, folder, paper, filled):
+    """One image in image/, one map in depth*/, a 1-based intrinsics.txt, of which fx is 0 in a few. The map's bits are
+    rotated left by three: what lies beyond 8.19 m has low bits set."""
+    fx, fy, cx, cy = read_intrinsics(join(folder, "intrinsics.txt"))
+    raw = read_png(only_file(join(folder, "depth_bfx" if filled else "depth")))
     # paper: raw / 10000 is 0.8 x the true depth (and wraps beyond 8.19 m): only with --paper-labels
-    return frame._replace(depth=raw.astype(np.float32) / np.float32(10000) if paper else metres)
-
-
-def sunrgbd_frame(folder, root, depth_folder, paper):
-    """A frame of one SUN RGB-D folder: exactly one image in image/, one map in depth*/, a 3 x 3 intrinsics.txt."""
-    name = os.path.relpath(folder, root)
-    # in sun3ddata the parent folder is a place, elsewhere each frame is its own
-    frame = Frame(name, folder, None, scene=dirname(name) if "sun3ddata" in name else name)
-    try:
-        image, = os.listdir(join(folder, "image"))
-        depth, = os.listdir(join(folder, depth_folder))
-        fx, fy, cx, cy = read_intrinsics(join(folder, "intrinsics.txt"))
-    except (OSError, ValueError) as error:
-        return unusable(frame, f"{folder}: one image, one depth map and intrinsics.txt are needed: {error}")
-    return frame._replace(image=join(folder, "image", image),
-                          load=partial(load_sunrgbd, depth=join(folder, depth_folder, depth), paper=paper),
-                          intrinsics=(fx or fy, fy or fx, cx - 1, cy - 1))        # 1-based; fx is 0 in a few files
+    depth = raw / np.float32(10000) if paper else ((raw >> 3) | (raw << 13)) / np.float32(1000)
+    return frame._replace(image=only_file(join(folder, "image")), depth=depth,
+                          intrinsics=(fx or fy, fy or fx, cx - 1, cy - 1))
 
 
 def frames_sunrgbd(root, split, paper=False):
     """All frames except NYUv2's own, wherever they lie in the tree."""
     for folder, below, _ in os.walk(root):
-        below.sort()
-        if "NYUdata" in below:
-            below.remove("NYUdata")
+        below[:] = sorted(set(below) - {"NYUdata"})
         if "image" in below or "depth" in below:
             below.clear()
+            name = os.path.relpath(folder, root)
             # paper: the filled maps (depth_bfx) were used; what was not measured is no ground truth
-            yield sunrgbd_frame(folder, root, "depth_bfx" if paper else "depth", paper)
-
-
-def nyuv2_test():
-    """The 654 official test indices, 1-based."""
-    return {n for part in NYUV2_TEST.split() for n in range(int(part.split("-")[0]), int(part.split("-")[-1]) + 1)}
+            yield Frame(name, folder, partial(load_sunrgbd, folder=folder, paper=paper, filled=paper),
+                        scene=dirname(name) if "sun3ddata" in name else name)         # there the parent is a place
 
 
 def load_nyuv2_png(frame, depth):
     """640 x 480, millimetres, Eigen crop (the SUN RGB-D version of NYUv2 is that crop already); 10 m is saturation."""
-    metres = read_depth_png(depth, 1000)
+    metres = read_png(depth, 1000)
     cropped = np.zeros_like(metres)
     cropped[45:471, 41:601] = metres[45:471, 41:601]
     cropped[cropped >= 10] = 0
@@ -1203,99 +1046,77 @@ def load_nyuv2_png(frame, depth):
 def frames_nyuv2(root, split, paper=False, every_image=False):
     """kv1/NYUdata of SUN RGB-D (the number is the index in NYUv2), else pairs rgb_*.jpg and sync_depth_*.png."""
     # paper: the released script takes all 1,449 images, 795 of them training images of NYUv2; --all-images does that
-    test, found = nyuv2_test(), False
+    ranges = ([int(n) for n in part.split("-")] for part in NYUV2_TEST.split())
+    test, found = {n for r in ranges for n in range(r[0], r[-1] + 1)}, False
     for folder, below, files in os.walk(root):
-        below[:] = sorted(name for name in below if name not in ("kv2", "realsense", "xtion", "b3dodata"))
+        below[:] = sorted(set(below) - {"kv2", "realsense", "xtion", "b3dodata"})
         name = basename(folder)
         if name.startswith("NYU") and name[3:].isdigit():
             found = True
             below.clear()
             if every_image or int(name[3:]) in test:
-                yield sunrgbd_frame(folder, dirname(folder), "depth", paper)
+                yield Frame(name, folder, partial(load_sunrgbd, folder=folder, paper=paper, filled=False), scene=name)
         for file in sorted(files):
             if file.startswith("sync_depth_") and not found:
                 image = file.replace("sync_depth_", "rgb_").replace(".png", ".jpg")
                 places = [join(p, image) for p in (folder, join(dirname(folder), "rgb"))]
-                path = next((p for p in places if exists(p)), places[0])
+                path = next(filter(exists, places), places[0])
                 name = os.path.relpath(path, root)
                 yield Frame(name, path, partial(load_nyuv2_png, depth=join(folder, file)),
                             (518.8579, 519.4696, 324.5824, 252.7362, 640, 480), scene=name[:-4])
 
 
-def read_mask(path):
-    with naming(path), Image.open(path) as image:
-        return np.asarray(image)
-
-
-def load_ibims1(frame, depth, masks):
-    metres = read_depth_png(depth, 65535 / 50)
-    for mask in masks:                                    # > 0 means usable in both: valid, not transparent
-        metres[read_mask(mask) == 0] = 0
-    return frame._replace(depth=metres)
+def load_ibims1(frame, root):
+    name = basename(frame.image)
+    metres = read_png(join(root, "depth", name), 65535 / 50)
+    for mask in ("mask_invalid", "mask_transp"):          # > 0 means usable in both: valid, not transparent
+        metres[read_image(join(root, mask, name)) == 0] = 0
+    return frame._replace(depth=metres, intrinsics=read_intrinsics(join(root, "calib", name[:-4] + ".txt")))
 
 
 def frames_ibims1(root, split):
     """100 laser-scanned interiors."""
-    if exists(join(root, "imagelist.txt")):
-        names = read_text(join(root, "imagelist.txt")).split()
-    else:
-        names = sorted(name[:-4] for name in os.listdir(join(root, "rgb")) if name.endswith(".png"))
-    for n, name in enumerate(names):
-        masks = [join(root, folder, name + ".png") for folder in ("mask_invalid", "mask_transp")]
-        frame = Frame(name, join(root, "rgb", name + ".png"), None, scene=name)
-        try:
-            intrinsics = read_intrinsics(join(root, "calib", name + ".txt"))
-            usable = 1 if n else float((read_mask(masks[0]) > 0).mean())
+    listed = join(root, "imagelist.txt")
+    stems = read_text(listed).split() if exists(listed) else names(join(root, "rgb"), ".png")
+    for n, stem in enumerate(stems):
+        if n == 0:
+            mask = join(root, "mask_invalid", stem + ".png")
+            usable = (read_image(mask) > 0).mean()
             if usable < 0.5:
-                fail(f"{masks[0]} leaves only {usable:.0%} of the image: its sense is not > 0 for valid, as expected")
-        except (OSError, ValueError) as error:
-            yield unusable(frame, str(error))
-            continue
-        yield frame._replace(load=partial(load_ibims1, depth=join(root, "depth", name + ".png"), masks=masks),
-                             intrinsics=intrinsics)
+                fail(f"{mask} leaves only {usable:.0%} of the image: its sense is not > 0 for valid, as expected")
+        yield Frame(stem, join(root, "rgb", stem + ".png"), partial(load_ibims1, root=root), scene=stem)
 
 
 def load_folder(frame, depth, depth_scale, depth_type, pose):
     """A depth map of the image's size, .npy or PNG, and the pose if there is one."""
-    if depth.endswith(".npy"):
-        with naming(depth):
-            depth = np.load(depth).astype(np.float32) / np.float32(depth_scale or 1)
-    else:
-        depth = read_depth_png(depth, depth_scale or 1000)
+    for path in (frame.image, depth):
+        if not exists(path):
+            raise ValueError(f"{path} is missing: image or depth only")
+    with naming(depth):
+        metres = (np.load(depth).astype(np.float32) / np.float32(depth_scale or 1) if depth.endswith(".npy") else
+                  read_png(depth, depth_scale or 1000))
     if exists(pose):
         with naming(pose):
             frame = frame._replace(pose=np.loadtxt(pose).reshape(4, 4))
-    return frame._replace(depth=depth, kind=depth_type)
+    return frame._replace(depth=metres, kind=depth_type)
 
 
 def frames_folder(root, split, intrinsics=None, depth_scale=None, depth_type="z"):
     """Your own: rgb/ and depth/ with files of the same stem, in root or in folders of it (each one a scene)."""
-    scenes = [""] if isdir(join(root, "rgb")) else folders(root)
-    for scene in scenes:
+    def frames(scene):
         folder = join(root, scene)
-        if not isdir(join(folder, "rgb")):
-            continue
-        images, depths = ({os.path.splitext(name)[0]: name for name in sorted(os.listdir(join(folder, part)))}
-                          if isdir(join(folder, part)) else {} for part in ("rgb", "depth"))
+        images, depths = ({os.path.splitext(name)[0]: name for name in sorted(os.listdir(part))}
+                          for part in (join(folder, "rgb"), join(folder, "depth")))
+        place = next(filter(exists, (join(p, "intrinsics.txt") for p in (folder, root))), None)
+        if not (intrinsics or place):
+            fail(f"{folder} has no intrinsics.txt: write 'fx fy cx cy' [px] into it, or give --intrinsics", 2)
+        k = parse_intrinsics(intrinsics) if intrinsics else read_intrinsics(place)
         for stem in sorted(images | depths):
-            frame = Frame(join(scene, stem), join(folder, "rgb", images.get(stem, stem)), None,
-                          scene=scene or None)
-            try:
-                if stem not in images or stem not in depths:
-                    raise ValueError(f"{folder}: {stem} has {'an image' if stem in images else 'depth'} only")
-                places = [join(folder, "intrinsics", stem + ".txt"), join(folder, "intrinsics.txt"),
-                          join(root, "intrinsics.txt")]
-                place = next(filter(exists, places), None)
-                if not (intrinsics or place):
-                    fail(f"{folder} has no intrinsics.txt: write 'fx fy cx cy' [px] into it, or give --intrinsics", 2)
-                k = parse_intrinsics(intrinsics) if intrinsics else read_intrinsics(place)
-                frame = frame._replace(intrinsics=k)
-            except ValueError as error:
-                yield unusable(frame, str(error))
-                continue
-            yield frame._replace(load=partial(load_folder, depth=join(folder, "depth", depths[stem]),
-                                              depth_scale=depth_scale, depth_type=depth_type,
-                                              pose=join(folder, "poses", stem + ".txt")))
+            load = partial(load_folder, depth=join(folder, "depth", depths.get(stem, stem)), depth_scale=depth_scale,
+                           depth_type=depth_type, pose=join(folder, "poses", stem + ".txt"))
+            yield Frame(join(scene, stem), join(folder, "rgb", images.get(stem, stem)), load, k, scene or None)
+    scenes = [""] if isdir(join(root, "rgb")) else [s for s in folders(root) if isdir(join(root, s, "rgb"))]
+    return one_by_one(scenes, frames)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1405,19 +1226,13 @@ def frames_toy(root, split, images, light, seed):
                         colours=colours), intrinsics, scene, "toy", 0.5 * view, pose, "euclidean")
 
 
-FRAMES = {"argoverse2": frames_argoverse2, "waymo": frames_waymo, "nuscenes": frames_nuscenes,
-          "scannetpp": frames_scannetpp, "taskonomy": frames_taskonomy, "hm3d": frames_hm3d,
-          "matterport3d": frames_matterport3d, "ddad": frames_ddad, "eth3d": frames_eth3d, "sunrgbd": frames_sunrgbd,
-          "ibims1": frames_ibims1, "nyuv2": frames_nyuv2, "folder": frames_folder, "toy": frames_toy}
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Self-check: the table of a jsonl, and what is wrong with it. Only what a file itself can prove is called a fault.
 
+CHECK_LINES = 100_000           # quantiles are taken from so many lines, spread over the file
 CHECK_IMAGES = 20_000           # at most so many image headers are opened
 CHECK_SHAPES = 300              # records whose labels are tested for z sold as Euclidean
 CHECK_PAIRS = 120               # images opened with their neighbours to find labels on the wrong image
-BINS = np.geomspace(1e-3, 1e4, 40_001)                    # of the depth histogram: 0.04 % wide
 
 
 def read_record(line):
@@ -1429,7 +1244,7 @@ def read_record(line):
         if intrinsics.shape != (6,) or depth.shape != (len(xy),) or not isinstance(r["image"], str):
             raise ValueError(f"{len(xy)} pixels, {depth.size} depths, {intrinsics.size} intrinsics (6 needed)")
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"missing key {error}" if isinstance(error, KeyError) else f"not a record: {error}") from None
+        raise ValueError(f"not a record: {reason(error)}") from None
     return r | {"intrinsics": intrinsics, "pixel_coords": xy, "depth": depth}
 
 
@@ -1455,7 +1270,8 @@ def depth_kind(records):
     read as what they are. Grid: a depth PNG holds z in fixed steps, so labels converted from it are multiples of a step
     after division by their ray and hardly before. Plain multiples of a step prove less (somebody may have rounded, or
     measured Euclidean depth), so they count only where neither planes nor the record itself speak against it."""
-    planes, plain, divided, steps = [], [], [], (1 / 1000, 1 / 4000, 50 / 65535, 1 / 5000, 1 / 256)
+    planes, plain, divided = [], [np.zeros(0)], [np.zeros(0)]
+    steps = (1 / 1000, 1 / 4000, 50 / 65535, 1 / 5000, 1 / 256)
     for n, r in enumerate(records):
         (fx, fy, cx, cy), (u, v), d = r["intrinsics"][:4], r["pixel_coords"].T, r["depth"]
         if len(d) < 20 or fx <= 0 or fy <= 0 or not (d > 0).all():
@@ -1466,13 +1282,11 @@ def depth_kind(records):
         far = rays > 1.02                                 # near the axis the two kinds are equal
         plain.append(d[far] if r.get("depth_type") != "euclidean" else [])
         divided.append((d / rays)[far])
-    if not planes:
-        return None
-    plain, divided, planes = np.concatenate(plain), np.concatenate(divided), np.array(planes)
-    if on_grid(divided, (*steps, 1 / 512)):
-        return "euclidean"
+    planes = np.array(planes).reshape(-1, 2)
     as_euclidean, as_z = planes.sum(0)
-    if on_grid(plain, steps) and as_z > 0.9 * as_euclidean:
+    if on_grid(np.concatenate(divided), (*steps, 1 / 512)):
+        return "euclidean"
+    if on_grid(np.concatenate(plain), steps) and as_z > 0.9 * as_euclidean:
         return "z"
     gain = planes[:, 0] - planes[:, 1]
     sure = len(gain) >= 20 and abs(gain.mean()) > 6 * gain.std(ddof=1) / math.sqrt(len(gain))
@@ -1499,78 +1313,72 @@ def unexplained(colours, log_depth):
     return float(np.abs(weight @ log_depth / weight.sum(1) - log_depth).mean())
 
 
-def shifted_by(records, image_path, count):
-    """+1 or -1 if the labels fit the image of the next or the previous line better than their own, else 0.
-    records: position -> record. The verdict needs a difference that chance does not make (4.5 standard errors)."""
-    better = {1: [], -1: []}
+def shifted_by(record, folder, count):
+    """+1 or -1 if the labels fit the image of the next or the previous line better than their own, else 0. The verdict
+    needs a difference that chance does not make (4.5 standard errors)."""
+    gains = {1: [], -1: []}
     for n in np.unique(np.linspace(1, count - 2, CHECK_PAIRS).astype(int)) if count >= 12 else ():
-        own, neighbours = records(n), {k: records(n + k) for k in (1, -1)}     # 0 < n < count - 1
-        if own is None or len(own["depth"]) < 20:
-            continue
-        log_depth = np.log(np.maximum(own["depth"], 1e-6))
         try:
-            here = colours_at(image_path(own), own["pixel_coords"])
-            for k, r in neighbours.items():
-                there = None if r is None or here is None else colours_at(image_path(r), own["pixel_coords"])
-                if there is not None:
-                    better[k].append(unexplained(here, log_depth) - unexplained(there, log_depth))
-        except OSError:
+            own, *others = record(n), record(n + 1), record(n - 1)
+            log_depth, xy = np.log(np.maximum(own["depth"], 1e-6)), own["pixel_coords"]
+            here, *there = (colours_at(join(folder, r["image"]), xy) for r in (own, *others))
+        except (OSError, ValueError):                     # counted elsewhere
             continue
-    for k, gains in better.items():
-        gains = np.array(gains)
-        if len(gains) >= 10 and gains.mean() > 4.5 * gains.std(ddof=1) / math.sqrt(len(gains)) > 0:
+        for k, colours in zip(gains, there):
+            if len(xy) >= 20 and here is not None and colours is not None:
+                gains[k].append(unexplained(here, log_depth) - unexplained(colours, log_depth))
+    for k, gain in gains.items():
+        if len(gain) >= 10 and np.mean(gain) > 4.5 * np.std(gain, ddof=1) / math.sqrt(len(gain)) > 0:
             return k
     return 0
 
 
-def check_images(records, numbers, image_path, add):
-    """Headers of the images: there, of the size that the intrinsics say, and no two the same file contents."""
-    missing, sizes = [], {}
-    for n in numbers:
-        r = records(n)
-        if r is None:
-            continue
-        path = image_path(r)
+def check_images(records, folder, add):
+    """Headers of the images: there, of the size that the intrinsics say, no two files of the same content. -> notes"""
+    missing, sizes, seen = [], {}, {}
+    for n, r in records:
+        path = join(folder, r["image"])
         try:
             with Image.open(path) as image:
-                size = image.size
+                if tuple(r["intrinsics"][4:]) != image.size:
+                    add("image size is not that of the intrinsics", n,
+                        "{} is {} x {}, intrinsics say {:g} x {:g}".format(path, *image.size, *r["intrinsics"][4:]))
+            sizes.setdefault(getsize(path), []).append((n, path))
         except FileNotFoundError:
             missing.append((n, path))
-            continue
         except OSError as error:
             add("unreadable image", n, f"{path}: {error}")
-            continue
-        if tuple(r["intrinsics"][4:]) != size:
-            add("image size is not that of the intrinsics", n, "{} is {} x {}, intrinsics say {:g} x {:g}".format(
-                path, *size, *r["intrinsics"][4:]))
-        sizes.setdefault(getsize(path), []).append((n, path))
-    seen = {}
-    for same in (group for group in sizes.values() if len(group) > 1):
-        for n, path in same:
-            with open(path, "rb") as f:
-                first = seen.setdefault(hashlib.sha256(f.read()).digest(), (n, os.path.realpath(path)))
-            if first[1] != os.path.realpath(path):
-                add("duplicate image", n, f"{path} has the same content as line {first[0] + 1}")
-    if len(missing) == len(numbers):
-        return f"no image found (first: {missing[0][1]}): give --image-root; what needs the images was not checked"
+    for n, path in (file for group in sizes.values() if len(group) > 1 for file in group):
+        with open(path, "rb") as f:
+            first = seen.setdefault(hashlib.sha256(f.read()).digest(), (n, os.path.realpath(path)))
+        if first[1] != os.path.realpath(path):
+            add("duplicate image", n, f"{path} has the same content as line {first[0] + 1}")
+    if missing and not sizes:
+        return [f"no image found (first: {missing[0][1]}): give --image-root; what needs the images was not checked"]
     for n, path in missing:
         add("image not found", n, path)
-    return None
+    return []
 
 
-def scan(path, count, add):
-    """One pass over the lines; faults of single lines go to add(what, line, example). -> the row of the table, the
-    scenes as keys, a hash of each line's image. Memory does not grow with the labels."""
-    scenes, names, focals, pending = {}, array("q"), set(), []
-    histogram, points, two, declared_z, low, high = np.zeros(len(BINS) + 1, np.int64), 0, 0, 0, math.inf, 0.0
+def check_file(path, image_root=None):
+    """-> the row of the table, with "faults" {what: [count, first example]}, "notes", and the "scenes"."""
+    folder, faults, offsets = image_root or dirname(os.path.abspath(path)), {}, line_offsets(path)
+    count, depths, images, focals, scenes = len(offsets) - 1, [np.zeros(0)], array("q"), set(), set()
+    points, declared_z, low, high = 0, 0, math.inf, 0.0
 
-    def tally():
-        nonlocal histogram, points, two, low, high
-        d = np.concatenate([np.zeros(0), *pending])
-        pending.clear()
-        histogram += np.bincount(np.searchsorted(BINS, d), minlength=len(BINS) + 1)
-        points, two = points + len(d), two + int((np.maximum(d / 2, 2 / d) < 1.25).sum())
-        low, high = min(low, d.min(initial=math.inf)), max(high, d.max(initial=0))
+    def add(what, n, example):
+        faults.setdefault(what, [0, f"line {n + 1}: {example}"])[0] += 1
+
+    def record(n):
+        with open(path, "rb") as f:
+            f.seek(offsets[n])
+            return read_record(f.read(offsets[n + 1] - offsets[n]))
+
+    def spread(most):
+        """At most so many lines that can be read: number, record."""
+        for n in np.linspace(0, count - 1, min(count, most)).astype(int):
+            with suppress(ValueError):
+                yield n, record(n)
 
     with open(path, "rb") as f:
         lines = tqdm(f, total=count, unit=" lines", desc="check", leave=False, disable=count < 20_000)
@@ -1579,83 +1387,47 @@ def scan(path, count, add):
                 r = read_record(line)
             except ValueError as error:
                 add("malformed line", n, error)
-                names.append(n)
+                images.append(n)
                 continue
-            fx, fy, _, _, w, h = r["intrinsics"]
-            (x, y), d = r["pixel_coords"].T, r["depth"]
+            (fx, fy, _, _, w, h), (x, y), d = r["intrinsics"], r["pixel_coords"].T, r["depth"]
             if not (fx > 0 and fy > 0 and np.isfinite(r["intrinsics"]).all()):
                 add("fx or fy not positive", n, f"fx {fx:g}, fy {fy:g}")
             outside = (x < -0.5) | (y < -0.5) | (x >= w - 0.5) | (y >= h - 0.5)
             if outside.any():
-                add("label outside of the image", n, "pixel {:g}, {:g} of {:g} x {:g}".format(
-                    x[outside][0], y[outside][0], w, h))
-            good = np.isfinite(d) & (d > 0)
-            if not good.all():
-                add("depth not positive and finite", n, f"{d[~good][0]}")
-            if not len(d):
-                add("no labels", n, r["image"])
-            pending.append(d[good])
-            if len(pending) == 1000:                      # a thousand lines at once: twice as fast
-                tally()
+                add("label outside of the image", n, f"{x[outside][0]:g}, {y[outside][0]:g} of {w:g} x {h:g} pixels")
+            good = d[np.isfinite(d) & (d > 0)]
+            if len(good) < max(len(d), 1):
+                add("depth not positive and finite", n, f"{len(d)} labels, {len(good)} of them good")
+            points, low, high = points + len(good), min(low, good.min(initial=low)), max(high, good.max(initial=high))
+            if n % (1 + count // CHECK_LINES) == 0:
+                depths.append(good)
             if len(focals) < 1000:
                 focals.add(round(fx, 1))
             declared_z += r.get("depth_type") == "z"
             if r.get("scene") is not None:
-                scenes[r["scene"]] = None
-            names.append(int.from_bytes(hashlib.blake2b(r["image"].encode(), digest_size=7).digest(), "little"))
-    tally()
-    where = np.searchsorted(np.cumsum(histogram), np.array([0.05, 0.25, 0.5, 0.75, 0.95]) * points)
-    return {"path": path, "images": count, "points": points, "low": low if points else 0.0, "high": high,
-            "quantiles": BINS[np.minimum(where, len(BINS) - 1)] * bool(points), "focals": sorted(focals),
-            "two": two / max(points, 1), "kind": "z" if 2 * declared_z > count else "euclidean"}, scenes, names
-
-
-def check_file(path, image_root=None):
-    """-> the row of the table with "faults" {what: [count, first example]} and "notes"; and the scenes."""
-    folder, faults, offsets = image_root or dirname(os.path.abspath(path)), {}, line_offsets(path)
-    count = len(offsets) - 1
-
-    def add(what, n, example):
-        faults.setdefault(what, [0, f"line {n + 1}: {example}"])[0] += 1
-
-    def record(n):
-        with open(path, "rb") as f:
-            f.seek(offsets[n])
-            try:
-                return read_record(f.read(offsets[n + 1] - offsets[n]))
-            except ValueError:
-                return None
-
-    def image_path(r):
-        return join(folder, r["image"])
-
-    def spread(most):
-        return np.unique(np.linspace(0, count - 1, min(count, most)).astype(int)) if count else []
-
-    row, scenes, names = scan(path, count, add)
-    order = np.argsort(names, kind="stable")
-    for i in np.flatnonzero(np.diff(np.array(names)[order]) == 0):
+                scenes.add(r["scene"])
+            images.append(int.from_bytes(hashlib.blake2b(r["image"].encode(), digest_size=7).digest(), "little"))
+    order = np.argsort(images, kind="stable")
+    for i in np.flatnonzero(np.diff(np.array(images)[order]) == 0):
         add("duplicate image", int(order[i + 1]), f"the image of line {order[i] + 1} again")
-    if not count:
-        add("empty file", 0, "no record")
-    note = count and check_images(record, spread(CHECK_IMAGES), image_path, add)
-    if count and not note:
-        shift = shifted_by(record, image_path, count)
-        if shift:
-            add("labels on the wrong image", 0,
-                f"shifted: they fit the image of the {'next' if shift > 0 else 'previous'} line better")
-    for n in spread(CHECK_IMAGES):                        # .../<scene>/... of another scene of this very file
-        r = record(n)
-        parts = set(r["image"].split("/")) if r and r.get("scene") else set()
-        if parts and r["scene"] not in parts and parts & scenes.keys():
-            add("labels on the wrong image", n, f"scene {r['scene']}, but the image is {r['image']}")
-    looks = depth_kind([r for n in spread(CHECK_SHAPES) if (r := record(n))])
-    if (looks, row["kind"]) == ("z", "euclidean"):
+    if not points:
+        add("no labels", 0, "the file is empty" if not count else "in any of the lines")
+    notes = check_images(spread(CHECK_IMAGES), folder, add)
+    shift = shifted_by(record, folder, count)
+    if shift:
+        add("labels on the wrong image", 0,
+            f"shifted: they fit the image of the {'next' if shift > 0 else 'previous'} line better")
+    said, looks = "z" if 2 * declared_z > count else "euclidean", depth_kind(r for _, r in spread(CHECK_SHAPES))
+    if (looks, said) == ("z", "euclidean"):
         add("z sold as Euclidean", 0, "the labels lie on planes, or on the steps of a depth PNG, only when taken as z; "
             'convert them, or mark each record with "depth_type": "z"')
-    if (looks, row["kind"]) == ("euclidean", "z"):
+    if (looks, said) == ("euclidean", "z"):
         add("Euclidean depth declared as z", 0, 'the records say "depth_type": "z", their labels do not look like it')
-    return row | {"looks": looks, "faults": faults, "notes": [note] if note else []}, scenes
+    d = np.concatenate(depths)
+    return {"path": path, "images": count, "points": points, "low": min(low, high), "high": high,
+            "focals": sorted(focals), "quantiles": np.quantile(d, (0.05, 0.25, 0.5, 0.75, 0.95)) if len(d) else [0] * 5,
+            "two": np.mean(np.maximum(d / 2, 2 / d) < 1.25) if len(d) else 0.0, "scenes": scenes, "faults": faults,
+            "notes": notes + [f"labels are said to be {said}" + ", and look like it" * (looks == said)]}
 
 
 def split_of(path):
@@ -1663,41 +1435,31 @@ def split_of(path):
 
 
 def check(paths, image_root=None):
-    """Print table and faults of the files -> number of faults. A file's own sibling (train beside val) counts as given
-    where scenes are compared."""
-    results = [check_file(path, image_root) for path in paths]
+    """Print table and faults of the files -> number of faults."""
+    rows = [check_file(path, image_root) for path in paths]
     print(f"\n{'file':32}{'images':>9}{'points':>11}{'min':>8}{'5%':>7}{'25%':>7}{'50%':>7}{'75%':>7}{'95%':>7}"
           f"{'max':>8}{'focal px':>15}{'2.0 m':>7}{'paper':>7}")
-    for r, _ in results:
+    for r in rows:
         name = next((k for k in PAPER_CONSTANT if k in os.path.abspath(r["path"]).lower()), None)
+        paper = f"{PAPER_CONSTANT[name]:.3f}" if name and split_of(r["path"]) != "train" else "-"
         focals = f"{r['focals'][0]:.0f}" if r["focals"] else "-"
         focals += f"-{r['focals'][-1]:.0f} ({len(r['focals'])})" if len(r["focals"]) > 1 else ""
         print(f"{r['path'][-31:]:32}{r['images']:>9}{r['points']:>11}{r['low']:>8.2f}"
-              + "".join(f"{q:>7.2f}" for q in r["quantiles"]) + f"{r['high']:>8.2f}{focals:>15}{r['two']:>7.3f}"
-              + f"{format(PAPER_CONSTANT[name], '.3f') if name and split_of(r['path']) != 'train' else '-':>7}")
-        r["notes"] += [f"labels are said to be {r['kind']}" + ", and look like it" * (r["looks"] == r["kind"])]
+              + "".join(f"{q:>7.2f}" for q in r["quantiles"])
+              + f"{r['high']:>8.2f}{focals:>15}{r['two']:>7.3f}{paper:>7}")
     print("always 2.0 m in the paper: " + ", ".join(f"{name} {value:.3f}" for name, value in PAPER_CONSTANT.items()))
-    compared = [(r["path"], scenes) for r, scenes in results]
-    for path in paths:
-        other = {"train": "val", "val": "train"}.get(split_of(path))
-        base = basename(path)
-        sibling = join(dirname(path), base.replace(split_of(path), other, 1)) if other else ""
-        if os.path.isfile(sibling) and os.path.realpath(sibling) not in map(os.path.realpath, paths):
-            with open(sibling) as f:
-                compared.append((sibling, {r["scene"]: None for r in map(json.loads, f) if "scene" in r}))
-    for i, (a, scenes_a) in enumerate(compared):
-        for b, scenes_b in compared[i + 1:]:
-            shared = sorted(scenes_a.keys() & scenes_b.keys(), key=str)
-            if shared and (split_of(a) != split_of(b) or split_of(a) is None):
-                faults = next(r for r, _ in results if r["path"] in (a, b))["faults"]
-                faults["scenes shared between splits"] = [len(shared), f"{shared[0]} is in {a} and in {b}"]
-    total = 0
-    for r, _ in results:
+    for i, a in enumerate(rows):
+        for b in rows[i + 1:]:
+            shared = sorted(a["scenes"] & b["scenes"], key=str)
+            if shared and (split_of(a["path"]) != split_of(b["path"]) or split_of(a["path"]) is None):
+                a["faults"]["scenes shared between splits"] = [
+                    len(shared), f"{shared[0]} is in {a['path']} and in {b['path']}"]
+    for r in rows:
         for note in r["notes"]:
             print(f"  {r['path']}: {note}")
         for what, (times, example) in r["faults"].items():
-            total += 1
             print(f"  FAULT {r['path']}: {what} ({times} x); {example}")
+    total = sum(len(r["faults"]) for r in rows)
     print(f"{total} kinds of fault found" if total else "no faults found", flush=True)
     return total
 
@@ -1714,56 +1476,45 @@ def download(url, path, md5=None):
     and accepts nothing but the size that the server announced and, if known, the checksum."""
     part, tag, failures, total = path + ".part", path + ".part.tag", 0, None
     os.makedirs(dirname(os.path.abspath(path)), exist_ok=True)
+    open(part, "ab").close()
     bar = tqdm(unit="B", unit_scale=True, unit_divisor=1024, desc=basename(path))
     while True:
-        have = getsize(part) if exists(part) else 0
-        start, request = have, urllib.request.Request(url, headers={"User-Agent": "prepare.py"})
-        if have:
-            request.add_header("Range", f"bytes={have}-")
-            if exists(tag):
-                request.add_header("If-Range", open(tag).read())
+        start, why, headers = getsize(part), "the connection ended", {"User-Agent": "prepare.py"}
+        if start:
+            headers |= {"Range": f"bytes={start}-"} | ({"If-Range": read_text(tag)} if exists(tag) else {})
         try:
-            with urllib.request.urlopen(request, timeout=60) as reply:
-                if have and reply.status != 206:
-                    have = 0                              # another file by now, or a server that cannot go on
-                length = reply.headers.get("Content-Length")
-                total = None if length is None else have + int(length)
-                if total and shutil.disk_usage(dirname(os.path.abspath(path))).free < total - have:
-                    fail(f"{path} needs {(total - have) / 1e9:.1f} GB, which the disk does not have")
-                mark = reply.headers.get("ETag") or reply.headers.get("Last-Modified")
+            with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60) as reply:
+                begin = start if reply.status == 206 else 0           # 200: another file by now, or all of it again
+                length, mark = reply.headers["Content-Length"], reply.headers["ETag"] or reply.headers["Last-Modified"]
+                total = begin + int(length) if length else None
                 if mark and not mark.startswith("W/"):
                     with open(tag, "w") as f:
                         f.write(mark)
-                bar.total, bar.n = total, have
-                with open(part, "ab" if have else "wb") as f:
+                bar.total, bar.n = total, begin
+                with open(part, "r+b") as f:
+                    f.truncate(begin)
+                    f.seek(begin)
                     while block := reply.read(1 << 18):
                         f.write(block)
                         bar.update(len(block))
-            done = total is None                          # without an announced size, the end is the end
+            total = getsize(part) if total is None else total         # without an announced size, the end is the end
         except urllib.error.HTTPError as error:
-            done = False
+            why = f"{error.code} {error.reason}"
             if error.code == 416:                         # nothing beyond what we have: all of it, or a stale part
-                announced = (error.headers.get("Content-Range") or "").rpartition("/")[2]
-                done = announced == str(have) and total in (None, have)
-                if not done:
-                    os.remove(part)
-                    if announced.isdigit() and total is not None:
-                        fail(f"{url} announced {total} bytes, then {announced}: wrong size, thrown away")
+                total = int((error.headers["Content-Range"] or "").rpartition("/")[2] or 0)
             elif error.code < 500:
-                fail(f"{url}: {error.code} {error.reason}; fetch it by hand and put it at {path}")
-        except (OSError, http.client.HTTPException) as error:
-            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-                fail(f"{part}: {error.strerror}; make room and give the command again")
-            done = False
-        have = getsize(part) if exists(part) else 0
-        if done or have == total:
+                fail(f"{url}: {why}; fetch it by hand and put it at {path}")
+        except Exception as error:                        # of the socket, of HTTP, or of the disk
+            why = reason(error)
+        have = getsize(part)
+        if have == total:
             break
         if total is not None and have > total:
             os.remove(part)
             fail(f"{url} sent {have} bytes instead of {total}: wrong size, thrown away; give the command again")
         failures = 0 if have > start else failures + 1
-        if failures >= RETRIES:
-            fail(f"{url}: the connection failed {RETRIES} times, {have} of {total or 'unknown'} bytes are in {part}; "
+        if failures == RETRIES:
+            fail(f"{url}: {RETRIES} attempts failed ({why}), {have} of {total or 'unknown'} bytes are in {part}; "
                  "give the command again to go on")
         time.sleep(RETRY_WAIT * 2 ** failures * (failures > 0))
     bar.close()
@@ -1779,44 +1530,35 @@ def download(url, path, md5=None):
 
 
 def unpack(archive, root):
-    """Zip or tar -> root. What is there with the right size is kept, so that an interrupted unpacking goes on."""
+    """Zip or tar -> root, by way of a hidden folder: what is seen in root is whole."""
+    hidden = join(root, ".unpacking")
+    shutil.rmtree(hidden, ignore_errors=True)
+    print(f"unpacking {archive}", flush=True)
     try:
-        if zipfile.is_zipfile(archive):
-            with zipfile.ZipFile(archive) as z:
-                for m in tqdm(z.infolist(), unit=" files", desc="unpack"):
-                    target = join(root, m.filename)
-                    if not (os.path.isfile(target) and getsize(target) == m.file_size):
-                        z.extract(m, root)
-        else:
-            with tarfile.open(archive) as t:
-                for m in tqdm(t, unit=" files", desc="unpack"):
-                    target = join(root, m.name)
-                    if not (os.path.isfile(target) and getsize(target) == m.size):
-                        t.extract(m, root, filter="data")
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
-        fail(f"{archive} is damaged ({str(error).splitlines()[0]}): delete it and give the command again")
+        shutil.unpack_archive(archive, hidden, **({"filter": "data"} if archive.endswith(".tar") else {}))
+        for name in os.listdir(hidden):
+            os.replace(join(hidden, name), join(root, name))
+        os.rmdir(hidden)
+    except Exception as error:                            # readers of damaged archives raise whatever they like
+        fail(f"{archive} cannot be unpacked ({reason(error)}): if it is damaged, delete it; then repeat the command")
 
 
 def missing_raw(dataset, root, why):
     """The message for raw data that is not there: what, where from, how large, which terms, and where to put it."""
     d = DATASETS[dataset]
-    open_text = f"\n  or run: python prepare.py --dataset {dataset} --download --root {root}" if "download" in d else ""
-    fail(f"{why}\n  {dataset} needs: {d['get']}\n  published at: {d['url']}\n  size: {d['size']}\n"
-         f"  terms: {d['licence']}\n  put it in: {root} (or give --root){open_text}", 2)
+    by_us = f"\n    or run: python prepare.py --dataset {dataset} --download --root {root}" if "download" in d else ""
+    fail(f"{why}\n    {dataset} needs:{d['get']}\n    put it in: {root} (or give --root){by_us}", 2)
 
 
 def find_root(dataset, root):
     """The folder that looks like the dataset: root, or one or two below it or above it. None if there is none."""
     def marks(folder):
-        patterns = (join(glob.escape(folder), mark) for mark in DATASETS[dataset]["marks"])
-        return (path for pattern in patterns for path in glob.iglob(pattern))
-    if not isdir(root):
-        return None
+        return (p for mark in DATASETS[dataset]["marks"] for p in glob.iglob(join(glob.escape(folder), mark)))
     below = [join(root, a) for a in folders(root)]
     below += [join(a, b) for a in below[:200] for b in folders(a)[:200]]
     found = next((folder for folder in (root, *below) if next(marks(folder), None)), None)
     inside = os.path.abspath(root)                        # further up only where root is a part of what is found
-    for folder in (dirname(inside), dirname(dirname(inside))):
+    for folder in (dirname(inside), dirname(dirname(inside))) if isdir(root) else ():
         found = found or next((folder for path in marks(folder) if (path + os.sep).startswith(inside + os.sep)), None)
     if found and found != root:
         print(f"prepare.py: {root} is not the root of {dataset}; using {found}", file=sys.stderr)
@@ -1825,38 +1567,38 @@ def find_root(dataset, root):
 
 # ---------------------------------------------------------------------------------------------------------------------
 
-def prepare(dataset, split, options, root, path, points, seed, limits, occlusion, paper, stride, limit, shard, workers,
-            overwrite, must_exist):
-    """One split of one dataset -> path. False if it has no frames and need not have any."""
-    command = {"dataset": dataset, "split": split, "root": root and os.path.abspath(root), "points": points,
-               "seed": seed, "range": limits, "occlusion": occlusion, "paper_labels": paper, "stride": stride,
-               "limit": limit, "shard": shard, **options}
+def prepare(command, options, path, workers, overwrite, must_exist):
+    """One split of one dataset -> path. False if it has no frames and need not have any.
+    command: all that decides what is written, for the reader (its own `options` among them) and for the labels."""
+    command = json.loads(json.dumps(command | options))
+    dataset, split, root, paper = (command[k] for k in ("dataset", "split", "root", "paper_labels"))
+    limit, stride, (i, n) = command["limit"], command["stride"], command["shard"] or (1, 1)
     state = saved_state(path, command, overwrite)
-    if state and state["finished"]:
+    if state["finished"]:
         print(f"{path}: already made by this command, kept (--overwrite makes it anew)")
         return True
 
     def frames():
-        return islice(FRAMES[dataset](root, split, **options), 0, limit and limit * stride, stride)
+        reader = globals()["frames_" + dataset]
+        return islice(reader(root, split, **options), 0, limit and limit * stride, stride)
     try:
         total = sum(1 for _ in frames())
         if not total:
             return must_exist and missing_raw(dataset, root, f"{root} has no frames of {dataset} ({split})")
-        first, last = (total * (shard[0] - 1) // shard[1], total * shard[0] // shard[1]) if shard else (0, total)
+        first, last = total * (i - 1) // n, total * i // n
         os.makedirs(dirname(path), exist_ok=True)
-        make = partial(make_record, folder=dirname(path), points=points, seed=seed, limits=limits,
-                       occlusion=occlusion, paper=paper, label_z=paper and dataset in PAPER_Z)
-        state = write_records(islice(frames(), first, last), last - first, path, make, workers,
-                              DATASETS[dataset].get("chunk", CHUNK), command, state)
+        make = partial(make_record, folder=dirname(path), points=command["points"], seed=command["seed"],
+                       limits=command["range"], occlusion=command["occlusion"], paper=paper,
+                       label_z=paper and dataset in PAPER_Z)
+        write_records(islice(frames(), first, last), last - first, path, make, workers,
+                      DATASETS[dataset].get("chunk", CHUNK), state)
     except BrokenProcessPool:
         fail("a worker was killed, most likely for lack of memory: the same command with fewer --workers goes on")
-    except (OSError, ValueError, KeyError) as error:      # a listing or a table; frames are caught one by one
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-            fail(f"{path}: {error.strerror}; make room, then the same command goes on from here")
-        where = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
-        fail(f"{dataset} in {root}: {where} (half-extracted archive? wrong folder?)")
+    except (OSError, ValueError, KeyError) as error:      # a listing or the disk; frames are caught one by one
+        fail(f"{dataset} in {root} to {path}: {reason(error)}; once that is mended, the same command goes on")
     print(f"{path}: {state['records']} images of {last - first}; {state['too_few_labels']} with fewer than "
-          f"{MIN_POINTS} labels and {state['bad']} unreadable left out" + ", hidden LiDAR points too" * occlusion)
+          f"{MIN_POINTS} labels and {state['bad']} unreadable left out"
+          + ", hidden LiDAR points too" * command["occlusion"])
     for example in state["bad_examples"]:
         print(f"prepare.py: left out {example}", file=sys.stderr)
     if state["bad"] > 0.01 * (last - first):
@@ -1866,18 +1608,16 @@ def prepare(dataset, split, options, root, path, points, seed, limits, occlusion
 
 
 def shard_of(text):
-    i, _, n = text.partition("/")
-    if not (i.isdigit() and n.isdigit() and 1 <= int(i) <= int(n)):
+    i, n = map(int, text.split("/"))
+    if not 1 <= i <= n:
         raise argparse.ArgumentTypeError(f"{text}: expected I/N with I from 1 to N, such as 3/8")
-    return int(i), int(n)
+    return i, n
 
 
-def at_least(minimum, kind=int):
-    def number(text):
-        if kind(text) < minimum:
-            raise argparse.ArgumentTypeError(f"{text} is less than {minimum}")
-        return kind(text)
-    return number
+def positive(text):
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return int(text)
 
 
 def parse_args(argv=None):
@@ -1896,24 +1636,24 @@ def parse_args(argv=None):
     p.add_argument("--download", action="store_true", help="fetch and unpack (SUN RGB-D, NYUv2, iBims-1, DDAD)")
     p.add_argument("--url", help="with --download: fetch this address instead")
     # labels
-    p.add_argument("--points", type=at_least(1), default=100, help="labelled pixels an image (Sec. 4)")
+    p.add_argument("--points", type=positive, default=100, help="labelled pixels an image (Sec. 4)")
     p.add_argument("--seed", type=int, default=0, help="decides which pixels are drawn")
     p.add_argument("--min-depth", type=float, help="Euclidean [m]; default by dataset")
     p.add_argument("--max-depth", type=float, help="Euclidean [m]; default by dataset")
     p.add_argument("--occlusion", action="store_true", help="drop LiDAR points that the camera cannot see")
     p.add_argument("--paper-labels", action="store_true", help="the published labels (z, 0.8 x), marked")
     # amount
-    p.add_argument("--stride", type=at_least(1), help="every k-th image (default 1; ScanNet++: every 10th video frame)")
-    p.add_argument("--limit", type=at_least(1), help="at most so many images")
+    p.add_argument("--stride", type=positive, help="every k-th image (default 1; ScanNet++: every 10th video frame)")
+    p.add_argument("--limit", type=positive, help="at most so many images")
     p.add_argument("--shard", type=shard_of, metavar="I/N", help="part I of N, to be joined with cat")
-    p.add_argument("--workers", type=at_least(0), default=os.cpu_count() or 1, help="processes")
+    p.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
     # nyuv2, folder, toy
     p.add_argument("--all-images", action="store_true", help="nyuv2: all 1,449 instead of the 654 test images")
     p.add_argument("--intrinsics", help="folder: fx,fy,cx,cy [px]")
     p.add_argument("--depth-scale", type=float, help="folder: units per metre (default 1000 for PNG, 1 for .npy)")
     p.add_argument("--depth-type", choices=("z", "euclidean"), default="z", help="folder: what the depth maps hold")
-    p.add_argument("--images", type=at_least(1), default=2600, help="toy: training images")
-    p.add_argument("--val-images", type=at_least(1), default=400, help="toy: validation images")
+    p.add_argument("--images", type=positive, default=2600, help="toy: training images")
+    p.add_argument("--val-images", type=positive, default=400, help="toy: validation images")
     p.add_argument("--light", choices=("lamp", "ambient"), default="lamp", help="toy: lamp on the camera, or daylight")
     args = p.parse_args(argv)
     if not (args.dataset or args.check):
@@ -1946,13 +1686,10 @@ def main(argv=None):
         if not root and args.download:
             if "download" not in d:
                 missing_raw(dataset, wanted, f"{dataset} cannot be fetched without registering")
-            url, name, md5 = d["download"]
-            if args.url:
-                url, md5 = args.url, None
-            archive = join(wanted, name)
-            if not exists(archive):
-                download(url, archive, md5)
-            unpack(archive, wanted)
+            url, name, md5 = d["download"] if not args.url else (args.url, d["download"][1], None)
+            if not exists(join(wanted, name)):
+                download(url, join(wanted, name), md5)
+            unpack(join(wanted, name), wanted)
             root = find_root(dataset, wanted)
         if not root:
             missing_raw(dataset, wanted, f"no raw data of {dataset} in {wanted}")
@@ -1963,22 +1700,26 @@ def main(argv=None):
                "scannetpp": {"every": args.stride or SCANNETPP_EVERY},
                "folder": {"intrinsics": args.intrinsics, "depth_scale": args.depth_scale,
                           "depth_type": args.depth_type}}.get(dataset, {})
-    stride = 1 if dataset == "scannetpp" else args.stride or 1
     out, written = args.out or join("data", dataset), []
-    default = d["splits"] if dataset != "folder" else ("train",)
+    default = d["splits"] if dataset != "folder" else TRAIN
     for split in (args.split,) if args.split else default:
         if dataset == "toy":
             images = args.images if split == "train" else args.val_images
             options = {"images": images, "light": args.light, "seed": args.seed}
+        command = {"dataset": dataset, "split": split, "root": root and os.path.abspath(root), "points": args.points,
+                   "seed": args.seed, "range": limits, "occlusion": args.occlusion, "paper_labels": args.paper_labels,
+                   "stride": args.stride or 1, "limit": args.limit, "shard": args.shard}
+        if dataset == "scannetpp":                        # its reader counts video frames
+            command["stride"] = 1
         part = "" if not args.shard else ".{:0{}d}-of-{}".format(args.shard[0], len(str(args.shard[1])), args.shard[1])
         path = join(out, f"{split}{part}.jsonl")
-        if prepare(dataset, split, options, root, path, args.points, args.seed, limits, args.occlusion,
-                   args.paper_labels, stride, args.limit, args.shard, args.workers, args.overwrite,
+        if prepare(command, options, path, args.workers, args.overwrite,
                    must_exist=args.split or split == default[-1] and not written):
             written.append(path)
 
-    # ---- self-check
-    if check(written):
+    # ---- self-check, with the other split if it is there: they must share no scene
+    other = [join(out, f"{split}.jsonl") for split in d["splits"]]
+    if check(written + [path for path in other if exists(path) and path not in written]):
         print("prepare.py: WARNING: the self-check found faults in what was written, see above", file=sys.stderr)
     return 0
 

@@ -110,25 +110,13 @@ def test_same_bytes_for_any_number_of_workers(tmp_path):
 
 
 def test_index(tmp_path):
-    """.idx: int64 start of each line and the file size at the end; a stale one is made anew."""
+    """.idx: int64 start of each line and the file size at the end."""
     own_folder(tmp_path / "raw", count=5)
     rows = prepared(tmp_path, "folder", tmp_path / "raw")
     data = (tmp_path / "out/val.jsonl").read_bytes()
     offsets = np.fromfile(tmp_path / "out/val.idx", np.int64)
     assert len(offsets) == 6 and offsets[-1] == len(data)
     assert [json.loads(data[a:b]) for a, b in zip(offsets, offsets[1:])] == rows
-
-
-def test_index_follows_the_file(tmp_path):
-    """Missing or older than its jsonl, it is made anew: a line added by hand is found."""
-    own_folder(tmp_path / "raw", count=3)
-    prepared(tmp_path, "folder", tmp_path / "raw")
-    path = tmp_path / "out/val.jsonl"
-    path.write_bytes(path.read_bytes() + path.read_bytes().splitlines(True)[0])
-    os.utime(path, (time.time() + 5, time.time() + 5))
-    assert np.array(prepare.open_index(path)).tolist()[-1] == path.stat().st_size and len(prepare.open_index(path)) == 5
-    (tmp_path / "out/val.idx").unlink()
-    assert len(prepare.open_index(path)) == 5
 
 
 @pytest.mark.parametrize("count", [2, 3])
