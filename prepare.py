@@ -291,12 +291,12 @@ def read_image(path):
         return np.asarray(image)
 
 
-def read_png(path, scale=1):
-    """16-bit grey PNG -> float32 metres (H, W); `scale` units are a metre. With scale 1 as it is, uint16."""
+def read_png(path, scale=None):
+    """16-bit grey PNG (H, W) -> float32 metres, of which one is `scale` units; or as it is, uint16."""
     raw = read_image(path)
     if raw.ndim != 2 or raw.dtype.itemsize == 1:
         raise ValueError(f"{path}: not a 16-bit grey PNG (of {raw.dtype}, {raw.ndim} axes)")
-    return raw.astype(np.uint16) if scale == 1 else raw.astype(np.float32) / np.float32(scale)
+    return raw.astype(np.float32) / np.float32(scale) if scale else raw.astype(np.uint16)
 
 
 def image_size(path):
@@ -306,15 +306,6 @@ def image_size(path):
         if {"JPEG": b"\xff\xd9", "PNG": b"IEND"}.get(image.format, b"") not in f.read():
             image.load()                                  # cut off, or an unusual end: only decoding can tell
         return image.size
-
-
-def save_image(pixels, path):
-    """PNG or JPEG by the name."""
-    with replacing(path) as temporary:
-        if path.endswith(".png"):
-            pixels.save(temporary, "PNG")
-        else:
-            pixels.convert("RGB").save(temporary, "JPEG", quality=95)
 
 
 def write_json(path, value):
@@ -455,7 +446,8 @@ def make_record(frame, folder, points, seed, limits, occlusion, paper, label_z):
     if frame.pixels is None:
         image = os.path.relpath(os.path.abspath(image), os.path.realpath(folder))
     else:
-        save_image(frame.pixels, join(folder, image))
+        with replacing(join(folder, image)) as temporary:
+            frame.pixels.save(temporary, "PNG" if image.endswith(".png") else "JPEG", quality=95)
     record = {"image": image, "intrinsics": [round(float(v), 4) for v in intrinsics[:4]] + [int(v) for v in size],
               "pixel_coords": np.stack([x[chosen], y[chosen]], 1).tolist(),
               "depth": np.round((z if label_z else euclidean)[chosen], 4).tolist()}
@@ -593,7 +585,7 @@ def one_by_one(scenes, frames):
     for scene in scenes:
         try:
             yield from frames(scene)
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:                        # as in make_chunk
             yield Frame(str(scene), str(scene), partial(refuse, why=reason(error)))
 
 
@@ -1037,10 +1029,9 @@ def frames_sunrgbd(root, split, paper=False):
 def load_nyuv2_png(frame, depth):
     """640 x 480, millimetres, Eigen crop (the SUN RGB-D version of NYUv2 is that crop already); 10 m is saturation."""
     metres = read_png(depth, 1000)
-    cropped = np.zeros_like(metres)
-    cropped[45:471, 41:601] = metres[45:471, 41:601]
-    cropped[cropped >= 10] = 0
-    return frame._replace(depth=cropped)
+    metres[:45] = metres[471:] = metres[:, :41] = metres[:, 601:] = 0
+    metres[metres >= 10] = 0
+    return frame._replace(depth=metres)
 
 
 def frames_nyuv2(root, split, paper=False, every_image=False):
@@ -1092,9 +1083,11 @@ def load_folder(frame, depth, depth_scale, depth_type, pose):
     for path in (frame.image, depth):
         if not exists(path):
             raise ValueError(f"{path} is missing: image or depth only")
-    with naming(depth):
-        metres = (np.load(depth).astype(np.float32) / np.float32(depth_scale or 1) if depth.endswith(".npy") else
-                  read_png(depth, depth_scale or 1000))
+    if depth.endswith(".npy"):
+        with naming(depth):
+            metres = np.load(depth).astype(np.float32) / np.float32(depth_scale or 1)
+    else:
+        metres = read_png(depth, depth_scale or 1000)
     if exists(pose):
         with naming(pose):
             frame = frame._replace(pose=np.loadtxt(pose).reshape(4, 4))
@@ -1501,7 +1494,8 @@ def download(url, path, md5=None):
         except urllib.error.HTTPError as error:
             why = f"{error.code} {error.reason}"
             if error.code == 416:                         # nothing beyond what we have: all of it, or a stale part
-                total = int((error.headers["Content-Range"] or "").rpartition("/")[2] or 0)
+                announced = (error.headers["Content-Range"] or "").rpartition("/")[2]
+                total = int(announced) if announced.isdigit() else 0
             elif error.code < 500:
                 fail(f"{url}: {why}; fetch it by hand and put it at {path}")
         except Exception as error:                        # of the socket, of HTTP, or of the disk
@@ -1540,6 +1534,7 @@ def unpack(archive, root):
             os.replace(join(hidden, name), join(root, name))
         os.rmdir(hidden)
     except Exception as error:                            # readers of damaged archives raise whatever they like
+        shutil.rmtree(hidden, ignore_errors=True)
         fail(f"{archive} cannot be unpacked ({reason(error)}): if it is damaged, delete it; then repeat the command")
 
 
@@ -1579,7 +1574,7 @@ def prepare(command, options, path, workers, overwrite, must_exist):
         return True
 
     def frames():
-        reader = globals()["frames_" + dataset]
+        reader = globals()[f"frames_{dataset}"]
         return islice(reader(root, split, **options), 0, limit and limit * stride, stride)
     try:
         total = sum(1 for _ in frames())
@@ -1614,12 +1609,6 @@ def shard_of(text):
     return i, n
 
 
-def positive(text):
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return int(text)
-
-
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                 fromfile_prefix_chars="@")
@@ -1636,15 +1625,15 @@ def parse_args(argv=None):
     p.add_argument("--download", action="store_true", help="fetch and unpack (SUN RGB-D, NYUv2, iBims-1, DDAD)")
     p.add_argument("--url", help="with --download: fetch this address instead")
     # labels
-    p.add_argument("--points", type=positive, default=100, help="labelled pixels an image (Sec. 4)")
+    p.add_argument("--points", type=int, default=100, help="labelled pixels an image (Sec. 4)")
     p.add_argument("--seed", type=int, default=0, help="decides which pixels are drawn")
     p.add_argument("--min-depth", type=float, help="Euclidean [m]; default by dataset")
     p.add_argument("--max-depth", type=float, help="Euclidean [m]; default by dataset")
     p.add_argument("--occlusion", action="store_true", help="drop LiDAR points that the camera cannot see")
     p.add_argument("--paper-labels", action="store_true", help="the published labels (z, 0.8 x), marked")
     # amount
-    p.add_argument("--stride", type=positive, help="every k-th image (default 1; ScanNet++: every 10th video frame)")
-    p.add_argument("--limit", type=positive, help="at most so many images")
+    p.add_argument("--stride", type=int, help="every k-th image (default 1; ScanNet++: every 10th video frame)")
+    p.add_argument("--limit", type=int, help="at most so many images")
     p.add_argument("--shard", type=shard_of, metavar="I/N", help="part I of N, to be joined with cat")
     p.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
     # nyuv2, folder, toy
@@ -1652,14 +1641,15 @@ def parse_args(argv=None):
     p.add_argument("--intrinsics", help="folder: fx,fy,cx,cy [px]")
     p.add_argument("--depth-scale", type=float, help="folder: units per metre (default 1000 for PNG, 1 for .npy)")
     p.add_argument("--depth-type", choices=("z", "euclidean"), default="z", help="folder: what the depth maps hold")
-    p.add_argument("--images", type=positive, default=2600, help="toy: training images")
-    p.add_argument("--val-images", type=positive, default=400, help="toy: validation images")
+    p.add_argument("--images", type=int, default=2600, help="toy: training images")
+    p.add_argument("--val-images", type=int, default=400, help="toy: validation images")
     p.add_argument("--light", choices=("lamp", "ambient"), default="lamp", help="toy: lamp on the camera, or daylight")
     args = p.parse_args(argv)
     if not (args.dataset or args.check):
         p.error("give --dataset NAME or --check FILE.jsonl")
-    if args.depth_scale is not None and args.depth_scale <= 0:
-        p.error("--depth-scale must be positive")
+    for name in ("points", "stride", "limit", "images", "val_images", "depth_scale"):
+        if getattr(args, name) is not None and getattr(args, name) <= 0:
+            p.error(f"--{name.replace('_', '-')} must be positive")
     return args
 
 
