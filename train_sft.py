@@ -421,7 +421,7 @@ def save_model(model, source: str, out: Path, settings: dict, dtype: torch.dtype
     if rank == 0:
         for path in Path(source).iterdir():  # config, tokenizer, templates, licence
             if path.is_file() and path.suffix in (".json", ".txt", ".jinja", ".model", ".md") and "safetensors" not in path.name \
-                    and path.name not in ("depthlm.json", "README.md"):
+                    and path.name not in ("depthlm.json", "run.json", "README.md"):
                 shutil.copyfile(path, out / path.name)
         model_config = json.loads((Path(source) / "config.json").read_text())
         model_config["dtype"] = str(dtype).removeprefix("torch.")
