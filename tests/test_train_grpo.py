@@ -22,9 +22,9 @@ import train_sft
 
 QUESTION = render.QUESTIONS["distance"]["release"]
 GROUP, LENGTH, TEMPERATURE = 3, 6, 0.7
-FLAGS = ["--focal", 100, "--crop", 56, 112, 56, 112, "--batch", 4, "--samples", 16, "--group", 4, "--max-new-tokens", 8,
-         "--micro-batch", 3, "--rollout-batch", 2, "--lr", 2e-3, "--workers", 0, "--val-every", 0, "--dtype", "float32",
-         "--temperature", 0.9, "--reward", "absrel"]
+FLAGS = ["--focal", 100, "--crop", 56, 112, 56, 112, "--prompt", "paper", "--batch", 4, "--samples", 16, "--group", 4,
+         "--max-new-tokens", 20, "--micro-batch", 3, "--rollout-batch", 2, "--lr", 2e-3, "--workers", 0,
+         "--val-every", 0, "--dtype", "float32", "--temperature", 0.9, "--reward", "absrel"]
 
 
 @pytest.fixture
@@ -430,19 +430,39 @@ def weights(out: Path) -> dict:
     return load_file(out / "model.safetensors")
 
 
-def command(tiny, world, out, *more) -> list[str]:
-    return list(map(str, ["--model", tiny, "--data", world, "--out", out, *FLAGS, *more]))
+def moved_apart(one: Path, two: Path, start: Path) -> float:
+    """How far two runs are from each other over how far they went. Not 1e-7: Adam makes steps of rounding, where a
+    gradient is nearly 0."""
+    a, b, s = weights(one), weights(two), weights(start)
+    apart, went = (sum((x[n] - y[n]).square().sum() for n in a).sqrt() for x, y in ((a, b), (a, s)))
+    assert went > 0.1
+    return float(apart / went)
+
+
+def command(model, world, out, *more) -> list[str]:
+    return list(map(str, ["--model", model, "--data", world, "--out", out, *FLAGS, *more]))
 
 
 @pytest.fixture(scope="module")
-def reference(tiny, world, tmp_path_factory) -> Path:
-    """Four steps of one process, with validation."""
-    out = tmp_path_factory.mktemp("grpo") / "reference"
-    train_grpo.main(command(tiny, world, out, "--val", world, "--val-every", 2, "--val-queries", 12))
+def taught(world, tmp_path_factory) -> Path:
+    """A tiny model that says the sentence with one number or another, so that answers of a group differ in reward."""
+    out = tmp_path_factory.mktemp("grpo") / "taught"
+    flags = ["--out", out, "--data", world, "--model", "tiny", "--tiny", "hidden=48", "--focal", 100,
+             "--crop", 56, 112, 56, 112, "--batch", 16, "--micro-batch", 16, "--samples", 640, "--lr", 5e-3,
+             "--workers", 0, "--val-every", 0, "--no-checkpointing"]
+    train_sft.main(list(map(str, flags)))
     return out
 
 
-def test_log(reference, tiny, world):
+@pytest.fixture(scope="module")
+def reference(taught, world, tmp_path_factory) -> Path:
+    """Four steps of one process, with validation."""
+    out = tmp_path_factory.mktemp("grpo") / "reference"
+    train_grpo.main(command(taught, world, out, "--val", world, "--val-every", 2, "--val-queries", 12))
+    return out
+
+
+def test_log(reference, taught, world):
     lines = log_of(reference)
     assert [line["step"] for line in lines] == [0, 1, 2, 2, 3, 4, 4]
     steps, checks = [line for line in lines if "reward" in line], [line["val"] for line in lines if "val" in line]
@@ -451,12 +471,13 @@ def test_log(reference, tiny, world):
         assert {"reward", "reward_std", "reward_absrel", "reward_format", "parsed", "sampled_delta1", "no_variance",
                 "length", "truncated", "grad_norm", "lr", "tokens", "nll", "kl", "logp_gap", "rollout_s",
                 "update_s"} <= line.keys()
-        assert line["lr"] == 2e-3 and line["logp_gap"] < 1e-5 and 1 <= line["length"] <= 8
+        assert line["lr"] == 2e-3 and line["logp_gap"] < 1e-5 and 8 <= line["length"] <= 20
+        assert line["no_variance"] < 1 and line["reward_std"] > 0 and line["grad_norm"] > 0 and line["parsed"] > 0
         assert line["tokens"] == pytest.approx(line["length"] * 16) and 0 <= line["truncated"] <= 1
         assert line["reward"] == pytest.approx(line["reward_absrel"] + line["reward_format"], abs=1e-5)
     run = json.loads((reference / "run.json").read_text())
-    assert run["flags"]["lr"] == 2e-3 and run["flags"]["prompt"] == "release" and run["flags"]["reward"] == "absrel"
-    assert json.loads((reference / "depthlm.json").read_text())["prompt"] == "release"
+    assert run["flags"]["lr"] == 2e-3 and run["flags"]["group"] == 4 and run["flags"]["reward"] == "absrel"
+    assert json.loads((reference / "depthlm.json").read_text())["prompt"] == "paper"
     # the validation is evaluate.py's own
     evaluate.main(list(map(str, [reference, "--data", world, "--queries", 12, "--workers", 0])))
     found = json.loads((reference / "eval" / "metrics.json").read_text())["datasets"]["world"]
@@ -464,26 +485,33 @@ def test_log(reference, tiny, world):
     assert checks[-1]["world"]["unparsed"] == found["unparsed"] and checks[-1]["world"]["n"] == 12
 
 
-def test_stopped_and_resumed_is_bit_equal(reference, tiny, world, tmp_path):
+def test_stopped_and_resumed_is_bit_equal(reference, taught, world, tmp_path):
     out = tmp_path / "run"
-    train_grpo.main(command(tiny, world, out, "--stop-after", 3))
-    train_grpo.main(command(tiny, world, out, "--resume"))
+    train_grpo.main(command(taught, world, out, "--stop-after", 3))
+    train_grpo.main(command(taught, world, out, "--resume"))
     assert all(torch.equal(weights(out)[n], w) for n, w in weights(reference).items())
-    assert any(not torch.equal(w, weights(tiny)[n]) for n, w in weights(out).items())
+    assert any(not torch.equal(w, weights(taught)[n]) for n, w in weights(out).items())
     clocks = {"rollout_s", "update_s", "wait_s", "prompts_per_s"}
     ours, theirs = ([{k: v for k, v in line.items() if k not in clocks} for line in log_of(f) if "reward" in line]
                     for f in (out, reference))
     assert ours == theirs
 
 
-def test_batch_of_answers_and_rollout_batch(reference, tiny, world, tmp_path):
+def test_each_prompt_of_a_run_has_random_numbers_of_its_own(taught, world, tmp_path, monkeypatch):
+    asked, draw = [], train_grpo.uniforms
+    monkeypatch.setattr(train_grpo, "uniforms", lambda *a: asked.append(a) or draw(*a))
+    train_grpo.main(command(taught, world, tmp_path / "run", "--samples", 8))
+    assert asked == [(0, k, 4, 20) for k in range(8)]
+
+
+def test_batch_of_answers_and_rollout_batch(reference, taught, world, tmp_path):
     """16 answers are 4 prompts; how many are answered together changes nothing."""
     out = tmp_path / "run"
     more = ("--batch", 16, "--batch-of", "answers", "--rollout-batch", 4, "--micro-batch", 1)
-    train_grpo.main(command(tiny, world, out, *more))
+    train_grpo.main(command(taught, world, out, *more))
     counts = [[line["tokens"] for line in log_of(f) if "tokens" in line] for f in (out, reference)]
     assert counts[0] == counts[1]
-    assert all(torch.allclose(weights(out)[n], w, atol=1e-5) for n, w in weights(reference).items())
+    assert moved_apart(out, reference, taught) < 1e-3
 
 
 MORE = ["--reshard", "--checkpointing", "--kl-coef", "0.1"]
@@ -522,12 +550,12 @@ dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def two_processes(tiny, world, tmp_path_factory):
+def two_processes(taught, world, tmp_path_factory):
     """The runs of `reference` and with MORE on two processes, and what the script above found. -> folder, found"""
     folder = tmp_path_factory.mktemp("two")
     (folder / "two.py").write_text(TWO)
-    runs = [json.dumps(command(tiny, world, folder / name, *more)) for name, more in (("plain", []), ("more", MORE))]
-    done = run_script(folder / "two.py", ROOT, tiny, *runs, processes=2)
+    runs = [json.dumps(command(taught, world, folder / name, *more)) for name, more in (("plain", []), ("more", MORE))]
+    done = run_script(folder / "two.py", ROOT, taught, *runs, processes=2)
     assert done.returncode == 0, done.stderr[-2000:]
     return folder, json.loads(done.stdout.split("found", 1)[1].splitlines()[0])
 
@@ -537,30 +565,30 @@ def test_ranks_run_the_same_number_of_forward_passes(two_processes):
 
 
 @pytest.mark.parametrize("name", ["plain", "more"])
-def test_two_processes_equal_one(reference, two_processes, tiny, world, tmp_path, name):
+def test_two_processes_equal_one(reference, two_processes, taught, world, tmp_path, name):
     one, two = reference, two_processes[0] / name
     if name == "more":
         one = tmp_path / "one"
-        train_grpo.main(command(tiny, world, one, *MORE))
+        train_grpo.main(command(taught, world, one, *MORE))
     pairs = [[line for line in log_of(f) if "reward" in line] for f in (one, two)]
     for a, b in zip(*pairs, strict=True):
         same = ("reward", "reward_std", "tokens", "length", "parsed", "nll", "grad_norm", "loss", "kl")
         assert {k: a[k] for k in same} == pytest.approx({k: b[k] for k in same}, rel=1e-4, abs=2e-6)
-    assert all(torch.allclose(weights(two)[n], w, atol=1e-5) for n, w in weights(one).items())
+    assert moved_apart(one, two, taught) < 1e-3
     assert (pairs[1][-1]["kl"] > 0) == (name == "more")
 
 
-def test_killed_at_any_moment_it_can_be_resumed(reference, tiny, world, tmp_path):
+def test_killed_at_any_moment_it_can_be_resumed(reference, taught, world, tmp_path):
     """kill -9 while a state is being written; the result is that of one run."""
     out = tmp_path / "run"
-    run = [sys.executable, str(ROOT / "train_grpo.py"), *command(tiny, world, out, "--save-every", 1)]
+    run = [sys.executable, str(ROOT / "train_grpo.py"), *command(taught, world, out, "--save-every", 1)]
     process = subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     state = out / "resume" / "state.json"
     while process.poll() is None and not (state.is_file() and list(out.glob("resume/.step_*"))):
         pass
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    train_grpo.main(command(tiny, world, out, "--resume"))
+    train_grpo.main(command(taught, world, out, "--resume"))
     assert all(torch.equal(weights(out)[n], w) for n, w in weights(reference).items())
     assert [line["step"] for line in log_of(out)] == [1, 2, 3, 4]
     assert sorted(os.listdir(out / "resume")) == ["state.json", "step_00000004"]
@@ -586,28 +614,28 @@ def test_recipe_is_table_5():
     (["--micro-batch", 0], "--micro-batch 0: needs at least 1"), (["--max-new-tokens", 0], "--max-new-tokens 0"),
     (["--model", "/nowhere/model"], "/nowhere/model"), (["--data", "/nowhere/a.jsonl"], "/nowhere/a.jsonl"),
     (["--tasks", "smell"], "task 'smell' is unknown")])
-def test_errors_are_one_line(tiny, world, tmp_path, capsys, flags, message):
+def test_errors_are_one_line(taught, world, tmp_path, capsys, flags, message):
     with pytest.raises(SystemExit) as stop:
-        train_grpo.main(command(tiny, world, tmp_path / "run", *flags))
+        train_grpo.main(command(taught, world, tmp_path / "run", *flags))
     text = capsys.readouterr().err
     assert stop.value.code == 2 and message in text and len(text.strip().splitlines()) == 1
     assert not (tmp_path / "run").exists()
 
 
-def test_other_numbers_cannot_be_resumed_and_a_used_folder_is_left_alone(reference, tiny, world, capsys):
+def test_other_numbers_cannot_be_resumed_and_a_used_folder_is_left_alone(reference, taught, world, capsys):
     for more, message in ((("--resume", "--group", 8), "--group 4"), (("--resume", "--batch", 8), "4 prompts a step"),
                           (("--resume", "--seed", 1), "--seed 0"), ((), "exists and is not empty")):
         with pytest.raises(SystemExit):
-            train_grpo.main(command(tiny, world, reference, *more))
+            train_grpo.main(command(taught, world, reference, *more))
         assert message in capsys.readouterr().err
 
 
-def test_unreadable_images_are_replaced_and_many_end_the_run(tiny, world, tmp_path, capsys):
+def test_unreadable_images_are_replaced_and_many_end_the_run(taught, world, tmp_path, capsys):
     folder = shutil.copytree(world.parent, tmp_path / "broken")
     for image in ("001.png", "004.png"):
         (folder / image).write_bytes(b"no image")
     with pytest.raises(SystemExit):
-        train_grpo.main(command(tiny, folder / "val.jsonl", tmp_path / "run", "--samples", 400, "--batch", 20))
+        train_grpo.main(command(taught, folder / "val.jsonl", tmp_path / "run", "--samples", 400, "--batch", 20))
     text = capsys.readouterr().err
     assert "001.png" in text and "could not be read, more than 1%: stopped" in text
     assert log_of(tmp_path / "run")[0]["bad"] > 0
