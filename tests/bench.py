@@ -6,10 +6,13 @@ How fast it is: each number beside the one to compare it with, measured in one r
     python tests/bench.py evaluate --size toy    # queries/s: forced template, plain steps, transformers' generate
     python tests/bench.py grpo --micro-batch 2   # GRPO's seconds a prompt over SFT's a sample, beside the plain way
     python tests/bench.py records                # a jsonl of a million records: opening, reading, memory
+    python tests/bench.py prepare                # images/s a core: depth maps, LiDAR
 
 --size toy | 3b | 7b: random weights. Medians of several runs; sizes and rules are printed with the numbers.
 """
 import argparse
+import contextlib
+import io
 import json
 import resource
 import statistics
@@ -280,9 +283,31 @@ def bench_records(args) -> None:
               f"one random record {read:.3f} ms, {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB of memory at most")
 
 
+def bench_prepare(args) -> None:
+    """Images/s of one core through prepare's own readers, sampling and writing: 640 x 480 depth maps as of NYUv2, and a
+    nuScenes-like set, 35,000 points a sweep, moved by the poses of two times. Files are in the cache, not on a slow disk."""
+    from test_prepare_readers import own_folder, nuscenes_root
+
+    import prepare
+    cloud = np.random.default_rng(0).normal(0, 20, (35_000, 3))
+    with tempfile.TemporaryDirectory() as tmp:
+        own_folder(Path(tmp) / "folder", 200, [518.86, 519.47, 324.58, 252.74, 640, 480])
+        nuscenes_root(Path(tmp) / "nuscenes", ("scene-0061",), samples=200, cloud=cloud)
+        for name, title in (("folder", "NYU-like, 640 x 480 map"), ("nuscenes", "nuScenes-like, 35,000 points")):
+            def run():
+                prepare.nuscenes_tables.cache_clear()
+                command = {"dataset": name, "split": "val", "root": f"{tmp}/{name}", "points": 100, "seed": 0, "limit": None,
+                           "range": prepare.DATASETS[name]["range"], "occlusion": False, "paper_labels": False, "stride": 1,
+                           "shard": None}
+                with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                    prepare.prepare(command, {}, f"{tmp}/out/{name}.jsonl", workers=1, overwrite=True, must_exist=True)
+            rates = [200 / median_ms(run, 5, 1, clock) * 1e3 for clock in (time.perf_counter, time.process_time)]
+            print(f"prepare, {title}: {rates[0]:.0f} images/s, {rates[1]:.0f} a second of CPU time (200 images, one process)")
+
+
 def main(argv=None) -> None:
     benches = {"render": bench_render, "train": bench_train, "evaluate": bench_evaluate, "grpo": bench_grpo,
-               "records": bench_records}
+               "records": bench_records, "prepare": bench_prepare}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=list(benches))
     parser.add_argument("--size", choices=("toy", *REAL), default="toy")
