@@ -18,12 +18,14 @@ import re
 import sys
 import time
 from dataclasses import dataclass, replace
+from difflib import SequenceMatcher
 from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from tqdm import tqdm
 
 import render
@@ -118,6 +120,40 @@ def load_model(path: str, device: torch.device, dtype: torch.dtype):
     except OSError as e:
         raise ValueError(f"{path}: cannot be loaded ({str(e).splitlines()[0]}).") from None
     return pack_attention(model).to(device).eval()
+
+
+def load_plain(path: str, device: torch.device, dtype: torch.dtype):
+    """A model of a family that render.py does not know, and transformers' own processor: a baseline, as in Table 1.
+    Raises ValueError where it cannot be, or where all images get one size, so that no focal length can be unified."""
+    import transformers
+    folder = render.find_checkpoint(path)
+    instead = "Ask it elsewhere: evaluate.py --export-queries DIR, then --predictions FILE."
+    try:
+        processor = transformers.AutoProcessor.from_pretrained(folder)
+        images = processor.image_processor
+        size = dict(getattr(images, "size", None) or {})
+        if getattr(images, "do_center_crop", False) or size.get("height") and getattr(images, "do_resize", False):
+            raise ValueError(f"its images all become {size.get('height') or dict(images.crop_size or size)} px")
+        if not getattr(processor, "chat_template", None):
+            raise ValueError("it has no chat template")
+        model = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
+    except (ImportError, OSError, ValueError, AttributeError, KeyError) as e:
+        reason = next(line for line in str(e).splitlines() if line.strip())
+        raise ValueError(f"{path}: model_type '{render.read_family(folder)}' is none of {', '.join(render.FAMILIES)}, "
+                         f"and does not run as it is ({reason.strip().rstrip('.')}). {instead}") from None
+    return model.to(device).eval(), processor
+
+
+@torch.no_grad()
+def plain_answer(model, processor, views: list, question: str, max_new_tokens: int) -> str:
+    """Greedy, with transformers' own generate."""
+    content = [{"type": "image", "image": Image.fromarray(view.pixels)} for view in views]
+    content.append({"type": "text", "text": question})
+    inputs = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True,
+                                           tokenize=True, return_dict=True, return_tensors="pt")
+    inputs = cast(inputs.to(model.device), model)
+    out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    return processor.batch_decode(out[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)[0]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -424,18 +460,22 @@ class QueryBatches(torch.utils.data.Dataset):
 def ask(model, encoder: Encoder, settings: dict, records: Records, pairs: list, task: str = "distance", batch_size: int = 32,
         workers: int = 0, max_new_tokens: int = 64, seed: int = 0, decode: str = "greedy", geometry: bool = False):
     """Ask the model each query -> yields (queries, answers, forward passes) batch by batch; an answer is {"text"}, with
-    decode "median" also its interval (median_answer). geometry: two points by their two distances (measure)."""
-    singly = geometry and task == "two_point"
-    dataset = QueryBatches(records, task, pairs, batch_size, settings, encoder, seed, singly)
+    decode "median" also its interval (median_answer). geometry: two points by their two distances (measure). A plain
+    model comes with its processor in the encoder's place."""
+    singly, plain = geometry and task == "two_point", not isinstance(encoder, Encoder)
+    dataset = QueryBatches(records, task, pairs, batch_size, settings, None if plain else encoder, seed, singly)
     loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=lambda x: x)
     form = render.answer_form("distance" if singly else task, settings["prompt"])
     form = None if settings["camera"] == "ray" else form
-    if decode == "median" and form is None:
-        raise ValueError("--decode median: camera 'ray' says more than one number; only greedy answers.")
+    if decode == "median" and (form is None or plain):
+        raise ValueError("--decode median: camera 'ray' says more than one number, and models of unknown families are "
+                         "asked as they are; only greedy answers.")
     for queries, samples in loader:
         if queries is None:
             raise ValueError(samples)
-        if decode == "median":
+        if plain:
+            answers, forwards = [{"text": plain_answer(model, encoder, *s, max_new_tokens)} for s in samples], 0
+        elif decode == "median":
             answers, forwards = median_answer(model, encoder, samples, form, max_new_tokens)
         else:
             tokens, forwards = answer(model, encoder, samples, form, max_new_tokens)
@@ -465,6 +505,63 @@ def prediction(query: Query, answer: dict, **more) -> dict:
     line |= {"pixel2": list(query.points[1])} if len(query.points) > 1 else {}
     line |= {"image2": query.records[1]["image"]} if len(query.records) > 1 else {}
     return {**line, **more}
+
+
+def export_queries(groups: list, settings: dict, grid: int, seed: int, folder: Path) -> None:
+    """What a model would see, as files: <folder>/images/*.png and queries.jsonl, one query a line. Any system can
+    answer them; its answers, a number or the text, go into each line as "pred", and --predictions scores that file."""
+    if (folder / "queries.jsonl").exists():
+        raise ValueError(f"{folder}: holds exported queries already. Give another folder.")
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    asked = [(name, records, task, pair) for name, records, task, pairs in groups for pair in pairs]
+    lines = []
+    for number, (name, records, task, pair) in enumerate(tqdm(asked, desc="queries", dynamic_ncols=True)):
+        query = make_query(records, task, pair, seed)
+        views, question, _ = render.render(query, settings, grid)
+        images = [f"images/{number:06d}{'ab'[k] if len(views) > 1 else ''}.png" for k in range(len(views))]
+        for path, view in zip(images, views):
+            Image.fromarray(view.pixels).save(folder / path)
+        known = {k: v for k, v in prediction(query, {"text": ""}).items() if k not in ("pred", "text")}
+        lines.append({"id": number, "dataset": name, "images": images, "question": question, **known})
+    write_text(folder / "queries.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    print(f"{folder}/queries.jsonl: {len(lines)} queries. Add \"pred\" to each line, a number or the answer's text, "
+          "then: python evaluate.py --predictions FILE")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what is left of other abilities: plain questions, before and after fine-tuning
+
+
+@torch.no_grad()
+def probe(model, encoder: Encoder, chats: list[dict], max_new_tokens: int = 64) -> list[dict]:
+    """Ask each question. -> the chats with the "answer" of this model, and its "loss" (nats a token) on the answer that
+    was there, which is then in "before", or on its own."""
+    lines = []
+    for chat in tqdm(chats, desc="probe", dynamic_ncols=True):
+        views = render.chat_views(chat, encoder.grid)
+        tokens = answer(model, encoder, [render.encode(encoder, views, chat["question"])], None, max_new_tokens)[0][0]
+        text = decode_text(encoder, tokens)
+        former = chat.get("answer") or text
+        row = render.encode(encoder, views, chat["question"], render.answer_tokens(encoder, former) or [encoder.end_id])
+        batch = render.pack([row])
+        inputs = cast(render.model_inputs(batch, encoder, model.device), model)
+        logits = model(**inputs, use_cache=False, logits_to_keep=batch["predict_at"].to(model.device)).logits[0]
+        loss = F.cross_entropy(logits.float(), batch["targets"].to(model.device)).item()
+        before = {"before": former} if "answer" in chat else {}
+        lines.append({**chat, **before, "answer": text, "loss": round(loss, 4)})
+    return lines
+
+
+def probe_summary(lines: list[dict]) -> str:
+    loss = sum(line["loss"] for line in lines) / len(lines)
+    known = [line for line in lines if "before" in line]
+    if not known:
+        return f"{len(lines)} questions, loss on its own answers {loss:.3f} nats a token"
+    pairs = [(line["answer"].split(), line["before"].split()) for line in known]
+    same = sum(a == b for a, b in pairs) / len(pairs)
+    words = sum(SequenceMatcher(None, a, b).ratio() for a, b in pairs) / len(pairs)
+    return (f"{len(lines)} questions: {same:.3f} answered as before, {words:.3f} of the words in common, loss on the "
+            f"former answers {loss:.3f} nats a token")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -707,6 +804,10 @@ def parse_args(argv=None) -> argparse.Namespace:
     # instead of a model
     flag("--constant", type=float, metavar="NUMBER", help="always this answer (Tables 1 and 3: 2.0)")
     flag("--predictions", metavar="FILE", help="score these answers")
+    flag("--export-queries", metavar="DIR", help="write images and questions, to be answered by any system and scored "
+         "by --predictions")
+    flag("--probe", metavar="FILE", help="ask these plain questions instead, and write probe.jsonl; with the "
+         "probe.jsonl of another model: compare with its answers")
     # decoding, system
     flag("--decode", choices=("greedy", "median"), default="greedy", help="median of the distribution over numbers, with an "
          "interval; the paper is greedy")
@@ -750,9 +851,12 @@ def run_model(args, out: Path, groups: list) -> list[dict] | None:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(args.device)
     settings = render.load_settings(args.checkpoint, render.given_settings(args), quiet=rank > 0)
-    encoder = render.load_encoder(args.checkpoint)
-    model = load_model(args.checkpoint, device, pick_dtype(args.dtype, device))
-    weights = max((p.stat().st_mtime for p in Path(encoder.folder).glob("*.safetensors")), default=0)
+    folder, dtype = render.find_checkpoint(args.checkpoint), pick_dtype(args.dtype, device)
+    if render.read_family(folder) in render.FAMILIES:
+        encoder, model = render.load_encoder(args.checkpoint), load_model(args.checkpoint, device, dtype)
+    else:
+        model, encoder = load_plain(args.checkpoint, device, dtype)
+    weights = max((p.stat().st_mtime for p in Path(folder).glob("*.safetensors")), default=0)
     asked = {"checkpoint": args.checkpoint, "weights_time": weights, "settings": settings, "seed": args.seed, "all": args.all,
              "queries": args.queries, "decode": args.decode, "two_point": args.two_point, "label_type": args.label_type,
              "max_new_tokens": args.max_new_tokens,
@@ -790,7 +894,7 @@ def run_model(args, out: Path, groups: list) -> list[dict] | None:
                 file.flush()
                 asked_now += len(queries)
                 bar.update(len(queries))
-    if asked_now and rank == 0:
+    if forwards and rank == 0:
         batches = sum(math.ceil(len(range(rank, len(p), world)) / args.batch_size) for *_, p in groups)
         print(f"{asked_now} queries, {forwards / max(1, batches):.1f} forward passes a batch")
     if rank == 0:  # ranks share a folder, so the others are done when all lines are there
@@ -804,11 +908,31 @@ def run_model(args, out: Path, groups: list) -> list[dict] | None:
     return None
 
 
+def run_export(args, groups: list) -> None:
+    settings, grid = {**render.DEFAULTS, **{k: v for k, v in render.given_settings(args).items() if v is not None}}, 1
+    if args.checkpoint:  # exactly what it would see
+        settings = render.load_settings(args.checkpoint, render.given_settings(args))
+        known = render.read_family(render.find_checkpoint(args.checkpoint)) in render.FAMILIES
+        grid = render.load_encoder(args.checkpoint).grid if known else 1
+    export_queries(groups, settings, grid, args.seed, Path(args.export_queries))
+
+
+def run_probe(args, out: Path) -> None:
+    chats, device = render.read_chats(args.probe, answers=False), pick_device(args.device)
+    model = load_model(args.checkpoint, device, pick_dtype(args.dtype, device))
+    lines = probe(model, render.load_encoder(args.checkpoint), chats, args.max_new_tokens)
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "probe.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    print(f"{args.checkpoint}: {probe_summary(lines)}\n{out}/probe.jsonl")
+
+
 def main(argv=None) -> None:
     args = parse_args(argv)
     try:
-        if (args.checkpoint is None) + (args.constant is None) + (args.predictions is None) != 2:
-            raise ValueError("give one of: a checkpoint, --constant NUMBER, --predictions FILE.")
+        sources = [args.checkpoint, args.constant, args.predictions]
+        given = sum(source is not None for source in sources)
+        if given != 1 if not args.export_queries else sources[1:] != [None, None]:
+            raise ValueError("give one of: a checkpoint, --constant NUMBER, --predictions FILE, --export-queries DIR.")
         kind = "constant" if args.constant is not None else "predictions"
         out = Path(args.out or (Path(args.checkpoint) / "eval" if args.checkpoint and Path(args.checkpoint).is_dir()
                                 else Path("out") / (args.checkpoint or kind).replace("/", "--")))
@@ -816,8 +940,12 @@ def main(argv=None) -> None:
             render.find_checkpoint(args.checkpoint)
         if args.predictions:
             lines = read_predictions(Path(args.predictions))
+        elif args.probe:
+            return run_probe(args, out)
         else:
             groups = list_queries(args, args.tasks or trained_tasks(args.checkpoint))
+            if args.export_queries:
+                return run_export(args, groups)
             if args.constant is not None:
                 text = {"text": f"{args.constant:g}"}
                 lines = [prediction(make_query(records, task, pair, args.seed), text, dataset=name)

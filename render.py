@@ -496,6 +496,42 @@ def render(query: Query, settings: dict, grid: int, crop=None, rng=None) -> tupl
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# ordinary chat: {"question", "answer", "image" (optional)} a line, to mix into training and to probe what is left of it
+
+
+def read_chats(path: str, answers: bool = True) -> list[dict]:
+    """All lines of a chat file, images as absolute paths. Raises ValueError with file and line."""
+    chats = []
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file of chat samples.")
+    for number, text in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
+        if not text.strip():
+            continue
+        try:
+            chat = json.loads(text)
+        except ValueError:
+            chat = None
+        needed = ("question", "answer") if answers else ("question",)
+        if not isinstance(chat, dict) or not all(isinstance(chat.get(k), str) and chat[k] for k in needed):
+            raise ValueError(f"{path}, line {number}: needs a JSON object with the texts {' and '.join(needed)}.")
+        if chat.get("image"):
+            chat["image"] = str((Path(path).parent / chat["image"]).resolve())
+        chats.append(chat)
+    if not chats:
+        raise ValueError(f"{path}: holds no chat sample.")
+    return chats
+
+
+def chat_views(chat: dict, grid: int, longest: int = 1024) -> list[View]:
+    """The image of a chat sample, if it has one: no marker, no focal length, at most `longest` px."""
+    if not chat.get("image"):
+        return []
+    image = open_image(chat["image"])
+    image.thumbnail((longest, longest), Image.Resampling.BICUBIC)
+    return [unify_focal(image, (1.0, 1.0, 0.0, 0.0, *image.size), None, grid)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # numbers in answers
 
 METERS = {"m": 1.0, "meter": 1.0, "meters": 1.0, "metre": 1.0, "metres": 1.0, "cm": 0.01, "centimeter": 0.01,
@@ -597,7 +633,7 @@ def load_settings(path: str, overrides: dict | None = None, quiet: bool = False)
     if (folder / "depthlm.json").is_file():
         settings.update(json.loads((folder / "depthlm.json").read_text()))
     else:
-        if model_type(folder) == "llava":
+        if read_family(folder) == "llava":
             settings.update(DEPTHLM_12B if "depthlm" in str(path).lower() else PIXTRAL)
         if not quiet:
             shown = ", ".join(f"{k} {v}" for k, v in settings.items())
@@ -611,14 +647,20 @@ def load_settings(path: str, overrides: dict | None = None, quiet: bool = False)
     return settings
 
 
-def model_type(folder) -> str:
+def read_family(folder) -> str | None:
+    """model_type of config.json; a Llava whose vision tower is not Pixtral's is another family."""
     try:
-        kind = json.loads((Path(folder) / "config.json").read_text()).get("model_type")
+        config = json.loads((Path(folder) / "config.json").read_text())
     except ValueError as e:
         raise ValueError(f"{folder}/config.json: is not JSON ({e}). Download the model folder again.") from None
-    if kind not in FAMILIES:
+    kind, vision = config.get("model_type"), (config.get("vision_config") or {}).get("model_type", "pixtral")
+    return f"llava with {vision}" if kind == "llava" and vision != "pixtral" else kind
+
+
+def model_type(folder) -> str:
+    if (kind := read_family(folder)) not in FAMILIES:
         raise ValueError(f"{folder}: model_type '{kind}' in config.json is unknown here; known: {', '.join(FAMILIES)}. "
-                         "Its answers can still be scored: evaluate.py --export-queries, then --predictions FILE.")
+                         "evaluate.py can score it: as it is, or by --export-queries and --predictions.")
     return kind
 
 

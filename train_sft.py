@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -45,6 +46,7 @@ from render import Encoder, Records, fail
 SHARD_BYTES = 4 << 30  # of one safetensors file; also all that rank 0 holds at once while saving
 BAD_FRACTION = 0.01  # a run stops when more of its samples than this cannot be read
 MATTERPORT_WEIGHT = 0.1  # Sec. 4
+MIX_SHARE = 0.1  # of ordinary chat samples, if --mix does not say
 TINY = {"hidden": 96, "heads": 4, "vision_layers": 2, "text_layers": 2, "init_std": 0.08}
 
 
@@ -55,12 +57,13 @@ TINY = {"hidden": 96, "heads": 4, "vision_layers": 2, "text_layers": 2, "init_st
 class Samples(torch.utils.data.Dataset):
     """Endless training samples: item i is a pure function of (seed, i). An unreadable image or record is replaced by
     another draw and reported in "bad". answers False: the prompts alone, as GRPO wants them. images: so many images in
-    all, over and over, each time with another of their points (Fig. 5)."""
+    all, over and over, each time with another of their points (Fig. 5). chats: a share of ordinary chat samples."""
 
     def __init__(self, datasets: list[tuple[Records, float]], tasks: dict[str, float], settings: dict, encoder: Encoder,
-                 crop: tuple, seed: int, answers: bool = True, images: int | None = None):
+                 crop: tuple, seed: int, answers: bool = True, images: int | None = None,
+                 chats: tuple[list[dict], float] = ([], 0.0)):
         self.tasks, self.settings, self.encoder, self.crop = tasks, settings, encoder, crop
-        self.seed, self.answers, self.images = seed, answers, images
+        self.datasets, self.seed, self.answers, self.images, self.chats = datasets, seed, answers, images, chats
         # motion needs poses, which not all datasets have: a task is asked of those that it fits
         self.fitting = {task: [d for d in datasets if render.can_ask(d[0], task)] for task in tasks}
         for task, fitting in self.fitting.items():
@@ -72,17 +75,22 @@ class Samples(torch.utils.data.Dataset):
         bad, last = [], ""
         for attempt in range(20):
             rng = np.random.default_rng((self.seed, i, attempt))
-            task = list(self.tasks)[draw(rng, list(self.tasks.values()))]
+            task, value = list(self.tasks)[draw(rng, list(self.tasks.values()))], math.nan
             try:
-                records, record, point = self.place(self.fitting[task], i, attempt, rng)
-                query = render.TASKS[task](records, record, rng, point)
-                views, question, text = render.render(query, self.settings, self.encoder.grid, self.crop, rng)
+                if self.chats[1] > 0 and rng.random() < self.chats[1]:
+                    task, chat = "chat", self.chats[0][rng.integers(len(self.chats[0]))]
+                    views, question, text = render.chat_views(chat, self.encoder.grid), chat["question"], chat["answer"]
+                else:
+                    records, record, point = self.place(self.fitting[task], i, attempt, rng)
+                    query = render.TASKS[task](records, record, rng, point)
+                    views, question, text = render.render(query, self.settings, self.encoder.grid, self.crop, rng)
+                    value = query.value
             except ValueError as e:
                 last = str(e)
                 bad += [] if isinstance(e, render.Unfit) else [last]
                 continue
             tail = render.answer_tokens(self.encoder, text) + [self.encoder.end_id] if self.answers else []
-            return {**render.encode(self.encoder, views, question, tail), "task": task, "value": query.value, "bad": bad}
+            return {**render.encode(self.encoder, views, question, tail), "task": task, "value": value, "bad": bad}
         raise ValueError(f"20 samples in a row could not be read; the last: {last}")
 
     def place(self, datasets: list[tuple[Records, float]], i: int, attempt: int, rng) -> tuple[Records, int, int | None]:
@@ -114,8 +122,30 @@ def batch_indices(first_step: int, steps: int, batch: int, micro_batch: int, ran
             yield list(range(k, min(k + micro_batch, start + share)))
 
 
-def collate(samples: list[dict]) -> dict:
-    return {**render.pack(samples), "bad": [b for s in samples for b in s["bad"]], "count": len(samples)}
+def collate(samples: list[dict], filler: dict | None = None) -> dict:
+    """filler: a sample with an image and no answer. It joins a micro-batch of nothing but text, because all ranks must
+    run the vision tower when one of them does: its sharded weights are gathered together."""
+    more = [filler] if filler and not any(s["pixels"] for s in samples) else []
+    return {**render.pack(samples + more), "bad": [b for s in samples for b in s["bad"]], "count": len(samples)}
+
+
+def blank_sample(encoder: Encoder) -> dict:
+    view = render.View(np.zeros((encoder.grid, encoder.grid, 3), np.uint8), (1.0,) * 6, (1.0, 1.0), (0, 0))
+    return render.encode(encoder, [view], "")
+
+
+def open_mix(spec: str | None) -> tuple[list[dict], float]:
+    """--mix 'chat.jsonl' or 'chat.jsonl:0.2' -> chat samples, their share of all samples."""
+    if not spec:
+        return [], 0.0
+    path, _, share = spec.rpartition(":") if re.search(r":[^:/]*$", spec) else (spec, "", MIX_SHARE)
+    try:
+        share = float(share)
+    except ValueError:
+        share = -1.0
+    if not 0 < share < 1:
+        raise ValueError(f"--mix {spec}: what follows ':' is the share of the samples, between 0 and 1.")
+    return render.read_chats(path), share
 
 
 def report_bad(messages: list[str], bad: int, seen: int) -> None:
@@ -583,6 +613,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     flag("--label-type", choices=("euclidean", "z"), help="what the files hold, if they do not say")
     flag("--tasks", nargs="+", default=["distance:1"], metavar="TASK[:WEIGHT]", help=f"of {', '.join(render.TASKS)}; "
          "Sec. 4, Other Tasks: equal weights")
+    flag("--mix", metavar="FILE[:SHARE]", help=f"ordinary chat samples among the others, so that the model keeps other "
+         f"abilities; share of all samples, default {MIX_SHARE}. The paper mixes none in")
     flag("--points-per-image", type=int, metavar="K", help="see samples / K images only, K points of each (Fig. 5); default: "
          "any point of any image")
     flag("--crop", type=int, nargs=4, default=[1000, 1400, 700, 1200], metavar=("W0", "W1", "H0", "H1"),
@@ -678,8 +710,10 @@ def run(args: argparse.Namespace) -> None:
     # -------------------------------------------------------------------------------------------------- data
     last = min(steps, args.stop_after or steps)
     indices = batch_indices(first, last, args.batch, args.micro_batch, rank, world)
-    samples = Samples(datasets, tasks, settings, encoder, args.crop, args.seed, images=images)
-    loader = iter(torch.utils.data.DataLoader(samples, batch_sampler=indices, num_workers=args.workers, collate_fn=collate,
+    chats = open_mix(args.mix)
+    samples = Samples(datasets, tasks, settings, encoder, args.crop, args.seed, images=images, chats=chats)
+    pack = partial(collate, filler=blank_sample(encoder) if chats[1] else None)
+    loader = iter(torch.utils.data.DataLoader(samples, batch_sampler=indices, num_workers=args.workers, collate_fn=pack,
                                               pin_memory=device.type == "cuda", prefetch_factor=4 if args.workers else None))
     micro_steps = -(-(args.batch // world) // args.micro_batch)
 

@@ -1,23 +1,24 @@
 # Sourced by finding1.sh, finding3.sh and finding4.sh: how a variant is trained and scored, and where.
-#   bash runs/findingN.sh [--gpu] [--seeds 3]
+#   bash runs/findingN.sh [--gpu] [--seeds 3] [--samples 16000]
 # CPU: the toy recipe with 32,000 samples a variant. --gpu: a larger model and 400,000 samples on all GPUs. Given again, a
 # command goes on where it was. Log, checkpoints, table.md and picture.png are in out/findingN (out/findingN-gpu).
 set -euo pipefail
-name=$(basename "$0" .sh) gpu= seeds=1
+name=$(basename "$0" .sh) gpu= seeds=1 samples=
 while (($#)); do
   case $1 in
     --gpu) gpu=1 ;;
     --seeds) seeds=$2; shift ;;
-    *) echo "usage: bash runs/$name.sh [--gpu] [--seeds N]" >&2; exit 2 ;;
+    --samples) samples=$2; shift ;;
+    *) echo "usage: bash runs/$name.sh [--gpu] [--seeds N] [--samples N]" >&2; exit 2 ;;
   esac
   shift
 done
 if [ "$gpu" ]; then
-  name=$name-gpu samples=400000 launch=(torchrun --standalone --nproc-per-node gpu)
-  size=(--samples 400e3 --tiny hidden=384 heads=6 vision_layers=4 text_layers=4 init_std=0.04 --lr 1e-3 --batch 64 --workers 8)
+  name=$name-gpu samples=${samples:-400000} launch=(torchrun --standalone --nproc-per-node gpu)
+  size=(--samples "$samples" --tiny hidden=384 heads=6 vision_layers=4 text_layers=4 init_std=0.04 --lr 1e-3 --batch 64 --workers 8)
 else  # two processes of one thread are faster on two cores than one process of two
   export OMP_NUM_THREADS=1
-  samples=32000 launch=(torchrun --standalone --nproc-per-node 2) size=(--samples 32e3)
+  samples=${samples:-32000} launch=(torchrun --standalone --nproc-per-node 2) size=(--samples "$samples")
 fi
 mkdir -p "out/$name"
 exec > >(tee -a "out/$name/log.txt") 2>&1

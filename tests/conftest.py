@@ -214,6 +214,34 @@ def tiny_pixtral(tmp_path_factory) -> Path:
         "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]})
 
 
+@pytest.fixture(scope="session")
+def tiny_foreign(tmp_path_factory) -> Path:
+    """A random Idefics2: a family that render.py does not know, whose processor keeps image sizes and needs no
+    torchvision."""
+    from transformers import Idefics2Config, Idefics2ForConditionalGeneration
+    special = ["<pad>", "<s>", "</s>", "<fake_token_around_image>", "<image>", "<end_of_utterance>"]
+    template = ("{% for m in messages %}{{ m['role'] }}:{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>"
+                "{% else %}{{ c['text'] }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}assistant:")
+    tokenizer = small_tokenizer(special, "</s>", template)
+    config = Idefics2Config(
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        vision_config={"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+                       "patch_size": 14, "image_size": 980},
+        text_config={"model_type": "mistral", "vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 128,
+                     "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+                     "sliding_window": None, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+        perceiver_config={"hidden_size": 64, "resampler_n_latents": 4, "resampler_depth": 1, "resampler_n_heads": 2,
+                          "resampler_head_dim": 16, "num_key_value_heads": 1})
+    torch.manual_seed(4)
+    folder = tmp_path_factory.mktemp("models") / "tiny_foreign"
+    save_folder(Idefics2ForConditionalGeneration(config), tokenizer, folder, {
+        "image_processor_type": "Idefics2ImageProcessor", "do_image_splitting": False, "image_mean": [0.5] * 3,
+        "size": {"longest_edge": 980, "shortest_edge": 28}, "image_std": [0.5] * 3})
+    own = {"processor_class": "Idefics2Processor", "image_seq_len": 4}
+    (folder / "processor_config.json").write_text(json.dumps(own))
+    return folder
+
+
 @pytest.fixture(scope="session", params=["tiny", "tiny_windows", "tiny_qwen3", "tiny_pixtral"])
 def family(request) -> Path:
     """Each model folder in turn."""

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import evaluate
 import render
@@ -661,6 +662,106 @@ def test_malformed_predictions(tmp_path, capsys, line):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# other systems
+
+
+def test_untuned_model(tiny, world, tmp_path, capsys):
+    """A base model as it was published: the family's defaults, said aloud, the paper's question, a free answer of up to
+    --max-new-tokens tokens."""
+    evaluate.main([str(tiny), "--data", str(world), "--queries", "4", "--focal", "100", "--out", str(tmp_path / "eval"),
+                   "--workers", "0", "--max-new-tokens", "30"])
+    assert "prompt paper" in capsys.readouterr().err
+    encoder = render.load_encoder(tiny)
+    lines = lines_of(tmp_path / "eval" / "predictions.jsonl")
+    lengths = [len(render.answer_tokens(encoder, line["text"])) for line in lines]
+    assert len(lengths) == 4 and max(lengths) > 16
+
+
+@pytest.mark.parametrize("task", ["distance", "motion"])
+def test_unknown_family(tiny_foreign, moving, tmp_path, task):
+    """Its own processor and generate, an image or two at a time, our rendering and metrics."""
+    evaluate.main([str(tiny_foreign), "--data", str(moving), "--queries", "3", "--focal", "100", "--tasks", task,
+                   "--out", str(tmp_path / "eval"), "--workers", "0", "--max-new-tokens", "8"])
+    lines = lines_of(tmp_path / "eval" / "predictions.jsonl")
+    assert len(lines) == 3 and all(line["text"] for line in lines)
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+    processor = AutoProcessor.from_pretrained(tiny_foreign)
+    model = AutoModelForImageTextToText.from_pretrained(tiny_foreign)
+    query = evaluate.make_query(render.Records(moving), task, evaluate.draw_queries(render.Records(moving), 3)[0])
+    views, question, _ = render.render(query, {**render.DEFAULTS, "focal": 100}, 1)
+    text = "user:" + "<image>" * len(views) + question + "<end_of_utterance>\nassistant:"
+    inputs = processor(text=text, images=[Image.fromarray(v.pixels) for v in views], return_tensors="pt")
+    out = model.generate(**inputs, max_new_tokens=8, do_sample=False)[:, inputs["input_ids"].shape[1]:]
+    assert lines[0]["text"] == processor.decode(out[0], skip_special_tokens=True)
+
+
+def test_families_that_cannot_run(tiny_foreign, tmp_path, world, capsys):
+    """A fixed image size, a processor that needs torchvision, a model that is no image-text model: one line, and the
+    way round."""
+    for name, config, processor, say in (
+            ("fixed", {"model_type": "llava", "vision_config": {"model_type": "clip_vision_model"}},
+             {"image_processor_type": "CLIPImageProcessor", "processor_class": "LlavaProcessor",
+              "size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}, "336"),
+            ("vision", {"model_type": "mistral3"}, {"processor_class": "PixtralProcessor"}, "Torchvision"),
+            ("text", {"model_type": "gpt2"}, {}, "gpt2")):
+        folder = tmp_path / name
+        folder.mkdir()
+        for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            shutil.copy(tiny_foreign / file, folder)
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+        message = fails(capsys, folder, "--data", world, "--focal", 100, "--out", tmp_path / "eval")
+        assert say in message and "--export-queries" in message and name in message, message
+
+
+def test_exported_queries(world, moving, tiny_pixtral, tmp_path, capsys):
+    """Images and questions as files; answers by hand, as numbers and as sentences, are scored on the very points. With
+    a checkpoint the images are those that it would see."""
+    out = tmp_path / "export"
+    argv = ["--data", world, moving, "--queries", 5, "--tasks", "distance", "two_point", "motion", "--focal", 100]
+    evaluate.main([str(a) for a in ("--export-queries", out, *argv)])
+    lines = lines_of(out / "queries.jsonl")
+    assert len(lines) == 25 and {len(line["images"]) for line in lines if line["task"] == "motion"} == {2}
+    query = evaluate.make_query(render.Records(world), "distance", evaluate.draw_queries(render.Records(world), 5)[0])
+    (view,), question, _ = render.render(query, {**render.DEFAULTS, "focal": 100}, 1)
+    assert (np.asarray(Image.open(out / lines[0]["images"][0])) == view.pixels).all()
+    assert lines[0]["question"] == question and not {"pred", "text"} & set(lines[0])
+    assert lines[0]["true"] == pytest.approx(query.value, abs=1e-4)
+    for k, line in enumerate(lines):
+        line["pred"] = (line["true"], f"I think {100 * line['true']:.1f} cm", "no idea", 3 * line["true"])[k % 4]
+    answers = write_jsonl(tmp_path / "answers.jsonl", lines)
+    evaluate.main(["--predictions", str(answers), "--out", str(tmp_path / "scored")])
+    result = json.loads((tmp_path / "scored" / "metrics.json").read_text())
+    assert set(result["tasks"]) == {"distance", "two_point", "motion"} and result["tasks"]["motion"]["delta1"] == 0.6
+    assert "exported queries already" in fails(capsys, "--export-queries", out, *argv)
+    assert "give one of" in fails(capsys, "--export-queries", tmp_path / "x", "--constant", 2, *argv)
+    theirs = tmp_path / "theirs"
+    evaluate.main([str(tiny_pixtral), "--export-queries", str(theirs), "--data", str(world), "--queries", "1"])
+    (line,) = lines_of(theirs / "queries.jsonl")
+    assert all(side % 16 == 0 and side > 400 for side in Image.open(theirs / line["images"][0]).size)
+
+
+def test_probe(tiny, speaker, tmp_path, capsys, world):
+    """Plain text and image questions: the base model agrees with itself, another does not, and its loss on the former
+    answers is that of transformers."""
+    chats = write_jsonl(tmp_path / "chats.jsonl", [{"question": "Who are you?"}, {"question": "What is on this image?",
+                                                    "image": str(world.parent / "000.png")}])
+    former = tmp_path / "0" / "probe.jsonl"
+    for k, (model, file) in enumerate(((tiny, chats), (tiny, former), (speaker, former))):
+        evaluate.main([str(model), "--probe", str(file), "--out", str(tmp_path / str(k)), "--max-new-tokens", "12"])
+    said = [line for line in capsys.readouterr().out.splitlines() if "questions" in line]
+    assert "own answers" in said[0] and "1.000 answered as before, 1.000" in said[1] and "0.000 answered" in said[2]
+    base, again, tuned = (lines_of(tmp_path / str(k) / "probe.jsonl") for k in range(3))
+    assert [a["loss"] for a in base] == [a["loss"] for a in again] and "before" not in base[0]
+    assert all(t["before"] == b["answer"] != t["answer"] and t["loss"] > b["loss"] for t, b in zip(tuned, base))
+    encoder = render.load_encoder(tiny)
+    tokens = render.answer_tokens(encoder, base[0]["answer"])
+    ids = torch.tensor(render.encode(encoder, [], "Who are you?", tokens)["input_ids"])[None]
+    labels = torch.where(torch.arange(ids.shape[1]) < ids.shape[1] - len(tokens), -100, ids)
+    assert tuned[0]["loss"] == pytest.approx(stock(speaker)(input_ids=ids, labels=labels).loss.item(), abs=1e-3)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # bad input
 
 
@@ -680,6 +781,7 @@ def test_bad_calls(tmp_path, world, tiny, capsys, monkeypatch):
                       (("no such", "missing"), ("./missing", "--data", world)),
                       (("config.json", "empty"), (tmp_path / "empty", "--data", world)),
                       (("gpt2", "qwen2_5_vl"), (tmp_path / "other", "--data", world)),
+                      (("chats.jsonl",), (tiny, "--probe", "chats.jsonl")),
                       (("bare",), (tmp_path / "bare", "--data", world)),
                       (("--data", "prepare.py"), ("--constant", "2")),
                       (("holds no record",), (tiny, "--data", "none.jsonl")),
