@@ -63,7 +63,7 @@ class Samples(torch.utils.data.Dataset):
                  crop: tuple, seed: int, answers: bool = True, images: int | None = None,
                  chats: tuple[list[dict], float] = ([], 0.0)):
         self.tasks, self.settings, self.encoder, self.crop = tasks, settings, encoder, crop
-        self.datasets, self.seed, self.answers, self.images, self.chats = datasets, seed, answers, images, chats
+        self.seed, self.answers, self.images, self.chats = seed, answers, images, chats
         # motion needs poses, which not all datasets have: a task is asked of those that it fits
         self.fitting = {task: [d for d in datasets if render.can_ask(d[0], task)] for task in tasks}
         for task, fitting in self.fitting.items():
