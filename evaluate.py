@@ -515,7 +515,7 @@ def export_queries(groups: list, settings: dict, grid: int, seed: int, folder: P
     (folder / "images").mkdir(parents=True, exist_ok=True)
     asked = [(name, records, task, pair) for name, records, task, pairs in groups for pair in pairs]
     lines = []
-    for number, (name, records, task, pair) in enumerate(tqdm(asked, desc="queries", dynamic_ncols=True)):
+    for number, (name, records, task, pair) in enumerate(tqdm(asked, desc="queries", disable=None, dynamic_ncols=True)):
         query = make_query(records, task, pair, seed)
         views, question, _ = render.render(query, settings, grid)
         images = [f"images/{number:06d}{'ab'[k] if len(views) > 1 else ''}.png" for k in range(len(views))]
@@ -537,7 +537,7 @@ def probe(model, encoder: Encoder, chats: list[dict], max_new_tokens: int = 64) 
     """Ask each question. -> the chats with the "answer" of this model, and its "loss" (nats a token) on the answer that
     was there, which is then in "before", or on its own."""
     lines = []
-    for chat in tqdm(chats, desc="probe", dynamic_ncols=True):
+    for chat in tqdm(chats, desc="probe", disable=None, dynamic_ncols=True):
         views = render.chat_views(chat, encoder.grid)
         tokens = answer(model, encoder, [render.encode(encoder, views, chat["question"])], None, max_new_tokens)[0][0]
         text = decode_text(encoder, tokens)
@@ -876,7 +876,7 @@ def run_model(args, out: Path, groups: list) -> list[dict] | None:
     total = sum(len(pairs) for *_, pairs in groups)
     mine = sum(len(range(rank, len(pairs), world)) for *_, pairs in groups)
     part = out / f"predictions.part-{rank}-of-{world}-{time.time_ns()}.jsonl"
-    with tqdm(total=mine, disable=rank > 0, desc="queries", dynamic_ncols=True) as bar, open(part, "w") as file:
+    with tqdm(total=mine, disable=rank > 0 or not sys.stderr.isatty(), desc="queries", dynamic_ncols=True) as bar, open(part, "w") as file:
         for name, records, task, pairs in groups:
             numbered = [(number + k, pair) for k, pair in enumerate(pairs)][rank::world]
             number += len(pairs)

@@ -15,7 +15,8 @@ while (($#)); do
 done
 if [ "$gpu" ]; then
   name=$name-gpu samples=${samples:-400000} launch=(torchrun --standalone --nproc-per-node gpu)
-  size=(--samples "$samples" --tiny hidden=384 heads=6 vision_layers=4 text_layers=4 init_std=0.04 --lr 1e-3 --batch 64 --workers 8)
+  size=(--samples "$samples" --tiny hidden=384 heads=6 vision_layers=4 text_layers=4 init_std=0.04
+        --lr 1e-3 --batch 64 --workers 8)
 else  # two processes of one thread are faster on two cores than one process of two
   export OMP_NUM_THREADS=1
   samples=${samples:-32000} launch=(torchrun --standalone --nproc-per-node 2) size=(--samples "$samples")
@@ -30,8 +31,8 @@ variant() {  # name, data folder, more flags of train_sft.py
     out=out/$name/$label-$seed
     if [ ! -f "$out/eval/metrics.json" ]; then
       echo "== $label, seed $seed: $*"
-      "${launch[@]}" train_sft.py @runs/toy.args "${size[@]}" --data "$data/train.jsonl" --val-every 0 --seed "$seed" "$@" \
-        --out "$out" --resume
+      "${launch[@]}" train_sft.py @runs/toy.args "${size[@]}" --data "$data/train.jsonl" --val-every 0 --seed "$seed" \
+        "$@" --out "$out" --resume
       python evaluate.py "$out" --data "$data/val.jsonl" --queries 2000
     fi
   done

@@ -21,11 +21,11 @@ def read_variant(out: Path, label: str) -> dict:
 
 
 def table(rows: dict[str, dict]) -> str:
-    lines = ["| variant | delta1 (mean) | each seed | 95 % interval over images | best constant |", "|---|---|---|---|---|"]
+    lines = ["| variant | delta1 (mean) | each seed | 95 % interval over images | best constant |", "|---" * 5 + "|"]
     for label, row in rows.items():
         mean = sum(row["delta1"]) / len(row["delta1"])
-        lines.append(f"| {label} | {mean:.3f} | {' '.join(f'{d:.3f}' for d in row['delta1'])} | {row['low']:.3f}-{row['high']:.3f} "
-                     f"| {row['constant']:.3f} |")
+        seeds = " ".join(f"{d:.3f}" for d in row["delta1"])
+        lines.append(f"| {label} | {mean:.3f} | {seeds} | {row['low']:.3f}-{row['high']:.3f} | {row['constant']:.3f} |")
     return "\n".join(lines)
 
 
