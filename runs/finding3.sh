@@ -11,5 +11,7 @@ variant focal-60 "$data" --focal 60 --crop 50 67 50 67
 variant focal-140 "$data" --focal 140 --crop 118 157 118 157
 python runs/findings.py "out/$name" "Finding 3a: camera strategies" unify none prompt ray
 mv "out/$name/table.md" "out/$name/table_a.md" && mv "out/$name/picture.png" "out/$name/picture_a.png"
-ln -sfn unify-0 "out/$name/focal-100-0"  # the same run
+for seed in $(seq 0 $((seeds - 1))); do
+  ln -sfn "unify-$seed" "out/$name/focal-100-$seed"
+done
 python runs/findings.py "out/$name" "Finding 3b: unified focal length (focal-100 is unify)" focal-60 focal-100 focal-140
