@@ -549,33 +549,23 @@ dist.destroy_process_group()
 """
 
 
-@pytest.fixture(scope="module")
-def two_processes(taught, world, tmp_path_factory):
-    """The runs of `reference` and with MORE on two processes, and what the script above found. -> folder, found"""
-    folder = tmp_path_factory.mktemp("two")
-    (folder / "two.py").write_text(TWO)
-    runs = [json.dumps(command(taught, world, folder / name, *more)) for name, more in (("plain", []), ("more", MORE))]
-    done = run_script(folder / "two.py", ROOT, taught, *runs, processes=2)
+def test_two_processes_equal_one(reference, taught, world, tmp_path):
+    """The runs of `reference` and with MORE; before them, that both ranks run the same number of forward passes."""
+    (tmp_path / "two.py").write_text(TWO)
+    train_grpo.main(command(taught, world, tmp_path / "one", *MORE))
+    cases = ((reference, tmp_path / "plain", []), (tmp_path / "one", tmp_path / "more", MORE))
+    runs = [json.dumps(command(taught, world, two, *more)) for _, two, more in cases]
+    done = run_script(tmp_path / "two.py", ROOT, taught, *runs, processes=2)  # one start for all, it is the slow part
     assert done.returncode == 0, done.stderr[-2000:]
-    return folder, json.loads(done.stdout.split("found", 1)[1].splitlines()[0])
-
-
-def test_ranks_run_the_same_number_of_forward_passes(two_processes):
-    assert two_processes[1] == [[[3], 6, True], [[6], 6, True]]
-
-
-@pytest.mark.parametrize("name", ["plain", "more"])
-def test_two_processes_equal_one(reference, two_processes, taught, world, tmp_path, name):
-    one, two = reference, two_processes[0] / name
-    if name == "more":
-        one = tmp_path / "one"
-        train_grpo.main(command(taught, world, one, *MORE))
-    pairs = [[line for line in log_of(f) if "reward" in line] for f in (one, two)]
-    for a, b in zip(*pairs, strict=True):
-        same = ("reward", "reward_std", "tokens", "length", "parsed", "nll", "grad_norm", "loss", "kl")
-        assert {k: a[k] for k in same} == pytest.approx({k: b[k] for k in same}, rel=1e-4, abs=2e-6)
-    assert moved_apart(one, two, taught) < 1e-3
-    assert (pairs[1][-1]["kl"] > 0) == (name == "more")
+    found = json.loads(done.stdout.split("found", 1)[1].splitlines()[0])
+    assert found == [[[3], 6, True], [[6], 6, True]]  # lengths, forward passes, log probs agree
+    for one, two, more in cases:
+        pairs = [[line for line in log_of(f) if "reward" in line] for f in (one, two)]
+        for a, b in zip(*pairs, strict=True):
+            same = ("reward", "reward_std", "tokens", "length", "parsed", "nll", "grad_norm", "loss", "kl")
+            assert {k: a[k] for k in same} == pytest.approx({k: b[k] for k in same}, rel=1e-4, abs=2e-6)
+        assert moved_apart(one, two, taught) < 1e-3
+        assert (pairs[1][-1]["kl"] > 0) == bool(more)
 
 
 def test_killed_at_any_moment_it_can_be_resumed(reference, taught, world, tmp_path):
