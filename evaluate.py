@@ -791,7 +791,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     flag("checkpoint", nargs="?", help="model folder or hub name")
     flag("--data", nargs="+", metavar="JSONL", help="default: every data/*/val.jsonl")
     flag("--image-root", help="folder of the images, if not each jsonl's own")
-    flag("--label-type", choices=("euclidean", "z"), help="what the files hold, if they do not say")
+    flag("--label-type", choices=("euclidean", "z"), help="what the files hold, whatever their records say")
     flag("--out", help="folder for predictions.jsonl and metrics.json; default: <checkpoint>/eval, out/constant, out/predictions")
     # what is asked
     flag("--queries", type=int, default=NUM_QUERIES, help="random points a set (Sec. 3)")
@@ -934,7 +934,7 @@ def main(argv=None) -> None:
         if given != 1 if not args.export_queries else sources[1:] != [None, None]:
             raise ValueError("give one of: a checkpoint, --constant NUMBER, --predictions FILE, --export-queries DIR.")
         kind = "constant" if args.constant is not None else "predictions"
-        out = Path(args.out or (Path(args.checkpoint) / "eval" if args.checkpoint and Path(args.checkpoint).is_dir()
+        out = Path(args.out or (Path(args.checkpoint) / ("eval" if args.decode == "greedy" else f"eval_{args.decode}") if args.checkpoint and Path(args.checkpoint).is_dir()
                                 else Path("out") / (args.checkpoint or kind).replace("/", "--")))
         if args.checkpoint:
             render.find_checkpoint(args.checkpoint)

@@ -6,7 +6,7 @@ Supervised fine-tuning of a VLM on distances as text (Sec. 3.4): jsonl files -> 
     torchrun --nproc-per-node 8 train_sft.py                               # the paper's 3B recipe, all data/*/train.jsonl
     torchrun --nnodes 16 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train_sft.py @runs/sft_7b.args
 
-Reads jsonl files and a model folder (or hub name). Writes config.json's flags, log.jsonl, the model, depthlm.json and resume/.
+Reads jsonl files and a model folder (or hub name). Writes run.json (flags, versions), log.jsonl, the model, depthlm.json and resume/.
 One code path from one CPU process to many nodes: FSDP2, bf16 compute over fp32 master weights, packed samples, logits and
 loss on the answer only. Sample i is a pure function of (seed, i), so a run resumes from its step number alone, and the
 number of processes, loader workers and the micro-batch change nothing.  Flags in a file: one per line, @file; later wins.
@@ -44,6 +44,8 @@ import render
 from render import Encoder, Records, fail
 
 SHARD_BYTES = 4 << 30  # of one safetensors file; also all that rank 0 holds at once while saving
+FREE_FLAGS = {"resume", "out", "workers", "micro_batch", "rollout_batch", "checkpointing", "reshard", "log_every", "save_every",
+              "stop_after", "val", "val_every", "val_queries", "val_batch"}  # may change when a run is resumed
 BAD_FRACTION = 0.01  # a run stops when more of its samples than this cannot be read
 MATTERPORT_WEIGHT = 0.1  # Sec. 4
 MIX_SHARE = 0.1  # of ordinary chat samples, if --mix does not say
@@ -518,15 +520,24 @@ def load_resume(model, optimizer, out: Path) -> dict | None:
 
 
 def open_run(out: Path, args: argparse.Namespace, resume: bool) -> None:
-    """Make the out folder and write config.json's flags beside the model (run.json), or refuse one that is in use."""
-    if not resume and out.exists() and any(out.iterdir()):
+    """Make the out folder and write flags and versions to run.json, or refuse a folder that is in use, and a resumed run
+    whose flags would change what is learned."""
+    path = out / "run.json"
+    if not resume and out.exists() and any(p != path for p in out.iterdir()):
         raise ValueError(f"{out}: exists and is not empty. Go on with --resume, or choose another --out.")
+    flags = json.loads(json.dumps(vars(args)))
+    if (out / "resume" / "state.json").is_file() and path.is_file():
+        before = json.loads(path.read_text())["flags"]
+        changed = [k for k in flags if k not in FREE_FLAGS and k in before and before[k] != flags[k]]
+        if changed:
+            said = ", ".join(f"--{k.replace('_', '-')} {before[k]}" for k in changed)
+            raise ValueError(f"{out}: was begun with {said}. Resume with the same, or choose another --out.")
     out.mkdir(parents=True, exist_ok=True)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
     import transformers
-    write_json(out / "run.json", {"script": Path(sys.argv[0]).name, "flags": vars(args), "git": commit.stdout.strip() or None,
-                                  "torch": torch.__version__, "transformers": transformers.__version__,
-                                  "python": sys.version.split()[0], "world_size": dist.get_world_size()})
+    write_json(path, {"script": Path(sys.argv[0]).name, "flags": flags, "git": commit.stdout.strip() or None,
+                      "torch": torch.__version__, "transformers": transformers.__version__,
+                      "python": sys.version.split()[0], "world_size": dist.get_world_size()})
 
 
 def trim_log(path: Path, step: int) -> None:
@@ -548,9 +559,11 @@ def log_line(path: Path, **fields) -> None:
 # validation
 
 
-def open_validation(specs: list[str], files: list[str] | None, queries: int, image_root: str | None) -> list[tuple]:
+def open_validation(specs: list[str], files: list[str] | None, queries: int, image_root: str | None,
+                    label_type: str | None = None) -> list[tuple]:
     """-> (name, records, fixed queries) of each file; files None: val.jsonl beside each training file."""
-    opened = [(evaluate.dataset_name(path), Records(path, image_root)) for path in (sibling_val(specs) if files is None else files)]
+    paths = sibling_val(specs) if files is None else files
+    opened = [(evaluate.dataset_name(path), Records(path, image_root, label_type)) for path in paths]
     return [(name, records, evaluate.draw_queries(records, queries)) for name, records in opened]
 
 
@@ -610,7 +623,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     # data
     flag("--data", nargs="+", metavar="JSONL[:WEIGHT]", help="training files; default: the paper's mixture in data/")
     flag("--image-root", help="folder of the images, if not each jsonl's own")
-    flag("--label-type", choices=("euclidean", "z"), help="what the files hold, if they do not say")
+    flag("--label-type", choices=("euclidean", "z"), help="what the files hold, whatever their records say")
     flag("--tasks", nargs="+", default=["distance:1"], metavar="TASK[:WEIGHT]", help=f"of {', '.join(render.TASKS)}; "
          "Sec. 4, Other Tasks: equal weights")
     flag("--mix", metavar="FILE[:SHARE]", help=f"ordinary chat samples among the others, so that the model keeps other "
@@ -660,7 +673,12 @@ def images_to_see(datasets: list[tuple[Records, float]], samples: int, points: i
 
 def parse_weights(specs: list[str]) -> dict[str, float]:
     """['distance:1', 'speed'] -> weights of tasks."""
-    weights = {name: float(weight or 1) for name, _, weight in (s.partition(":") for s in specs)}
+    try:
+        weights = {name: float(weight or 1) for name, _, weight in (s.partition(":") for s in specs)}
+    except ValueError:
+        raise ValueError(f"--tasks {' '.join(specs)}: needs TASK or TASK:WEIGHT, such as distance:1.") from None
+    if not all(w > 0 and math.isfinite(w) for w in weights.values()):
+        raise ValueError(f"--tasks {' '.join(specs)}: weights need positive numbers.")
     unknown = [name for name in weights if name not in render.TASKS]
     if unknown:
         raise ValueError(f"task '{unknown[0]}' is unknown; there are {', '.join(render.TASKS)}.")
@@ -680,7 +698,9 @@ def run(args: argparse.Namespace) -> None:
     specs, tasks = args.data or default_data(), parse_weights(args.tasks)
     datasets = open_datasets(specs, args.image_root, args.label_type)
     images = images_to_see(datasets, steps * args.batch, args.points_per_image) if args.points_per_image else None
-    sets = open_validation(specs, args.val, args.val_queries, args.image_root) if args.val_every else []
+    sets = []
+    if args.val_every:
+        sets = open_validation(specs, args.val, args.val_queries, args.image_root, args.label_type)
     if rank == 0:
         open_run(out, args, args.resume)
         if args.model == "tiny" and not (out / "base" / "preprocessor_config.json").is_file():

@@ -343,6 +343,18 @@ def test_resumed_equals_uninterrupted(reference, distances, tmp_path):
     assert "from step 10" in again.stdout and len(losses(tmp_path / "run")) == 10
 
 
+def test_a_resumed_run_keeps_its_flags(distances, tmp_path):
+    """What would change what is learned is refused by name; what only changes how it runs is not."""
+    out = tmp_path / "run"
+    (out).mkdir()
+    (out / "run.json").write_text("{}")  # a start that failed does not block its folder
+    train(out, distances, "--stop-after", 1)
+    for flag, value in (("--lr", "3"), ("--marker", "dot"), ("--samples", "160")):
+        fails("--out", out, "--data", distances, *FLAGS, flag, value, "--resume", message=f"was begun with {flag}")
+    assert json.loads((out / "depthlm.json").read_text())["marker"] == "arrow"
+    train(out, distances, "--resume", "--micro-batch", 8, "--save-every", 5)
+
+
 def test_killed_at_any_moment_it_can_be_resumed(reference, distances, tmp_path):
     """kill -9 three times: while a state is being written, and at two other moments; the result is that of one run."""
     out = tmp_path / "run"
