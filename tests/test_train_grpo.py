@@ -613,7 +613,7 @@ def test_errors_are_one_line(taught, world, tmp_path, capsys, flags, message):
 
 
 def test_other_numbers_cannot_be_resumed_and_a_used_folder_is_left_alone(reference, taught, world, capsys):
-    for more, message in ((("--resume", "--group", 8), "--group 4"), (("--resume", "--batch", 8), "4 prompts a step"),
+    for more, message in ((("--resume", "--group", 8), "--group 4"), (("--resume", "--batch", 8), "--batch 4"),
                           (("--resume", "--seed", 1), "--seed 0"), ((), "exists and is not empty")):
         with pytest.raises(SystemExit):
             train_grpo.main(command(taught, world, reference, *more))
