@@ -365,12 +365,9 @@ def run(args: argparse.Namespace) -> None:
     reference = None
     if args.kl_coef > 0:  # always the model that the run started from, also when it is resumed
         reference = train_sft.shard_model(source, device, dtype, True).eval().requires_grad_(False)
-    first, bad, state = 0, 0, {"batch": batch, "group": args.group, "seed": args.seed}
+    first, bad = 0, 0
     if args.resume and (found := train_sft.load_resume(model, optimizer, out)):
         first, bad = found["step"], found["bad"]
-        if {k: found.get(k) for k in state} != state:
-            raise ValueError(f"{out}: was trained with {found['batch']} prompts a step, --group {found.get('group')} "
-                             f"--seed {found['seed']}; resume with the same.")
     if rank == 0:
         train_sft.trim_log(out / "log.jsonl", first or -1)
         count = sum(p.numel() for p in model.parameters())
@@ -437,7 +434,7 @@ def run(args: argparse.Namespace) -> None:
         if sets and (final or (step + 1) % args.val_every == 0):
             check(step + 1)
         if final or (step + 1) % args.save_every == 0:
-            train_sft.save_resume(model, optimizer, out, step + 1, {**state, "bad": bad})
+            train_sft.save_resume(model, optimizer, out, step + 1, {"bad": bad})
             train_sft.save_model(model, source, out, settings, dtype)
 
     # -------------------------------------------------------------------------------------------------- finish

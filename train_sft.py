@@ -719,8 +719,6 @@ def run(args: argparse.Namespace) -> None:
     first, bad = 0, 0
     if args.resume and (state := load_resume(model, optimizer, out)):
         first, bad = state["step"], state["bad"]
-        if state["batch"] != args.batch or state["seed"] != args.seed:
-            raise ValueError(f"{out}: was trained with --batch {state['batch']} --seed {state['seed']}; resume with the same.")
     if rank == 0:
         trim_log(out / "log.jsonl", first)
         count = sum(p.numel() for p in model.parameters())
@@ -765,7 +763,7 @@ def run(args: argparse.Namespace) -> None:
             if rank == 0:
                 tqdm.write(f"step {step + 1}/{steps}  " + "  ".join(f"{n} delta1 {s['delta1']:.3f}" for n, s in scores.items()))
         if final or (step + 1) % args.save_every == 0:
-            save_resume(model, optimizer, out, step + 1, {"bad": bad, "batch": args.batch, "seed": args.seed})
+            save_resume(model, optimizer, out, step + 1, {"bad": bad})
             save_model(model, source, out, settings, dtype)
 
     # -------------------------------------------------------------------------------------------------- finish
