@@ -633,13 +633,30 @@ def score(lines: list[dict]) -> dict:
     return out
 
 
+def compare(lines: list[dict], others: list[dict]) -> dict:
+    """Two predictions of the very same queries -> "delta1" of both, "difference" first minus second, and its 95 %
+    interval "ci": far narrower than those of the two apart, since a point that is hard is hard for both. Raises
+    ValueError if they answer other queries."""
+    def key(line):
+        return tuple(json.dumps(line.get(k)) for k in ("dataset", "task", "image", "image2", "pixel", "pixel2", "given"))
+
+    index = {key(line): line for line in others}
+    missing = sum(key(line) not in index for line in lines)
+    if missing or len(others) != len(lines):
+        raise ValueError(f"{len(lines)} and {len(others)} queries, {missing} of them not the same: only answers to the same "
+                         "queries can be compared (the same --data, --queries, --seed).")
+    true = np.array([line["true"] for line in lines], float)
+    hits = [within(np.array([np.nan if line["pred"] is None else line["pred"] for line in group], float), true, 1.25)
+            for group in (lines, [index[key(line)] for line in lines])]
+    gain = hits[0].astype(float) - hits[1]
+    return {"delta1": [float(h.mean()) for h in hits], "difference": float(gain.mean()),
+            "ci": interval(gain, np.array([line["image"] for line in lines])), "n": len(lines)}
+
+
 def summarize(lines: list[dict]) -> dict:
     """All predictions -> {"datasets": {name: metrics}, "average": {...}}, in the paper's order. Another task than distance
     is a column of its own, "name/task". Of several tasks: "tasks", the average of each, which "average" averages."""
-    groups: dict[str, list[dict]] = {}
-    for line in lines:
-        name = line.get("dataset", "data")
-        groups.setdefault(name if line.get("task", "distance") == "distance" else f"{name}/{line['task']}", []).append(line)
+    groups = by_column(lines)
     order = list(PAPER_ORDER)
     names = sorted(groups, key=lambda n: (order.index(n) if n in order else len(order), n))
     datasets = {name: score(groups[name]) for name in names}
@@ -649,6 +666,14 @@ def summarize(lines: list[dict]) -> dict:
         return {"datasets": datasets, "average": average(datasets.values())}
     averages = {task: average(d for name, d in datasets.items() if task_of(name) == task) for task in tasks}
     return {"datasets": datasets, "tasks": averages, "average": average(averages.values())}
+
+
+def by_column(lines: list[dict]) -> dict[str, list[dict]]:
+    groups: dict[str, list[dict]] = {}
+    for line in lines:
+        name = line.get("dataset", "data")
+        groups.setdefault(name if line.get("task", "distance") == "distance" else f"{name}/{line['task']}", []).append(line)
+    return groups
 
 
 def task_of(column: str) -> str:
@@ -793,6 +818,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     flag("--image-root", help="folder of the images, if not each jsonl's own")
     flag("--label-type", choices=("euclidean", "z"), help="what the files hold, whatever their records say")
     flag("--out", help="folder for predictions.jsonl and metrics.json; default: <checkpoint>/eval, out/constant, out/predictions")
+    flag("--overwrite", action="store_true", help="replace the evaluation that is in --out")
     # what is asked
     flag("--queries", type=int, default=NUM_QUERIES, help="random points a set (Sec. 3)")
     flag("--all", action="store_true", help="each labelled point once, instead")
@@ -804,6 +830,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     # instead of a model
     flag("--constant", type=float, metavar="NUMBER", help="always this answer (Tables 1 and 3: 2.0)")
     flag("--predictions", metavar="FILE", help="score these answers")
+    flag("--against", metavar="FILE", help="with --predictions: the difference of delta1 to these other answers to the "
+         "same queries, and its interval")
     flag("--export-queries", metavar="DIR", help="write images and questions, to be answered by any system and scored "
          "by --predictions")
     flag("--probe", metavar="FILE", help="ask these plain questions instead, and write probe.jsonl; with the "
@@ -852,25 +880,35 @@ def run_model(args, out: Path, groups: list) -> list[dict] | None:
     device = pick_device(args.device)
     settings = render.load_settings(args.checkpoint, render.given_settings(args), quiet=rank > 0)
     folder, dtype = render.find_checkpoint(args.checkpoint), pick_dtype(args.dtype, device)
-    if render.read_family(folder) in render.FAMILIES:
-        encoder, model = render.load_encoder(args.checkpoint), load_model(args.checkpoint, device, dtype)
-    else:
-        model, encoder = load_plain(args.checkpoint, device, dtype)
     weights = max((p.stat().st_mtime for p in Path(folder).glob("*.safetensors")), default=0)
     asked = {"checkpoint": args.checkpoint, "weights_time": weights, "settings": settings, "seed": args.seed, "all": args.all,
              "queries": args.queries, "decode": args.decode, "two_point": args.two_point, "label_type": args.label_type,
              "max_new_tokens": args.max_new_tokens,
              "data": [(r.path, task, len(pairs)) for _, r, task, pairs in groups]}
     asked = json.loads(json.dumps(asked))
-    run = out / "run.json"
+    run, finished = out / "run.json", out / "predictions.jsonl"
+
+    def begun() -> dict:
+        return json.loads(run.read_text()) if run.is_file() else {}
+
+    if finished.exists() and begun() == asked and not args.overwrite:
+        return read_predictions(finished) if rank == 0 else None
     if rank == 0:
         parts = list(out.glob("predictions.part-*.jsonl"))
-        if parts and (not run.is_file() or json.loads(run.read_text()) != asked):
-            raise ValueError(f"{out}: holds the beginning of another evaluation. Give another --out, or delete its "
-                             "predictions.part-*.jsonl.")
+        if (parts or finished.exists()) and begun() != asked:
+            other = ", ".join(k for k in asked if begun().get(k) != asked[k])
+            if not args.overwrite:
+                raise ValueError(f"{out}: holds another evaluation (another {other}). Give another --out, or --overwrite.")
+            for path in parts:
+                path.unlink()
+        finished.unlink(missing_ok=True)
         write_text(run, json.dumps(asked, indent=2) + "\n")
-    while not run.is_file() or json.loads(run.read_text()) != asked:  # rank 0 looks before anyone leaves a part
+    while begun() != asked:  # rank 0 looks before anyone leaves a part
         time.sleep(0.1)
+    if render.read_family(folder) in render.FAMILIES:
+        encoder, model = render.load_encoder(args.checkpoint), load_model(args.checkpoint, device, dtype)
+    else:
+        model, encoder = load_plain(args.checkpoint, device, dtype)
     done = read_parts(out)
     number, forwards, asked_now = 0, 0, 0
     total = sum(len(pairs) for *_, pairs in groups)
@@ -933,6 +971,8 @@ def main(argv=None) -> None:
         given = sum(source is not None for source in sources)
         if given != 1 if not args.export_queries else sources[1:] != [None, None]:
             raise ValueError("give one of: a checkpoint, --constant NUMBER, --predictions FILE, --export-queries DIR.")
+        if args.against and not args.predictions:
+            raise ValueError("--against FILE: needs --predictions FILE, the answers that it is compared with.")
         kind = "constant" if args.constant is not None else "predictions"
         out = Path(args.out or (Path(args.checkpoint) / ("eval" if args.decode == "greedy" else f"eval_{args.decode}") if args.checkpoint and Path(args.checkpoint).is_dir()
                                 else Path("out") / (args.checkpoint or kind).replace("/", "--")))
@@ -957,8 +997,16 @@ def main(argv=None) -> None:
             write_text(out / "predictions.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
         if lines is not None:
             result = summarize(lines)
+            shown = table(result)
+            if args.against:
+                others = by_column(read_predictions(Path(args.against)))
+                result["against"] = {name: compare(group, others.get(name, [])) for name, group in by_column(lines).items()}
+                shown += "".join(
+                    f"\n{name}: delta1 {c['delta1'][0]:.3f}, of {args.against} {c['delta1'][1]:.3f}: {c['difference']:+.3f}"
+                    + (f", 95 % interval {c['ci'][0]:+.3f} to {c['ci'][1]:+.3f}" if c["ci"] else "")
+                    for name, c in result["against"].items())
             write_text(out / "metrics.json", json.dumps(result, indent=2) + "\n")
-            print(table(result))
+            print(shown)
             print(f"{out}/metrics.json")
     except (ValueError, OSError) as e:
         fail(e)

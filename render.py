@@ -616,7 +616,8 @@ def find_checkpoint(path: str) -> str:
             raise ValueError(f"{path}: has no config.json, so it is not a checkpoint folder. Give the folder that "
                              "train_sft.py wrote (ckpt/<run>), or a Hugging Face repository name.")
         return str(path)
-    if Path(path).exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") != 1 or path.endswith("/"):
+    if Path(path).exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") != 1 or path.endswith("/") \
+            or Path(path).parent.is_dir():  # ckpt/tpyo is a slip, and no repository of a user named ckpt
         raise ValueError(f"{path}: no such checkpoint folder.")
     from huggingface_hub import snapshot_download
     try:

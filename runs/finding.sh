@@ -1,7 +1,8 @@
-# Sourced by finding1.sh, finding3.sh and finding4.sh: how a variant is trained and scored, and where.
+# Sourced by finding1.sh to finding4.sh: how a variant is trained and scored, and where.
 #   bash runs/findingN.sh [--gpu] [--seeds 3] [--samples 16000]
-# CPU: the toy recipe with 32,000 samples a variant. --gpu: a larger model and 400,000 samples on all GPUs. Given again, a
-# command goes on where it was. Log, checkpoints, table.md and picture.png are in out/findingN (out/findingN-gpu).
+# CPU: the toy recipe, as many variants side by side as there are cores, one thread each. --gpu: a larger model and
+# 400,000 samples, one variant after another on all GPUs. Given again, a command goes on where it was. Log, checkpoints,
+# table.md and picture.png are in out/findingN (out/findingN-gpu).
 set -euo pipefail
 name=$(basename "$0" .sh) gpu= seeds=1 samples=
 while (($#)); do
@@ -14,26 +15,26 @@ while (($#)); do
   shift
 done
 if [ "$gpu" ]; then
-  name=$name-gpu samples=${samples:-400000} launch=(torchrun --standalone --nproc-per-node gpu)
-  size=(--samples "$samples" --tiny hidden=384 heads=6 vision_layers=4 text_layers=4 init_std=0.04
-        --lr 1e-3 --batch 64 --workers 8)
-else  # two processes of one thread are faster on two cores than one process of two
-  export OMP_NUM_THREADS=1
-  samples=${samples:-32000} launch=(torchrun --standalone --nproc-per-node 2) size=(--samples "$samples")
+  name=$name-gpu samples=${samples:-400000} jobs=1
+  export LAUNCH="torchrun --standalone --nproc-per-node gpu"
+  size="--tiny hidden=384 heads=6 vision_layers=4 text_layers=4 init_std=0.04 --lr 1e-3 --batch 64 --workers 8"
+else
+  samples=${samples:-32000} jobs=$(getconf _NPROCESSORS_ONLN) size=
+  export LAUNCH=python OMP_NUM_THREADS=1
 fi
 mkdir -p "out/$name"
 exec > >(tee -a "out/$name/log.txt") 2>&1
 
-variant() {  # name, data folder, more flags of train_sft.py
-  local label=$1 data=$2 seed out
+variant() {  # name, data folder, script and its flags: written down, once a seed; run by run_variants
+  local label=$1 data=$2 seed
   shift 2
   for seed in $(seq 0 $((seeds - 1))); do
-    out=out/$name/$label-$seed
-    if [ ! -f "$out/eval/metrics.json" ]; then
-      echo "== $label, seed $seed: $*"
-      "${launch[@]}" train_sft.py @runs/toy.args "${size[@]}" --data "$data/train.jsonl" --val-every 0 --seed "$seed" \
-        "$@" --out "$out" --resume
-      python evaluate.py "$out" --data "$data/val.jsonl" --queries 2000
-    fi
-  done
+    echo "out/$name/$label-$seed" "$data/val.jsonl" "$@" --seed "$seed"
+  done >> "out/$name/todo"
 }
+
+run_variants() {  # all that are written down; the log has the name of each before its lines
+  xargs -P "$jobs" -L 1 bash runs/variant.sh < "out/$name/todo"
+  rm "out/$name/todo"
+}
+rm -f "out/$name/todo"

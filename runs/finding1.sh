@@ -2,8 +2,10 @@
 # Finding 1 (Sec. 3.1, Fig. 2): models understand a marker on the image better than coordinates in the text.
 cd "$(dirname "$0")/.." && . runs/finding.sh
 [ -f data/toy/val.jsonl ] || python prepare.py --dataset toy
-variant arrow data/toy --marker arrow
-variant cross data/toy --marker cross
-variant dot data/toy --marker dot
-variant text data/toy --prompt text
+train="train_sft.py @runs/toy.args $size --data data/toy/train.jsonl --samples $samples --val-every 0"
+variant arrow data/toy $train --marker arrow
+variant cross data/toy $train --marker cross
+variant dot data/toy $train --marker dot
+variant text data/toy $train --prompt text
+run_variants
 python runs/findings.py "out/$name" "Finding 1: how the pixel is named" arrow cross dot text

@@ -1,45 +1,87 @@
 """
-The table and the picture of a finding: out/<finding>/<variant>-<seed>/eval/metrics.json -> table.md, picture.png.
+The table and the picture of a finding: out/<finding>/<variant>-<seed>/eval/ of each variant -> table.md, picture.png.
 
     python runs/findings.py out/finding1 "Finding 1: how the pixel is named" arrow cross dot text
+
+The first variant is compared with each of the others. With several seeds the intervals are over seeds (Student's t, and
+the difference seed by seed); with one they are over images, of this one training run.
 """
 import json
+import math
+import statistics
 import sys
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import evaluate  # noqa: E402
 
-def read_variant(out: Path, label: str) -> dict:
-    """All seeds of a variant -> delta1 of each, the widest 95 % interval ends over images, best constant."""
-    sets = [next(iter(json.loads(path.read_text())["datasets"].values()))
-            for path in sorted(out.glob(f"{label}-*/eval/metrics.json"))]
-    if not sets:
+T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # Student's t, by the number of seeds
+
+
+def read_variant(out: Path, label: str) -> list[Path]:
+    """Folders of all finished seeds of a variant, in their order."""
+    found = sorted(path.parent for path in out.glob(f"{label}-*/eval/metrics.json")
+                   if path.parent.parent.name.removeprefix(f"{label}-").isdigit())
+    if not found:
         raise SystemExit(f"error: {out}/{label}-*/eval/metrics.json: none; run the finding's shell script.")
-    return {"delta1": [s["delta1"] for s in sets], "low": min(s["delta1_ci"][0] for s in sets),
-            "high": max(s["delta1_ci"][1] for s in sets), "constant": sets[0]["best_constant"]["delta1"]}
+    return found
+
+
+def score(folder: Path) -> dict:
+    return next(iter(json.loads((folder / "metrics.json").read_text())["datasets"].values()))
+
+
+def over_seeds(values: list[float]) -> tuple[float, float, float]:
+    """-> mean, ends of its 95 % interval."""
+    mean = statistics.mean(values)
+    half = T95[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
+    return mean, mean - half, mean + half
+
+
+def summarize(out: Path, labels: tuple[str, ...]) -> dict[str, dict]:
+    """-> label -> delta1 of each seed, (mean, low, high), and (the first variant minus it, low, high)."""
+    folders, rows = {label: read_variant(out, label) for label in labels}, {}
+    if len({len(seeds) for seeds in folders.values()}) > 1:
+        raise SystemExit(f"error: {out}: not all variants have the same seeds; give the finding's command again.")
+    for label, seeds in folders.items():
+        scores, first = [score(folder) for folder in seeds], folders[labels[0]]
+        delta1 = [s["delta1"] for s in scores]
+        if len(seeds) > 1:
+            mean, less = over_seeds(delta1), over_seeds([score(a)["delta1"] - d for a, d in zip(first, delta1)])
+        else:
+            mean = (delta1[0], *scores[0]["delta1_ci"])
+            found = evaluate.compare(*(evaluate.read_predictions(f[0] / "predictions.jsonl") for f in (first, seeds)))
+            less = (found["difference"], *found["ci"])
+        rows[label] = {"delta1": delta1, "mean": mean, "less": None if label == labels[0] else less,
+                       "constant": scores[0]["best_constant"]["delta1"]}
+    return rows
 
 
 def table(rows: dict[str, dict]) -> str:
-    lines = ["| variant | delta1 (mean) | each seed | 95 % interval over images | best constant |", "|---" * 5 + "|"]
+    first, row = next(iter(rows.items()))
+    over = f"{len(row['delta1'])} seeds" if len(row["delta1"]) > 1 else "images"
+    lines = [f"| variant | delta1 | 95 % interval over {over} | each seed | {first} minus it |", "|---" * 5 + "|"]
     for label, row in rows.items():
-        mean = sum(row["delta1"]) / len(row["delta1"])
-        seeds = " ".join(f"{d:.3f}" for d in row["delta1"])
-        lines.append(f"| {label} | {mean:.3f} | {seeds} | {row['low']:.3f}-{row['high']:.3f} | {row['constant']:.3f} |")
-    return "\n".join(lines)
+        seeds, less = " ".join(f"{d:.3f}" for d in row["delta1"]), ""
+        if row["less"]:
+            less = "{:+.3f} ({:+.3f} to {:+.3f})".format(*row["less"])
+        lines.append("| {} | {:.3f} | {:.3f}-{:.3f} | {} | {} |".format(label, *row["mean"], seeds, less))
+    return "\n".join([*lines, f"| best constant | {row['constant']:.3f} | | | |"])
 
 
 def picture(title: str, rows: dict[str, dict]) -> Image.Image:
     """Bars of the mean, the interval as a line, each seed as a dot."""
-    left, width, gap = 110, 480, 30
+    left, width, gap = 130, 480, 30
     image = Image.new("RGB", (left + width + 60, 40 + gap * len(rows) + 30), "white")
     draw = ImageDraw.Draw(image)
     draw.text((8, 8), f"{title}: delta1 on the toy world", "black")
     for k, (label, row) in enumerate(rows.items()):
-        y, mean = 36 + gap * k, sum(row["delta1"]) / len(row["delta1"])
+        y, (mean, low, high) = 36 + gap * k, row["mean"]
         draw.text((8, y + 3), label, "black")
         draw.rectangle((left, y, left + width * mean, y + 16), fill=(120, 160, 220))
-        draw.line((left + width * row["low"], y + 8, left + width * row["high"], y + 8), "black")
+        draw.line((left + width * max(0, low), y + 8, left + width * min(1, high), y + 8), "black")
         for d in row["delta1"]:
             draw.ellipse((left + width * d - 2, y + 6, left + width * d + 2, y + 10), fill="black")
         draw.text((left + width + 8, y + 3), f"{mean:.3f}", "black")
@@ -52,7 +94,7 @@ def picture(title: str, rows: dict[str, dict]) -> Image.Image:
 
 
 def main(out: str, title: str, *labels: str) -> None:
-    rows = {label: read_variant(Path(out), label) for label in labels}
+    rows = summarize(Path(out), labels)
     text = f"{title}\n\n{table(rows)}\n"
     (Path(out) / "table.md").write_text(text)
     picture(title, rows).save(Path(out) / "picture.png")

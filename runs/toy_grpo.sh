@@ -11,15 +11,5 @@ torchrun --standalone --nproc-per-node 2 train_grpo.py @runs/toy_grpo.args --res
 for run in toy_early toy_grpo; do
     python evaluate.py ckpt/$run --data data/toy/val.jsonl --queries 2000
 done
-python - <<'END'
-import json
-import numpy as np
-import evaluate
-lines = [[json.loads(t) for t in open(f"ckpt/{run}/eval/predictions.jsonl")] for run in ("toy_early", "toy_grpo")]
-true = np.array([line["true"] for line in lines[0]])
-before, after = (evaluate.within(np.array([np.nan if line["pred"] is None else line["pred"] for line in x]), true, 1.25)
-                 for x in lines)
-gain = after.astype(float) - before
-low, high = evaluate.interval(gain, np.array([line["image"] for line in lines[0]]))
-print(f"greedy delta1 {before.mean():.3f} -> {after.mean():.3f}: {gain.mean():+.3f}, 95 % interval {low:+.3f} to {high:+.3f}")
-END
+python evaluate.py --predictions ckpt/toy_grpo/eval/predictions.jsonl --against ckpt/toy_early/eval/predictions.jsonl \
+    --out ckpt/toy_grpo/against_early

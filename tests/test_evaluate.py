@@ -3,6 +3,8 @@ import itertools
 import json
 import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ from PIL import Image
 
 import evaluate
 import render
-from conftest import make_world, noise, plain_inputs, run_script, stock, views_for, write_jsonl
+from conftest import ROOT, make_world, noise, plain_inputs, run_script, stock, views_for, write_jsonl
 
 CPU = torch.device("cpu")
 
@@ -472,6 +474,49 @@ def test_sets_without_poses(world, moving, tmp_path, capsys):
     assert "pose" in fails(capsys, "--constant", "0.5", "--out", tmp_path / "e", "--tasks", "motion", "--data", world)
 
 
+def test_difference_on_the_same_queries(tmp_path, capsys):
+    """By hand: 6 of 8 against 4 of 8. Image by image the gain is always a quarter, so its interval has no width, though
+    those of the two are wide. Lines may come in another order; other queries are refused."""
+    true = [1.0, 1.0, 1.0, 1.0] * 2
+    ours, theirs = ([{**line, "image": f"{k // 4}.png", "pixel": [k % 4, 0]} for k, line in enumerate(predictions(pred, true))]
+                    for pred in ([1.0, 1.1, 0.9, 3.0] * 2, [1.0, 0.9, 2.0, None] * 2))
+    found = evaluate.compare(ours, theirs[::-1])
+    assert found == {"delta1": [0.75, 0.5], "difference": 0.25, "ci": [0.25, 0.25], "n": 8}
+    with pytest.raises(ValueError, match="1 of them not the same"):
+        evaluate.compare(ours, [*theirs[:7], {**theirs[7], "pixel": [9, 9]}])
+    for name, lines in (("a", ours), ("b", theirs)):
+        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    evaluate.main(["--predictions", str(tmp_path / "a"), "--against", str(tmp_path / "b"), "--out", str(tmp_path / "out")])
+    assert "delta1 0.750" in capsys.readouterr().out.splitlines()[-2]
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["against"]["data"] == found
+    assert "--predictions" in fails(capsys, "--constant", 2, "--against", tmp_path / "b")
+
+
+def test_table_of_a_finding(tmp_path):
+    """Three seeds by hand: mean 0.6, standard error 0.1 / sqrt(3), t of two degrees of freedom."""
+    def write(label, seed, delta1):
+        folder = tmp_path / f"{label}-{seed}" / "eval"
+        folder.mkdir(parents=True)
+        (folder / "metrics.json").write_text(json.dumps({"datasets": {"toy": {
+            "delta1": delta1, "delta1_ci": [0.1, 0.9], "best_constant": {"delta1": 0.4}}}}))
+
+    for seed, delta1 in enumerate((0.5, 0.6, 0.7)):
+        write("a", seed, delta1)
+        write("b", seed, delta1 - 0.1)
+        write("a-wide", seed, 0.9)
+    command = [sys.executable, ROOT / "runs" / "findings.py", tmp_path, "Finding 0", "a", "b"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    half = 4.303 * 0.1 / 3 ** 0.5
+    rows = [[cell.strip() for cell in line.split("|")] for line in (tmp_path / "table.md").read_text().splitlines() if "|" in line]
+    assert rows[2][1:5] == ["a", "0.600", f"{0.6 - half:.3f}-{0.6 + half:.3f}", "0.500 0.600 0.700"]
+    assert rows[3][2] == "0.500" and rows[3][5] == "+0.100 (+0.100 to +0.100)" and rows[4][2] == "0.400"
+    assert Image.open(tmp_path / "picture.png").size[0] > 500
+    shutil.rmtree(tmp_path / "b-2")  # a variant that did not end must not look like one with fewer seeds
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode and "same seeds" in done.stderr
+
+
 @pytest.fixture(scope="module")
 def reference(speaker, world, tmp_path_factory):
     """The uninterrupted evaluation in one process -> out folder, metrics."""
@@ -532,7 +577,21 @@ def test_resume(reference, speaker, world, tmp_path, monkeypatch):
     assert run(speaker, world, out, "--max-new-tokens", 20) == reference[1] and sum(asked) == 34
     assert (out / "predictions.jsonl").read_bytes() == (reference[0] / "predictions.jsonl").read_bytes()
     assert not list(out.glob("predictions.part-*"))
-    assert run(speaker, world, out, "--max-new-tokens", 20) == reference[1]  # into the folder of a finished run
+    asked.clear()
+    assert run(speaker, world, out, "--max-new-tokens", 20) == reference[1] and not asked  # finished: read, not asked
+
+
+def test_finished_evaluation_is_kept(speaker, world, tmp_path, capsys):
+    """Another question into the same folder would lose the answers that are there: only with --overwrite."""
+    out = tmp_path / "eval"
+    first = run(speaker, world, out, "--max-new-tokens", 8)
+    kept = (out / "predictions.jsonl").read_bytes()
+    other = [speaker, "--data", world, "--out", out, "--all", "--focal", 120, "--max-new-tokens", 8, "--workers", 0]
+    assert "another settings" in fails(capsys, *other) and (out / "predictions.jsonl").read_bytes() == kept
+    evaluate.main([*map(str, other), "--overwrite"])
+    assert json.loads((out / "run.json").read_text())["settings"]["focal"] == 120
+    assert (out / "predictions.jsonl").read_bytes() != kept and not list(out.glob("predictions.part-*"))
+    assert run(speaker, world, out, "--max-new-tokens", 8, "--overwrite") == first
 
 
 def test_other_parts_are_refused(speaker, world, tmp_path, monkeypatch, capsys):

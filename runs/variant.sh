@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# One variant of a finding, for finding.sh: train it and score it, unless that was done.
+#   bash runs/variant.sh OUT VAL.jsonl SCRIPT [FLAG ...]
+set -euo pipefail
+out=$1 val=$2
+shift 2
+[ ! -f "$out/eval/metrics.json" ] || exit 0
+{
+  echo "$*"
+  $LAUNCH "$@" --out "$out" --resume
+  python evaluate.py "$out" --data "$val" --queries 2000 --workers 0
+} 2>&1 | while IFS= read -r line; do echo "$(basename "$out"): $line"; done
