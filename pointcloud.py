@@ -201,7 +201,8 @@ def ask_grid(ask, pixels: np.ndarray, part: Path, done: dict, asked: dict, batch
     if kept:
         print(f"{part}: goes on behind {kept:,} answers", flush=True)
     times, unparsed = [time.time()], sum(line["pred"] is None for line in lines)
-    with open(part, "a") as file, tqdm(total=len(order), initial=kept, desc="queries", dynamic_ncols=True) as bar:
+    with open(part, "a") as file, tqdm(total=len(order), initial=kept, desc="queries", disable=None,
+                                         dynamic_ncols=True) as bar:
         for batch in ask(pixels=pixels, first=kept):
             file.write("".join(json.dumps(line) + "\n" for line in batch))
             file.flush()
@@ -380,6 +381,8 @@ def open_input(args) -> tuple:
         path, image, intrinsics, labels = open_record(args.photo, args.record, args.image_root)
     elif args.photo.endswith(".jsonl"):
         raise ValueError(f"{args.photo}: say which of its records, with --record N (0 is the first).")
+    elif not Path(args.photo).is_file():
+        raise ValueError(f"{args.photo}: no such photo.")
     else:
         path, image = args.photo, render.open_image(args.photo)
         intrinsics, source = photo_camera(path, image.size, args.photo_focal, args.fov, args.center)

@@ -25,15 +25,17 @@ fi
 mkdir -p "out/$name"
 exec > >(tee -a "out/$name/log.txt") 2>&1
 
-variant() {  # name, data folder, script and its flags: written down, once a seed; run by run_variants
+variant() {  # name, data folder, script and its flags: written down, once for each seed from 1 on
   local label=$1 data=$2 seed
   shift 2
-  for seed in $(seq 0 $((seeds - 1))); do
+  for seed in ${only:-$(seq "$seeds")}; do
     echo "out/$name/$label-$seed" "$data/val.jsonl" "$@" --seed "$seed"
   done >> "out/$name/todo"
 }
 
-run_variants() {  # all that are written down; the log has the name of each before its lines
+start() { only=0 variant "$@"; }  # what other variants go on from: of one seed, which none of them has
+
+run_variants() {  # all that are written down; in the log each line begins with its variant
   xargs -P "$jobs" -L 1 bash runs/variant.sh < "out/$name/todo"
   rm "out/$name/todo"
 }

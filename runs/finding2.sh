@@ -5,27 +5,15 @@
 # there. SFT gets four times the samples, for the comparison by seconds. Beside finding.sh's files: curves.md, curves.png.
 cd "$(dirname "$0")/.." && . runs/finding.sh
 [ -f data/toy/val.jsonl ] || python prepare.py --dataset toy
-more=$((samples / 10)) start=out/$name/start-0
-check=(--val-every 10 --val-queries 1000 --val-batch 50)
-
-finish() {  # script, folder, flags: train, then score
-  local script=$1 out=$2
-  shift 2
-  if [ ! -f "$out/eval/metrics.json" ]; then
-    echo "== $out: $script $*"
-    "${launch[@]}" "$script" "$@" --out "$out" --resume
-    python evaluate.py "$out" --data data/toy/val.jsonl --queries 2000
-  fi
-}
-
-finish train_sft.py "$start" @runs/toy.args "${size[@]}" --prompt release --samples $((samples / 2)) --val-every 0
-for seed in $(seq 0 $((seeds - 1))); do
-  for reward in l1 l2 absrel delta1; do
-    finish train_grpo.py "out/$name/$reward-$seed" @runs/toy_grpo.args --model "$start" --samples $more \
-      --reward $reward "${check[@]}" --seed $((seed + 1))
-  done
-  finish train_sft.py "out/$name/sft-$seed" @runs/toy.args --model "$start" --prompt release --samples $((4 * more)) \
-    --batch 32 --lr 3e-4 --schedule constant --warmup 0 "${check[@]}" --seed $((seed + 1))
+more=$((samples / 10)) check="--val-every 10 --val-queries 1000 --val-batch 50"
+sft="train_sft.py @runs/toy.args $size --data data/toy/train.jsonl --prompt release"
+start start data/toy $sft --samples $((samples / 2)) --val-every 0
+run_variants
+for reward in l1 l2 absrel delta1; do
+  variant $reward data/toy train_grpo.py @runs/toy_grpo.args --model "out/$name/start-0" --samples $more --reward $reward $check
 done
-python runs/findings.py "out/$name" "Finding 2a: rewards of GRPO, $more prompts" start l1 l2 absrel delta1
+variant sft data/toy $sft --model "out/$name/start-0" --samples $((4 * more)) --batch 32 --lr 3e-4 --schedule constant \
+  --warmup 0 $check
+run_variants
+python runs/findings.py "out/$name" "Finding 2a: rewards of GRPO, $more prompts" l1 l2 absrel delta1 start
 python runs/finding2.py "out/$name"

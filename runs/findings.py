@@ -43,9 +43,12 @@ def over_seeds(values: list[float]) -> tuple[float, float, float]:
 def summarize(out: Path, labels: tuple[str, ...]) -> dict[str, dict]:
     """-> label -> delta1 of each seed, (mean, low, high), and (the first variant minus it, low, high)."""
     folders, rows = {label: read_variant(out, label) for label in labels}, {}
-    if len({len(seeds) for seeds in folders.values()}) > 1:
-        raise SystemExit(f"error: {out}: not all variants have the same seeds; give the finding's command again.")
+    number = max(len(seeds) for seeds in folders.values())
     for label, seeds in folders.items():
+        if [seed.parent.name for seed in seeds] == [f"{label}-0"]:  # what the others went on from
+            seeds = seeds * number
+        if len(seeds) != number:
+            raise SystemExit(f"error: {out}: not all variants have the same seeds; give the finding's command again.")
         scores, first = [score(folder) for folder in seeds], folders[labels[0]]
         delta1 = [s["delta1"] for s in scores]
         if len(seeds) > 1:

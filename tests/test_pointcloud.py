@@ -403,7 +403,7 @@ def test_bad_flags(tmp_path, tiny, photo, capsys, flags, words):
 
 
 def test_bad_photo(tmp_path, tiny, photo, world, capsys):
-    assert "no such image" in error_of(capsys, tiny, tmp_path / "none.jpg", "--focal", 80)
+    assert "no such photo" in error_of(capsys, tiny, tmp_path / "none.jpg", "--focal", 80)
     (tmp_path / "cut.png").write_bytes(photo.read_bytes()[:300])
     assert "cut.png" in error_of(capsys, tiny, tmp_path / "cut.png", "--focal", 80)
     (tmp_path / "text.jpg").write_text("no image")

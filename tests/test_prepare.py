@@ -236,6 +236,22 @@ def test_toy_views_agree(toy):
             assert shared.any(1).mean() > 0.6
 
 
+def test_toy_lenses_in_daylight(tmp_path):
+    """Images of one size and of all four focal lengths; the floor is 1.5 m below each camera, and brightness tells no
+    distance."""
+    flags = ("--dataset", "toy", "--out", tmp_path, "--images", 60, "--val-images", 5, "--light", "ambient", "--lenses", "four")
+    code, message = run(*flags)
+    assert code == 0, message
+    rows = records(tmp_path, "train")
+    assert {tuple(r["intrinsics"][4:]) for r in rows} == {(112, 112)}
+    assert {(round(r["intrinsics"][0]), round(r["intrinsics"][1])) for r in rows} == {(f, f) for f in (80, 100, 133, 200)}
+    assert all(r["pose"][11] == 1.5 and abs(min(0, world(r)[:, 2].min())) < 2e-3 for r in rows)
+    assert min(world(r)[:, 2].min() for r in rows) == pytest.approx(0, abs=2e-3)
+    light, depth = zip(*((np.asarray(Image.open(tmp_path / r["image"]).convert("RGB")).max(-1)[tuple(np.array(
+        r["pixel_coords"]).T[::-1])], np.log(r["depth"])) for r in rows))
+    assert abs(np.corrcoef(np.concatenate(light), np.concatenate(depth))[0, 1]) < 0.5
+
+
 # ---- resume after a kill ----
 
 def start(*args, cwd):
