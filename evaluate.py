@@ -541,7 +541,7 @@ def probe(model, encoder: Encoder, chats: list[dict], max_new_tokens: int = 64) 
         views = render.chat_views(chat, encoder.grid)
         tokens = answer(model, encoder, [render.encode(encoder, views, chat["question"])], None, max_new_tokens)[0][0]
         text = decode_text(encoder, tokens)
-        former = chat.get("answer") or text
+        former = chat.get("answer", text)
         row = render.encode(encoder, views, chat["question"], render.answer_tokens(encoder, former) or [encoder.end_id])
         batch = render.pack([row])
         inputs = cast(render.model_inputs(batch, encoder, model.device), model)
@@ -817,7 +817,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     flag("--data", nargs="+", metavar="JSONL", help="default: every data/*/val.jsonl")
     flag("--image-root", help="folder of the images, if not each jsonl's own")
     flag("--label-type", choices=("euclidean", "z"), help="what the files hold, whatever their records say")
-    flag("--out", help="folder for predictions.jsonl and metrics.json; default: <checkpoint>/eval, out/constant, out/predictions")
+    flag("--out", help="folder for predictions.jsonl and metrics.json; default: <checkpoint>/eval, out/constant, "
+         "out/predictions")
     flag("--overwrite", action="store_true", help="replace the evaluation that is in --out")
     # what is asked
     flag("--queries", type=int, default=NUM_QUERIES, help="random points a set (Sec. 3)")
@@ -869,8 +870,41 @@ def list_queries(args, tasks: list[str]) -> list[tuple[str, Records, str, list]]
     return groups
 
 
+def default_out(args) -> Path:
+    """A checkpoint folder keeps its evaluation; other decoding than the paper's has a folder of its own."""
+    if args.checkpoint and Path(args.checkpoint).is_dir():
+        return Path(args.checkpoint) / ("eval" if args.decode == "greedy" else f"eval_{args.decode}")
+    kind = args.checkpoint or ("constant" if args.constant is not None else "predictions")
+    return Path("out") / kind.replace("/", "--")
+
+
 def trained_tasks(checkpoint: str | None) -> list[str]:
     return render.load_settings(checkpoint, quiet=True)["tasks"] if checkpoint else ["distance"]
+
+
+def claim(out: Path, asked: dict, rank: int, overwrite: bool) -> bool:
+    """Make `out` the folder of the evaluation `asked` -> whether it is finished already. Raises ValueError if it holds
+    another one, finished or not. The other ranks wait for rank 0's word, or it would take their parts for old ones."""
+    run, finished = out / "run.json", out / "predictions.jsonl"
+
+    def begun() -> dict:
+        return json.loads(run.read_text()) if run.is_file() else {}
+
+    if finished.exists() and begun() == asked and not overwrite:
+        return True
+    if rank == 0:
+        parts = list(out.glob("predictions.part-*.jsonl"))
+        if (parts or finished.exists()) and begun() != asked:
+            other = ", ".join(k for k in asked if begun().get(k) != asked[k])
+            if not overwrite:
+                raise ValueError(f"{out}: holds another evaluation (another {other}). Give another --out, or --overwrite.")
+            for path in parts:
+                path.unlink()
+        finished.unlink(missing_ok=True)
+        write_text(run, json.dumps(asked, indent=2) + "\n")
+    while begun() != asked:
+        time.sleep(0.1)
+    return False
 
 
 def run_model(args, out: Path, groups: list) -> list[dict] | None:
@@ -885,26 +919,8 @@ def run_model(args, out: Path, groups: list) -> list[dict] | None:
              "queries": args.queries, "decode": args.decode, "two_point": args.two_point, "label_type": args.label_type,
              "max_new_tokens": args.max_new_tokens,
              "data": [(r.path, task, len(pairs)) for _, r, task, pairs in groups]}
-    asked = json.loads(json.dumps(asked))
-    run, finished = out / "run.json", out / "predictions.jsonl"
-
-    def begun() -> dict:
-        return json.loads(run.read_text()) if run.is_file() else {}
-
-    if finished.exists() and begun() == asked and not args.overwrite:
-        return read_predictions(finished) if rank == 0 else None
-    if rank == 0:
-        parts = list(out.glob("predictions.part-*.jsonl"))
-        if (parts or finished.exists()) and begun() != asked:
-            other = ", ".join(k for k in asked if begun().get(k) != asked[k])
-            if not args.overwrite:
-                raise ValueError(f"{out}: holds another evaluation (another {other}). Give another --out, or --overwrite.")
-            for path in parts:
-                path.unlink()
-        finished.unlink(missing_ok=True)
-        write_text(run, json.dumps(asked, indent=2) + "\n")
-    while begun() != asked:  # rank 0 looks before anyone leaves a part
-        time.sleep(0.1)
+    if claim(out, json.loads(json.dumps(asked)), rank, args.overwrite):
+        return read_predictions(out / "predictions.jsonl") if rank == 0 else None
     if render.read_family(folder) in render.FAMILIES:
         encoder, model = render.load_encoder(args.checkpoint), load_model(args.checkpoint, device, dtype)
     else:
@@ -914,7 +930,8 @@ def run_model(args, out: Path, groups: list) -> list[dict] | None:
     total = sum(len(pairs) for *_, pairs in groups)
     mine = sum(len(range(rank, len(pairs), world)) for *_, pairs in groups)
     part = out / f"predictions.part-{rank}-of-{world}-{time.time_ns()}.jsonl"
-    with tqdm(total=mine, disable=rank > 0 or not sys.stderr.isatty(), desc="queries", dynamic_ncols=True) as bar, open(part, "w") as file:
+    bar = tqdm(total=mine, disable=rank > 0 or not sys.stderr.isatty(), desc="queries", dynamic_ncols=True)
+    with bar, open(part, "w") as file:
         for name, records, task, pairs in groups:
             numbered = [(number + k, pair) for k, pair in enumerate(pairs)][rank::world]
             number += len(pairs)
@@ -973,9 +990,7 @@ def main(argv=None) -> None:
             raise ValueError("give one of: a checkpoint, --constant NUMBER, --predictions FILE, --export-queries DIR.")
         if args.against and not args.predictions:
             raise ValueError("--against FILE: needs --predictions FILE, the answers that it is compared with.")
-        kind = "constant" if args.constant is not None else "predictions"
-        out = Path(args.out or (Path(args.checkpoint) / ("eval" if args.decode == "greedy" else f"eval_{args.decode}") if args.checkpoint and Path(args.checkpoint).is_dir()
-                                else Path("out") / (args.checkpoint or kind).replace("/", "--")))
+        out = Path(args.out or default_out(args))
         if args.checkpoint:
             render.find_checkpoint(args.checkpoint)
         if args.predictions:
@@ -999,8 +1014,9 @@ def main(argv=None) -> None:
             result = summarize(lines)
             shown = table(result)
             if args.against:
-                others = by_column(read_predictions(Path(args.against)))
-                result["against"] = {name: compare(group, others.get(name, [])) for name, group in by_column(lines).items()}
+                both, others = by_column(lines), by_column(read_predictions(Path(args.against)))
+                both = {name: group for name, group in both.items() if name in others} or both
+                result["against"] = {name: compare(group, others.get(name, [])) for name, group in both.items()}
                 shown += "".join(
                     f"\n{name}: delta1 {c['delta1'][0]:.3f}, of {args.against} {c['delta1'][1]:.3f}: {c['difference']:+.3f}"
                     + (f", 95 % interval {c['ci'][0]:+.3f} to {c['ci'][1]:+.3f}" if c["ci"] else "")

@@ -309,6 +309,18 @@ def test_no_checkpoint(tmp_path):
         assert name in str(error.value)
 
 
+def test_a_slip_is_no_repository(tmp_path, monkeypatch):
+    """ckpt/tpyo beside ckpt/toy is looked for here alone; a name of which nothing is here is asked from the hub."""
+    import huggingface_hub
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: asked.append(name) or str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ckpt" / "toy").mkdir(parents=True)
+    with pytest.raises(ValueError, match="ckpt/tpyo: no such checkpoint folder"):
+        render.find_checkpoint("ckpt/tpyo")
+    assert render.find_checkpoint("someone/model") == str(tmp_path) and asked == ["someone/model"]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # tasks
 

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# What fine-tuning leaves of other abilities, on a CPU in about five minutes: a tiny model learns sums beside distances
+# (runs/toy_chat.jsonl), then goes on with distances in another light, without any sums and with a tenth of them mixed in.
+# Asked before and after: how many answers stay, and the loss on those given before. Run again, it goes on where it was.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export OMP_NUM_THREADS=1
+out=out/toy_probe new=data/toy_ambient
+[ -f data/toy/train.jsonl ] || python prepare.py --dataset toy
+[ -f $new/train.jsonl ] || python prepare.py --dataset toy --light ambient --out $new
+train="torchrun --standalone --nproc-per-node 2 train_sft.py @runs/toy.args --val-every 0 --resume"
+$train --mix runs/toy_chat.jsonl:0.3 --samples 32e3 --out $out/before
+more="--model $out/before --data $new/train.jsonl --samples 9600 --lr 1e-3"
+$train $more --out $out/alone
+$train $more --mix runs/toy_chat.jsonl:0.1 --out $out/mixed
+python evaluate.py $out/before --probe runs/toy_chat.jsonl
+for run in alone mixed; do
+    python evaluate.py $out/$run --probe $out/before/eval/probe.jsonl
+done
+for run in before alone mixed; do
+    python evaluate.py $out/$run --data $new/val.jsonl --queries 2000 --out $out/$run/eval_new
+done

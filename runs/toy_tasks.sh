@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Six tasks in one model (Sec. 3.4, Tables 3 and 6) on a CPU in about eight minutes: the model of toy.sh goes on with all of
+# them in equal parts. Two-point distance also from its two single answers by geometry, and the difference on the same
+# pairs. Run again, it goes on where it was.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export OMP_NUM_THREADS=1
+[ -f ckpt/toy/depthlm.json ] || bash runs/toy.sh
+torchrun --standalone --nproc-per-node 2 train_sft.py @runs/toy.args --model ckpt/toy --out ckpt/toy_tasks --resume \
+    --tasks distance axis speed time two_point motion --samples 128e3 --lr 2e-3 --val-every 0
+python evaluate.py ckpt/toy_tasks --data data/toy/val.jsonl --queries 2000
+python evaluate.py ckpt/toy_tasks --data data/toy/val.jsonl --queries 2000 --tasks two_point --two-point geometry \
+    --out ckpt/toy_tasks/eval_geometry
+python evaluate.py --predictions ckpt/toy_tasks/eval/predictions.jsonl \
+    --against ckpt/toy_tasks/eval_geometry/predictions.jsonl --out ckpt/toy_tasks/against_geometry
