@@ -131,9 +131,9 @@ def load_plain(path: str, device: torch.device, dtype: torch.dtype):
     try:
         processor = transformers.AutoProcessor.from_pretrained(folder)
         images = processor.image_processor
-        size = dict(getattr(images, "size", None) or {})
-        if getattr(images, "do_center_crop", False) or size.get("height") and getattr(images, "do_resize", False):
-            raise ValueError(f"its images all become {size.get('height') or dict(images.crop_size or size)} px")
+        shapes = {tuple(images(Image.new("RGB", (side, side)), return_tensors="pt")["pixel_values"].shape) for side in (280, 560)}
+        if len(shapes) == 1:
+            raise ValueError(f"its images all become {' x '.join(map(str, shapes.pop()))} values")
         if not getattr(processor, "chat_template", None):
             raise ValueError("it has no chat template")
         model = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
@@ -664,7 +664,8 @@ def summarize(lines: list[dict]) -> dict:
     tasks = [*(t for t in render.TASKS if t in found), *sorted(found - set(render.TASKS))]
     if len(tasks) == 1:
         return {"datasets": datasets, "average": average(datasets.values())}
-    averages = {task: average(d for name, d in datasets.items() if task_of(name) == task) for task in tasks}
+    averages = {task: average(d for name, d in datasets.items() if groups[name][0].get("task", "distance") == task)
+                for task in tasks}
     return {"datasets": datasets, "tasks": averages, "average": average(averages.values())}
 
 
@@ -674,10 +675,6 @@ def by_column(lines: list[dict]) -> dict[str, list[dict]]:
         name = line.get("dataset", "data")
         groups.setdefault(name if line.get("task", "distance") == "distance" else f"{name}/{line['task']}", []).append(line)
     return groups
-
-
-def task_of(column: str) -> str:
-    return column.rpartition("/")[2] if column.rpartition("/")[2] in render.TASKS else "distance"
 
 
 def average(scores) -> dict:
@@ -701,8 +698,8 @@ def align(text: list[list[str]]) -> list[str]:
 
 def task_table(result: dict) -> str:
     """delta1 of each task (row) and dataset (column), as in Table 6, with the constant rows of Table 3."""
-    columns = result["datasets"]
-    names = list(dict.fromkeys(name.removesuffix("/" + task_of(name)) for name in columns))
+    columns, endings = result["datasets"], [f"/{task}" for task in result["tasks"]]
+    names = list(dict.fromkeys(next((n.removesuffix(e) for e in endings if n.endswith(e)), n) for n in columns))
     text = [["delta1", *names, "average"]]
     for task, mean in result["tasks"].items():
         cells = [columns.get(name if task == "distance" else f"{name}/{task}", {}) for name in names]
@@ -871,11 +868,12 @@ def list_queries(args, tasks: list[str]) -> list[tuple[str, Records, str, list]]
 
 
 def default_out(args) -> Path:
-    """A checkpoint folder keeps its evaluation; other decoding than the paper's has a folder of its own."""
+    """A checkpoint folder keeps its evaluation; other ways of answering than the paper's have folders of their own."""
+    way = "_median" * (args.decode == "median") + "_geometry" * (args.two_point == "geometry")
     if args.checkpoint and Path(args.checkpoint).is_dir():
-        return Path(args.checkpoint) / ("eval" if args.decode == "greedy" else f"eval_{args.decode}")
+        return Path(args.checkpoint) / f"eval{way}"
     kind = args.checkpoint or ("constant" if args.constant is not None else "predictions")
-    return Path("out") / kind.replace("/", "--")
+    return Path("out") / (kind.replace("/", "--") + way)
 
 
 def trained_tasks(checkpoint: str | None) -> list[str]:
@@ -915,18 +913,20 @@ def run_model(args, out: Path, groups: list) -> list[dict] | None:
     settings = render.load_settings(args.checkpoint, render.given_settings(args), quiet=rank > 0)
     folder, dtype = render.find_checkpoint(args.checkpoint), pick_dtype(args.dtype, device)
     weights = max((p.stat().st_mtime for p in Path(folder).glob("*.safetensors")), default=0)
-    asked = {"checkpoint": args.checkpoint, "weights_time": weights, "settings": settings, "seed": args.seed, "all": args.all,
-             "queries": args.queries, "decode": args.decode, "two_point": args.two_point, "label_type": args.label_type,
-             "max_new_tokens": args.max_new_tokens,
-             "data": [(r.path, task, len(pairs)) for _, r, task, pairs in groups]}
+    asked = {"checkpoint": args.checkpoint, "weights_time": weights, "settings": settings, "dtype": str(dtype),
+             "seed": args.seed, "all": args.all, "queries": args.queries, "decode": args.decode, "two_point": args.two_point,
+             "label_type": args.label_type, "image_root": args.image_root, "max_new_tokens": args.max_new_tokens,
+             "data": [(r.path, Path(r.path).stat().st_mtime_ns, task, len(pairs)) for _, r, task, pairs in groups]}
     if claim(out, json.loads(json.dumps(asked)), rank, args.overwrite):
+        if rank == 0:
+            print(f"{out}: was asked before; its answers are scored again (--overwrite asks anew)")
         return read_predictions(out / "predictions.jsonl") if rank == 0 else None
     if render.read_family(folder) in render.FAMILIES:
         encoder, model = render.load_encoder(args.checkpoint), load_model(args.checkpoint, device, dtype)
     else:
         model, encoder = load_plain(args.checkpoint, device, dtype)
     done = read_parts(out)
-    number, forwards, asked_now = 0, 0, 0
+    number, forwards, batches, asked_now = 0, 0, 0, 0
     total = sum(len(pairs) for *_, pairs in groups)
     mine = sum(len(range(rank, len(pairs), world)) for *_, pairs in groups)
     part = out / f"predictions.part-{rank}-of-{world}-{time.time_ns()}.jsonl"
@@ -941,7 +941,7 @@ def run_model(args, out: Path, groups: list) -> list[dict] | None:
             for queries, answers, count in ask(model, encoder, settings, records, [p for _, p in todo], task, args.batch_size,
                                                args.workers, args.max_new_tokens, args.seed, args.decode,
                                                args.two_point == "geometry"):
-                forwards += count
+                forwards, batches = forwards + count, batches + 1
                 for query, reply in zip(queries, answers):
                     line = prediction(query, reply, dataset=name, id=todo[at][0])
                     file.write(json.dumps(line) + "\n")
@@ -950,8 +950,7 @@ def run_model(args, out: Path, groups: list) -> list[dict] | None:
                 asked_now += len(queries)
                 bar.update(len(queries))
     if forwards and rank == 0:
-        batches = sum(math.ceil(len(range(rank, len(p), world)) / args.batch_size) for *_, p in groups)
-        print(f"{asked_now} queries, {forwards / max(1, batches):.1f} forward passes a batch")
+        print(f"{asked_now} queries, {forwards / batches:.1f} forward passes a batch")
     if rank == 0:  # ranks share a folder, so the others are done when all lines are there
         while len(done := read_parts(out)) < total:
             time.sleep(1)

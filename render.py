@@ -228,14 +228,13 @@ def unify_focal(image: Image.Image, intrinsics, focal: float | None, grid: int, 
     scale = (focal / fx, focal / fy) if focal else (1.0, 1.0)
     window = []
     for axis, (length, s) in enumerate(zip(image.size, scale)):
-        whole = max(1, math.floor(length * s + 1e-6))
+        whole = max(1, math.floor(length * s + 1e-3))  # intrinsics are often rounded to a few decimals
         start, size = 0, whole
         if crop is not None:
             at = [s * (p[axis] + 0.5) - 0.5 for p in keep] or [whole / 2]
             needed = math.ceil(max(at) - min(at) + 2 * MARGIN + 1)
             size = max(int(rng.integers(crop[2 * axis], crop[2 * axis + 1] + 1)) // grid, -(-needed // grid)) * grid
-            if size > whole:
-                size = whole // grid * grid if whole // grid * grid >= min(needed, whole) else whole
+            size = min(size, whole)  # a smaller image is shown whole, and padded as in evaluation
             first = math.ceil(max(0, min(max(at) + MARGIN, whole - 1) - size + 1))
             last = math.floor(min(whole - size, max(min(at) - MARGIN, 0)))
             start = int(rng.integers(first, last + 1)) if first < last else min(first, whole - size)
@@ -261,16 +260,17 @@ def draw_marker(pixels: np.ndarray, x: float, y: float, shape: str = "arrow", si
     (from the right where the left border is too near) and leaves the pixel itself visible, as the cross does."""
     height, width = pixels.shape[:2]
     x, y = min(max(math.floor(x + 0.5), 0), width - 1), min(max(math.floor(y + 0.5), 0), height - 1)
-    half = max(1, size // 2)
+    half, thick = max(1, size // 2), max(1, size // 5)
     if shape == "arrow":
-        side, thick = -1 if x >= size or 2 * x >= width else 1, max(1, size // 5)
+        side = -1 if x >= size or 2 * x >= width else 1
         length = size // thick
         strokes = [(k, 0) for k in range(1, length + 1)]
         strokes += [(1 + k, sign * k) for k in range(1, (length - 1) // 2 + 1) for sign in (-1, 1)]
         spots = [(side * (thick * (k - 1) + 1 + i), thick * up - thick // 2 + j)
                  for k, up in strokes for i in range(thick) for j in range(thick)]
     elif shape == "cross":
-        spots = [s for k in range(1, half + 1) for s in ((k, 0), (-k, 0), (0, k), (0, -k))]
+        arm = [(k, j) for k in range(-half, half + 1) if k for j in range(-(thick // 2), thick - thick // 2)]
+        spots = arm + [(j, k) for k, j in arm]
     elif shape == "dot":
         spots = [(i, j) for i in range(-half, half + 1) for j in range(-half, half + 1) if i * i + j * j <= half * half + 1]
     else:
@@ -446,6 +446,9 @@ def phrase(query: Query, view: View, settings: dict) -> tuple[str, str]:
     if query.task != "distance" and (prompt == "text" or camera in ("prompt", "ray")):
         raise ValueError(f"task '{query.task}': prompt 'text' and the camera strategies 'prompt' and 'ray' are for the "
                          "distance alone (App. A.1, A.5).")
+    if camera in ("prompt", "ray") and prompt != "paper":
+        raise ValueError(f"--camera {camera} --prompt {prompt}: App. A.5 words its questions and answers in the form of "
+                         "prompt 'paper' alone.")
     if prompt == "text":
         u, v = (math.floor(p + 0.5) for p in view.move(*query.points[0]))
         question = TEXT_QUESTION.format(w=w, h=h, u=u, v=v)

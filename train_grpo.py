@@ -280,13 +280,13 @@ def parse_args(argv=None) -> argparse.Namespace:
     # data
     flag("--data", nargs="+", metavar="JSONL[:WEIGHT]", help="training files; default: the paper's mixture in data/")
     flag("--image-root", help="folder of the images, if not each jsonl's own")
+    flag("--label-type", choices=("euclidean", "z"), help="what the files hold, whatever their records say")
     flag("--tasks", nargs="+", default=["distance:1"], metavar="TASK[:WEIGHT]", help="Sec. 3.4: equal weights")
     flag("--crop", type=int, nargs=4, default=[1000, 1400, 700, 1200], metavar=("W0", "W1", "H0", "H1"),
          help="random crop, px (Sec. 4)")
     flag("--workers", type=int, default=4, help="processes that load images, per rank")
     # what the model sees
     render.add_settings_flags(parser)
-    parser.set_defaults(prompt="release")  # Sec. 3.2
     # rewards, rollout
     flag("--reward", choices=REWARDS, default="l1", help="Sec. 3.2, Fig. 3a: minus the L1 error is the best")
     flag("--format-weight", type=float, default=1.0, help="of the format reward, 0 or 1 (App. A.4)")
@@ -348,10 +348,14 @@ def run(args: argparse.Namespace) -> None:
     batch, out = prompts_a_step(args, world), Path(args.out)
     steps, share = int(args.samples // batch), batch // world
     specs, tasks = args.data or train_sft.default_data(), train_sft.parse_weights(args.tasks)
-    datasets = train_sft.open_datasets(specs, args.image_root)
-    sets = train_sft.open_validation(specs, args.val, args.val_queries, args.image_root) if args.val_every else []
+    datasets, sets = train_sft.open_datasets(specs, args.image_root, args.label_type), []
+    if args.val_every:
+        sets = train_sft.open_validation(specs, args.val, args.val_queries, args.image_root, args.label_type)
     source = render.find_checkpoint(args.model)
-    settings = render.load_settings(source, {**render.given_settings(args), "tasks": list(tasks)}, quiet=rank > 0)
+    given = {**render.given_settings(args), "tasks": list(tasks)}
+    if not (Path(source) / "depthlm.json").is_file():  # not one of ours: think and answer, Sec. 3.2
+        given["prompt"] = given["prompt"] or "release"
+    settings = render.load_settings(source, given, quiet=rank > 0)
     encoder = render.load_encoder(source)
     if rank == 0:
         train_sft.open_run(out, args, args.resume)

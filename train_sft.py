@@ -523,7 +523,7 @@ def open_run(out: Path, args: argparse.Namespace, resume: bool) -> None:
     """Make the out folder and write flags and versions to run.json, or refuse a folder that is in use, and a resumed run
     whose flags would change what is learned."""
     path = out / "run.json"
-    if not resume and out.exists() and any(p != path for p in out.iterdir()):
+    if not resume and out.exists() and {p.name for p in out.iterdir()} - {path.name, "base"}:  # these a failed start leaves
         raise ValueError(f"{out}: exists and is not empty. Go on with --resume, or choose another --out.")
     flags = json.loads(json.dumps(vars(args)))
     if (out / "resume" / "state.json").is_file() and path.is_file():
@@ -703,8 +703,9 @@ def run(args: argparse.Namespace) -> None:
         sets = open_validation(specs, args.val, args.val_queries, args.image_root, args.label_type)
     if rank == 0:
         open_run(out, args, args.resume)
-        if args.model == "tiny" and not (out / "base" / "preprocessor_config.json").is_file():
-            make_tiny(out / "base", args.seed, **{k: float(v) if "." in v else int(v) for k, v in (s.split("=") for s in args.tiny)})
+        if args.model == "tiny" and not (out / "resume" / "state.json").is_file():
+            sizes = {k: float(v) if "." in v else int(v) for k, v in (s.split("=") for s in args.tiny)}
+            make_tiny(out / "base", args.seed, **sizes)
     dist.barrier()
     source = str(out / "base") if args.model == "tiny" else render.find_checkpoint(args.model)
     given = {**render.given_settings(args), "tasks": list(tasks)}

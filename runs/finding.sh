@@ -2,7 +2,7 @@
 #   bash runs/findingN.sh [--gpu] [--seeds 3] [--samples 16000]
 # CPU: the toy recipe, as many variants side by side as there are cores, one thread each. --gpu: a larger model and
 # 400,000 samples, one variant after another on all GPUs. Given again, a command goes on where it was. Log, checkpoints,
-# table.md and picture.png are in out/findingN (out/findingN-gpu).
+# tables and pictures are in out/findingN (out/findingN-gpu).
 set -euo pipefail
 name=$(basename "$0" .sh) gpu= seeds=1 samples=
 while (($#)); do

@@ -81,7 +81,8 @@ def main(folder: str) -> None:
         for path in sorted(out.glob(f"{name}-*/log.jsonl")):
             points = read_curve(path)
             if points[0][0]:  # all start from the same model; GRPO validates it before its first step
-                first = json.loads((out / "l1-0" / "log.jsonl").read_text().splitlines()[0])
+                same = out / path.parent.name.replace("sft", "l1")
+                first = json.loads((same / "log.jsonl").read_text().splitlines()[0])
                 points.insert(0, (0, 0.0, next(iter(first["val"].values()))["delta1"]))
             curves[f"{label} seed {path.parent.name.split('-')[1]}"] = points
     text = f"Finding 2b: SFT against GRPO from the same start, reward l1\n\n{table(curves)}\n"

@@ -7,7 +7,7 @@
 cd "$(dirname "$0")/.." && . runs/finding.sh
 data=data/toy_lenses
 [ -f data/toy/val.jsonl ] || python prepare.py --dataset toy
-[ -f "$data/val.jsonl" ] || python prepare.py --dataset toy --light ambient --lenses four --out "$data"
+[ -f "$data/val.jsonl" ] || python prepare.py --dataset toy --light ambient --lenses four --seed 1 --out "$data"
 train="train_sft.py @runs/toy.args $size --samples $samples --val-every 0"
 start start data/toy $train --data data/toy/train.jsonl --camera none
 run_variants
@@ -15,11 +15,10 @@ train="$train --data $data/train.jsonl --model out/$name/start-0 --lr 1e-3 --cro
 for camera in unify none prompt ray; do
   variant $camera $data $train --camera $camera
 done
-for focal in 50 200; do
+for focal in 50 150; do
   variant focal-$focal $data $train --camera unify --focal $focal
 done
 run_variants
-python runs/findings.py "out/$name" "Finding 3a: camera strategies" unify none prompt ray
-for file in table.md picture.png; do mv "out/$name/$file" "out/$name/strategies_$file"; done
+python runs/findings.py "out/$name/strategies" "Finding 3a: camera strategies" unify none prompt ray
 for seed in $(seq "$seeds"); do ln -sfn "unify-$seed" "out/$name/focal-100-$seed"; done
-python runs/findings.py "out/$name" "Finding 3b: unified focal length" focal-100 focal-50 focal-200
+python runs/findings.py "out/$name/focal" "Finding 3b: unified focal length" focal-100 focal-50 focal-150

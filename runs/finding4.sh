@@ -7,7 +7,7 @@
 cd "$(dirname "$0")/.." && . runs/finding.sh
 lamp=data/toy_$samples ambient=data/toy_ambient_$samples
 [ -f "$lamp/val.jsonl" ] || python prepare.py --dataset toy --images "$samples" --out "$lamp"
-[ -f "$ambient/val.jsonl" ] || python prepare.py --dataset toy --light ambient --images "$samples" --out "$ambient"
+[ -f "$ambient/val.jsonl" ] || python prepare.py --dataset toy --light ambient --seed 1 --images "$samples" --out "$ambient"
 train="train_sft.py @runs/toy.args $size --val-every 0"
 start start $lamp $train --data $lamp/train.jsonl --samples $((samples * 3 / 2))
 for k in 1 10 100; do
@@ -21,6 +21,5 @@ for k in 1 10 100; do
 done
 run_variants
 for way in scratch pretrained few; do
-  python runs/findings.py "out/$name" "Finding 4, $way: points an image" $way-1 $way-10 $way-100
-  for file in table.md picture.png; do mv "out/$name/$file" "out/$name/${way}_$file"; done
+  python runs/findings.py "out/$name/$way" "Finding 4, $way: points an image" $way-1 $way-10 $way-100
 done

@@ -1,7 +1,7 @@
 """
-The table and the picture of a finding: out/<finding>/<variant>-<seed>/eval/ of each variant -> table.md, picture.png.
+The table and the picture of a finding: out/<finding>/<variant>-<seed>/eval/ of each variant -> <name>.md, <name>.png.
 
-    python runs/findings.py out/finding1 "Finding 1: how the pixel is named" arrow cross dot text
+    python runs/findings.py out/finding1/table "Finding 1: how the pixel is named" arrow cross dot text
 
 The first variant is compared with each of the others. With several seeds the intervals are over seeds (Student's t, and
 the difference seed by seed); with one they are over images, of this one training run.
@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import evaluate  # noqa: E402
 
-T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # Student's t, by the number of seeds
+T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447}  # Student's t, by the number of seeds; more: 2.365
 
 
 def read_variant(out: Path, label: str) -> list[Path]:
@@ -36,7 +36,7 @@ def score(folder: Path) -> dict:
 def over_seeds(values: list[float]) -> tuple[float, float, float]:
     """-> mean, ends of its 95 % interval."""
     mean = statistics.mean(values)
-    half = T95[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
+    half = T95.get(len(values), 2.365) * statistics.stdev(values) / math.sqrt(len(values))
     return mean, mean - half, mean + half
 
 
@@ -70,7 +70,9 @@ def table(rows: dict[str, dict]) -> str:
         seeds, less = " ".join(f"{d:.3f}" for d in row["delta1"]), ""
         if row["less"]:
             less = "{:+.3f} ({:+.3f} to {:+.3f})".format(*row["less"])
-        lines.append("| {} | {:.3f} | {:.3f}-{:.3f} | {} | {} |".format(label, *row["mean"], seeds, less))
+        mean, low, high = row["mean"]
+        between = f"{low:.3f}-{high:.3f}" if low < high else ""  # one model that all seeds start from has none
+        lines.append(f"| {label} | {mean:.3f} | {between} | {seeds} | {less} |")
     return "\n".join([*lines, f"| best constant | {row['constant']:.3f} | | | |"])
 
 
@@ -96,12 +98,12 @@ def picture(title: str, rows: dict[str, dict]) -> Image.Image:
     return image
 
 
-def main(out: str, title: str, *labels: str) -> None:
-    rows = summarize(Path(out), labels)
+def main(name: str, title: str, *labels: str) -> None:
+    rows = summarize(Path(name).parent, labels)
     text = f"{title}\n\n{table(rows)}\n"
-    (Path(out) / "table.md").write_text(text)
-    picture(title, rows).save(Path(out) / "picture.png")
-    print(f"\n{text}\n{out}/table.md, {out}/picture.png")
+    Path(f"{name}.md").write_text(text)
+    picture(title, rows).save(f"{name}.png")
+    print(f"\n{text}\n{name}.md, {name}.png")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
-[ -f data/toy/train.jsonl ] || python prepare.py --dataset toy
+[ -f data/toy/val.jsonl ] || python prepare.py --dataset toy
 torchrun --standalone --nproc-per-node 2 train_sft.py @runs/toy.args --prompt release --samples 16e3 \
     --val-every 0 --out ckpt/toy_early --resume
 torchrun --standalone --nproc-per-node 2 train_grpo.py @runs/toy_grpo.args --resume

@@ -6,8 +6,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
 out=out/toy_probe new=data/toy_ambient
-[ -f data/toy/train.jsonl ] || python prepare.py --dataset toy
-[ -f $new/train.jsonl ] || python prepare.py --dataset toy --light ambient --out $new
+[ -f data/toy/val.jsonl ] || python prepare.py --dataset toy
+[ -f $new/val.jsonl ] || python prepare.py --dataset toy --light ambient --out $new
 train="torchrun --standalone --nproc-per-node 2 train_sft.py @runs/toy.args --val-every 0 --resume"
 $train --mix runs/toy_chat.jsonl:0.3 --samples 32e3 --out $out/before
 more="--model $out/before --data $new/train.jsonl --samples 9600 --lr 1e-3"

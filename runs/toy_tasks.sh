@@ -5,11 +5,10 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
-[ -f ckpt/toy/depthlm.json ] || bash runs/toy.sh
+[ -f ckpt/toy/eval/metrics.json ] || bash runs/toy.sh
 torchrun --standalone --nproc-per-node 2 train_sft.py @runs/toy.args --model ckpt/toy --out ckpt/toy_tasks --resume \
     --tasks distance axis speed time two_point motion --samples 128e3 --lr 2e-3 --val-every 0
 python evaluate.py ckpt/toy_tasks --data data/toy/val.jsonl --queries 2000
-python evaluate.py ckpt/toy_tasks --data data/toy/val.jsonl --queries 2000 --tasks two_point --two-point geometry \
-    --out ckpt/toy_tasks/eval_geometry
+python evaluate.py ckpt/toy_tasks --data data/toy/val.jsonl --queries 2000 --tasks two_point --two-point geometry
 python evaluate.py --predictions ckpt/toy_tasks/eval/predictions.jsonl \
     --against ckpt/toy_tasks/eval_geometry/predictions.jsonl --out ckpt/toy_tasks/against_geometry

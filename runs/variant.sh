@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# One variant of a finding, for finding.sh: train it and score it, unless that was done.
+# One variant of a finding, for finding.sh: train it and score it. Given again, both go on where they were, or say that
+# another command was there.
 #   bash runs/variant.sh OUT VAL.jsonl SCRIPT [FLAG ...]
 set -euo pipefail
 out=$1 val=$2
 shift 2
-[ ! -f "$out/eval/metrics.json" ] || exit 0
 {
   echo "$*"
   $LAUNCH "$@" --out "$out" --resume

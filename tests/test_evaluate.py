@@ -504,14 +504,14 @@ def test_table_of_a_finding(tmp_path):
         write("a", seed, delta1)
         write("b", seed, delta1 - 0.1)
         write("a-wide", seed, 0.9)
-    command = [sys.executable, ROOT / "runs" / "findings.py", tmp_path, "Finding 0", "a", "b"]
+    command = [sys.executable, ROOT / "runs" / "findings.py", tmp_path / "table", "Finding 0", "a", "b"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     half = 4.303 * 0.1 / 3 ** 0.5
     rows = [[cell.strip() for cell in line.split("|")] for line in (tmp_path / "table.md").read_text().splitlines() if "|" in line]
     assert rows[2][1:5] == ["a", "0.600", f"{0.6 - half:.3f}-{0.6 + half:.3f}", "0.500 0.600 0.700"]
     assert rows[3][2] == "0.500" and rows[3][5] == "+0.100 (+0.100 to +0.100)" and rows[4][2] == "0.400"
-    assert Image.open(tmp_path / "picture.png").size[0] > 500
+    assert Image.open(tmp_path / "table.png").size[0] > 500
     shutil.rmtree(tmp_path / "b-2")  # a variant that did not end must not look like one with fewer seeds
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode and "same seeds" in done.stderr
