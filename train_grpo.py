@@ -340,6 +340,13 @@ def prompts_a_step(args: argparse.Namespace, world: int) -> int:
     return prompts
 
 
+def load_settings(source: str, given: dict, quiet: bool) -> dict:
+    """What a checkpoint of ours was trained to see; any other is asked to think and answer (Sec. 3.2). Flags win."""
+    if given["prompt"] is None and not (Path(source) / "depthlm.json").is_file():
+        given = {**given, "prompt": "release"}
+    return render.load_settings(source, given, quiet)
+
+
 def run(args: argparse.Namespace) -> None:
     rank, world, device = train_sft.setup_distributed()
     dtype = evaluate.pick_dtype(args.dtype, device)
@@ -352,10 +359,7 @@ def run(args: argparse.Namespace) -> None:
     if args.val_every:
         sets = train_sft.open_validation(specs, args.val, args.val_queries, args.image_root, args.label_type)
     source = render.find_checkpoint(args.model)
-    given = {**render.given_settings(args), "tasks": list(tasks)}
-    if not (Path(source) / "depthlm.json").is_file():  # not one of ours: think and answer, Sec. 3.2
-        given["prompt"] = given["prompt"] or "release"
-    settings = render.load_settings(source, given, quiet=rank > 0)
+    settings = load_settings(source, {**render.given_settings(args), "tasks": list(tasks)}, quiet=rank > 0)
     encoder = render.load_encoder(source)
     if rank == 0:
         train_sft.open_run(out, args, args.resume)

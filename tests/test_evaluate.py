@@ -2,6 +2,7 @@
 import itertools
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -592,6 +593,9 @@ def test_finished_evaluation_is_kept(speaker, world, tmp_path, capsys):
     assert json.loads((out / "run.json").read_text())["settings"]["focal"] == 120
     assert (out / "predictions.jsonl").read_bytes() != kept and not list(out.glob("predictions.part-*"))
     assert run(speaker, world, out, "--max-new-tokens", 8, "--overwrite") == first
+    again = ["--all", "--focal", 100, "--max-new-tokens", 8, "--workers", 0]
+    os.utime(world, (1e9, 1e9))  # labels that were written anew are others
+    assert "another data" in fails(capsys, speaker, "--data", world, "--out", out, *again)
 
 
 def test_other_parts_are_refused(speaker, world, tmp_path, monkeypatch, capsys):

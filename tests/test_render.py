@@ -1,4 +1,5 @@
 """render.py: geometry, crops, markers, prompts, parsed answers, records, images, encoding, packed attention."""
+import itertools
 import json
 import math
 import os
@@ -145,6 +146,16 @@ def test_random_crop_near_borders_and_in_small_images():
     assert view.pixels.shape[1] == 28 and view.pixels.shape[0] % 28 == 0 and view.intrinsics[4] == 20
 
 
+def test_small_images_are_shown_as_in_evaluation():
+    """An image smaller than the crop is not cut to the grid: training would hide what evaluation shows. Nor does it lose
+    a pixel because its intrinsics were rounded: 85 px at fx 75.8929 are 112 at 100, and 83.99 are 84."""
+    image, camera = noise(85, 64), (75.8929, 76.1991, 42.0, 32.0, 85, 64)
+    seen = [render.unify_focal(image, camera, 100.0, 28, crop, [(40, 30)], np.random.default_rng(0))
+            for crop in (None, (112, 200, 112, 200))]
+    assert seen[0].pixels.shape == (84, 112, 3) and seen[0].intrinsics[4:] == (112, 83)
+    assert (seen[0].pixels == seen[1].pixels).all() and seen[0].intrinsics == seen[1].intrinsics
+
+
 def test_crop_is_a_function_of_the_generator():
     """Resume and any number of workers give the same crop: nothing else than the generator decides."""
     image, camera = noise(200, 150), (90.0, 95.0, 100.0, 75.0, 200, 150)
@@ -181,6 +192,18 @@ def test_marker_anywhere(shape, size):
             assert all(tuple(pixels[j, i]) == (0, 0, 255) for i, j in changed)
             assert ((x, y) in changed) == (shape == "dot")
             assert min(abs(i - x) + abs(j - y) for i, j in changed) <= 1
+
+
+@pytest.mark.parametrize("size", [5, 10, 15])
+def test_arrow_and_cross_have_lines_of_one_width(size):
+    """Twice the size is twice the width, for both: shapes are compared, not how much ink they have. Both leave the point
+    itself visible."""
+    for shape in ("arrow", "cross"):
+        pixels = np.zeros((61, 61, 3), np.uint8)
+        render.draw_marker(pixels, 30, 30, shape, size)
+        drawn = pixels.any(-1)
+        end = drawn[:, drawn.any(0).argmax()]  # the leftmost column: the end of the shaft, or of an arm
+        assert end.sum() == size // 5 and not drawn[30, 30] and drawn[30, 31 - size // 2]
 
 
 def test_marker_out_of_the_image_is_moved_inside():
@@ -276,6 +299,9 @@ def test_camera_strategies(tmp_path):
                       "from the camera.")
     _, _, answer = shown(record(tmp_path, pixel_coords=[[10, 50]]), {**SETTINGS, "camera": "ray"})
     assert "degrees to the left" in answer and "degrees below" in answer
+    for camera, prompt in itertools.product(("prompt", "ray"), ("release", "text")):  # one of the two would be ignored
+        with pytest.raises(ValueError, match="paper"):
+            shown(path, {**SETTINGS, "camera": camera, "prompt": prompt})
 
 
 def test_settings(tmp_path, tiny, tiny_pixtral):

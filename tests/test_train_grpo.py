@@ -183,6 +183,17 @@ def test_edges_of_the_random_number_give_possible_tokens():
     assert train_grpo.draw_tokens(tiny, torch.tensor(1 - 2 ** -53, dtype=torch.float64)) == 149_999
 
 
+def test_prompt_of_the_checkpoint_is_kept(tiny, tmp_path):
+    """One that was trained for another prompt is not asked to think; a base model is, as in Sec. 3.2; a flag wins."""
+    ours = shutil.copytree(tiny, tmp_path / "ours")
+    (ours / "depthlm.json").write_text(json.dumps({**render.DEFAULTS, "prompt": "text"}))
+    (base := shutil.copytree(tiny, tmp_path / "base")).joinpath("depthlm.json").unlink(missing_ok=True)
+    flags = render.given_settings(train_grpo.parse_args([]))
+    asked = [train_grpo.load_settings(str(folder), {**flags, **more}, quiet=True)["prompt"]
+             for folder, more in ((ours, {}), (base, {}), (ours, {"prompt": "paper"}), (base, {"prompt": "paper"}))]
+    assert asked == ["text", "release", "paper", "paper"]
+
+
 def test_random_numbers_are_a_pure_function_of_seed_and_prompt():
     first = train_grpo.uniforms(0, 5, 8, 4)
     assert np.array_equal(first, train_grpo.uniforms(0, 5, 8, 4)) and first.shape == (4, 8)

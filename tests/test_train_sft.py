@@ -518,6 +518,9 @@ def test_errors_are_one_line(tmp_path, distances, reference):
     (tmp_path / "empty.jsonl").write_text("")
     fails("--out", tmp_path / "b", "--data", tmp_path / "empty.jsonl", *FLAGS, message="empty.jsonl: holds no record")
     assert not (tmp_path / "b").exists()  # nothing begun
+    (tmp_path / "c" / "base").mkdir(parents=True)  # what a start that failed after make_tiny leaves is no obstacle
+    (tmp_path / "c" / "run.json").write_text("{}")
+    fails("--out", tmp_path / "c", "--data", distances, *FLAGS, "--tasks", "motion", message="motion")
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or not sys.platform.startswith("linux"), reason="mounts a small tmpfs")
