@@ -93,3 +93,13 @@ def test_recipes_parse():
     for path in sorted((ROOT / "runs").glob("*.args")):
         parse = train_grpo.parse_args if "grpo" in path.name else train_sft.parse_args
         assert vars(parse([f"@{path}"]))
+
+
+def test_shell_recipes_are_valid():
+    """bash can read them, and the flags that they pass are flags of our scripts, of finding.sh or of torchrun."""
+    known = {"--gpu", "--seeds", "--samples", "--standalone", "--nproc-per-node"}
+    known |= {flag for name in SCRIPTS for flag in re.findall(r'"(--[a-z][a-z-]+)"', (ROOT / f"{name}.py").read_text())}
+    for path in sorted((ROOT / "runs").glob("*.sh")):
+        assert subprocess.run(["bash", "-n", path]).returncode == 0, path
+        code = "\n".join(line.split(" #")[0] for line in path.read_text().splitlines() if not line.startswith("#"))
+        assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", code)) <= known, path
