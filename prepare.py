@@ -1118,8 +1118,7 @@ def frames_folder(root, split, intrinsics=None, depth_scale=None, depth_type="z"
 TOY_VIEWS = 5                                             # images a room
 TOY_SHAPES = ((112, 84), (112, 84), (112, 84), (84, 112))  # image size once the focal length is 100 px
 TOY_SCALES = (0.75, 1.0, 1.25, 1.5)                       # the image is this times larger: four focal lengths, mixed
-TOY_SIDE, TOY_FOCALS = 112, (80, 100, 400 / 3, 200)       # or square images of one size and these focal lengths [px]:
-# whole patches of 28 px, both as they are and once all have 100 px, so that no way of treating them cuts or pads any
+TOY_SIDE = 112                                            # with --focals: side of the images, whatever the focal length
 TOY_CHECKER = 0.5                                         # side of a texture square [m]
 # Floor, ceiling, walls x, walls y, box sides, box tops. Red : green is the same for all, so that the red of a marker is
 # found by a linear look at a patch, and green alone is brightness: a tiny model learns from few samples.
@@ -1203,7 +1202,7 @@ def load_toy(frame, light, boxes, colours):
     return frame._replace(pixels=image, depth=depth.reshape(h, w))
 
 
-def frames_toy(root, split, images, light, lenses, seed):
+def frames_toy(root, split, images, light, focals, seed):
     """Procedural rooms; a room is made from (seed, split, number) alone, so train and val share none."""
     for number in range(math.ceil(images / TOY_VIEWS)):
         scene = f"{split}_{number:05d}"
@@ -1211,13 +1210,13 @@ def frames_toy(root, split, images, light, lenses, seed):
         boxes = toy_room(rng)
         colours = TOY_COLOURS * rng.uniform(0.99, 1.01, TOY_COLOURS.shape)
         w, h = TOY_SHAPES[rng.integers(len(TOY_SHAPES))]
-        lens = rng.integers(len(TOY_SCALES))
-        if lenses == "one":                               # so that the image at focal length 100 is w x h exactly
+        lens = rng.integers(len(focals or TOY_SCALES))
+        if focals:
+            wide = high = TOY_SIDE
+            fx = fy = focals[lens]
+        else:                                             # so that the image at focal length 100 is w x h exactly
             wide, high = (round(n * TOY_SCALES[lens]) + rng.integers(-2, 3) for n in (w, h))
             fx, fy = 100 * wide / w, 100 * high / h
-        else:
-            wide = high = TOY_SIDE
-            fx = fy = TOY_FOCALS[lens]
         cx, cy = (wide - 1) / 2 + rng.uniform(-2, 2), (high - 1) / 2 + rng.uniform(-2, 2)
         intrinsics = tuple(round(float(v), 4) for v in (fx, fy, cx, cy)) + (int(wide), int(high))
         for view, pose in enumerate(toy_poses(boxes, light, rng)[:images - number * TOY_VIEWS]):
@@ -1650,8 +1649,8 @@ def parse_args(argv=None):
     p.add_argument("--images", type=int, default=2600, help="toy: training images")
     p.add_argument("--val-images", type=int, default=400, help="toy: validation images")
     p.add_argument("--light", choices=("lamp", "ambient"), default="lamp", help="toy: lamp on the camera, or daylight")
-    p.add_argument("--lenses", choices=("one", "four"), default="one", help="toy: one field of view in images of four "
-                   "sizes, or four in images of one size")
+    p.add_argument("--focals", type=float, nargs="+", metavar="F", help="toy: these focal lengths [px] in images of one "
+                   "size; default: one field of view in images of four sizes")
     args = p.parse_args(argv)
     if not (args.dataset or args.check):
         p.error("give --dataset NAME or --check FILE.jsonl")
@@ -1675,6 +1674,8 @@ def main(argv=None):
               d["range"][1] if args.max_depth is None else args.max_depth)
     if not 0 <= limits[0] < limits[1]:
         fail(f"--min-depth {limits[0]} --max-depth {limits[1]}: no depth lies between them")
+    if not all(0 < f < math.inf for f in args.focals or ()):
+        fail(f"--focals {' '.join(f'{f:g}' for f in args.focals)}: need positive numbers of pixels")
 
     # ---- raw data
     root = None
@@ -1703,7 +1704,7 @@ def main(argv=None):
     for split in (args.split,) if args.split else default:
         if dataset == "toy":
             images = args.images if split == "train" else args.val_images
-            options = {"images": images, "light": args.light, "lenses": args.lenses, "seed": args.seed}
+            options = {"images": images, "light": args.light, "focals": args.focals, "seed": args.seed}
         command = {"dataset": dataset, "split": split, "root": root and os.path.abspath(root), "points": args.points,
                    "seed": args.seed, "range": limits, "occlusion": args.occlusion, "paper_labels": args.paper_labels,
                    "stride": args.stride or 1, "limit": args.limit, "shard": args.shard}

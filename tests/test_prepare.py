@@ -239,9 +239,10 @@ def test_toy_views_agree(toy):
 def test_toy_lenses_in_daylight(tmp_path):
     """Images of one size and of all four focal lengths; the floor is 1.5 m below each camera, and brightness tells no
     distance."""
-    flags = ("--dataset", "toy", "--out", tmp_path, "--images", 60, "--val-images", 5, "--light", "ambient", "--lenses", "four")
+    flags = ("--dataset", "toy", "--out", tmp_path, "--images", 60, "--val-images", 5, "--light", "ambient", "--focals", 80, 100, 133.3333, 200)
     code, message = run(*flags)
     assert code == 0, message
+    assert run("--dataset", "toy", "--focals", 80, -1)[0] == 1
     rows = records(tmp_path, "train")
     assert {tuple(r["intrinsics"][4:]) for r in rows} == {(112, 112)}
     assert {(round(r["intrinsics"][0]), round(r["intrinsics"][1])) for r in rows} == {(f, f) for f in (80, 100, 133, 200)}
