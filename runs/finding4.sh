@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Finding 4 (Sec. 3.3, Fig. 5): images count for more than labels an image. The same number of samples: 1 point of each
 # of 32,000 images, 10 of 3,200, 100 of 320. scratch: from nothing, in rooms with the lamp. pretrained: as in the paper
-# from a model that can see and answer, trained in rooms with the lamp, in rooms that are new to it: in daylight. few: the
-# same with an eighth of the samples, so that 100 points an image leave only 40 images. One point an image needs as many
-# images, about two minutes for each world.
+# from a model that can see and answer, trained in rooms with the lamp, in rooms that are new to it: in daylight. images:
+# as scratch, but with all 100 points of 20, 80 and 320 images, again and again: how many images there must be.
+# One point an image needs as many images, about two minutes for each world.
 cd "$(dirname "$0")/.." && . runs/finding.sh
 lamp=data/toy_$samples ambient=data/toy_ambient_$samples
 [ -f "$lamp/val.jsonl" ] || python prepare.py --dataset toy --images "$samples" --out "$lamp"
@@ -13,13 +13,16 @@ start start $lamp $train --data $lamp/train.jsonl --samples $((samples * 3 / 2))
 for k in 1 10 100; do
   variant scratch-$k $lamp $train --data $lamp/train.jsonl --samples "$samples" --points-per-image $k
 done
+for n in 20 80 320; do  # spread over the file, for neighbours are views of one room
+  awk -v every=$((samples / n)) -v n=$n 'NR % every == 1 && k++ < n' $lamp/train.jsonl > $lamp/of_$n.jsonl
+  variant images-$n $lamp $train --data $lamp/of_$n.jsonl --samples "$samples"
+done
 run_variants
-train="$train --data $ambient/train.jsonl --model out/$name/start-0 --lr 1e-3 --crop 112 112 112 112"
 for k in 1 10 100; do
-  variant pretrained-$k $ambient $train --samples "$samples" --points-per-image $k
-  variant few-$k $ambient $train --samples $((samples / 8)) --points-per-image $k
+  variant pretrained-$k $ambient $train --data $ambient/train.jsonl --samples "$samples" --points-per-image $k \
+    --model "out/$name/start-0" --lr 1e-3 --crop 112 112 112 112
 done
 run_variants
-for way in scratch pretrained few; do
-  python runs/findings.py "out/$name/$way" "Finding 4, $way: points an image" $way-1 $way-10 $way-100
-done
+python runs/findings.py "out/$name/scratch" "Finding 4, scratch: points an image" scratch-1 scratch-10 scratch-100
+python runs/findings.py "out/$name/pretrained" "Finding 4, pretrained: points an image" pretrained-1 pretrained-10 pretrained-100
+python runs/findings.py "out/$name/images" "Finding 4, images: all points of so many" scratch-1 images-20 images-80 images-320
