@@ -46,7 +46,7 @@ def table(curves: dict[str, list]) -> str:
         found = [at(points, axis, value) for axis, value, _ in marks]
         cells = ["-" if v is None else f"{v:.3f}" for v in found]
         late = [p[2] for p in points if samples / 2 <= p[0] <= samples]
-        cells.append(f"{sum(late) / len(late):.3f} ({min(late):.3f}-{max(late):.3f})")
+        cells.append(f"{sum(late) / len(late):.3f} ({min(late):.3f}-{max(late):.3f})" if late else "-")  # a very short run
         lines.append(f"| {label} | {1e3 * points[-1][1] / points[-1][0]:.1f} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
