@@ -510,8 +510,8 @@ def prediction(query: Query, answer: dict, **more) -> dict:
 def export_queries(groups: list, settings: dict, grid: int, seed: int, folder: Path) -> None:
     """What a model would see, as files: <folder>/images/*.png and queries.jsonl, one query a line. Any system can
     answer them; its answers, a number or the text, go into each line as "pred", and --predictions scores that file."""
-    if (folder / "queries.jsonl").exists():
-        raise ValueError(f"{folder}: holds exported queries already. Give another folder.")
+    if (folder / "images").exists():
+        raise ValueError(f"{folder}: holds exported queries already, or the beginning of some. Give another folder.")
     (folder / "images").mkdir(parents=True, exist_ok=True)
     asked = [(name, records, task, pair) for name, records, task, pairs in groups for pair in pairs]
     lines = []
@@ -973,6 +973,8 @@ def run_export(args, groups: list) -> None:
 
 def run_probe(args, out: Path) -> None:
     chats, device = render.read_chats(args.probe, answers=False), pick_device(args.device)
+    if (out / "probe.jsonl").resolve() == Path(args.probe).resolve():
+        raise ValueError(f"{args.probe}: would be written over by what it is compared with. Give another --out.")
     model = load_model(args.checkpoint, device, pick_dtype(args.dtype, device))
     lines = probe(model, render.load_encoder(args.checkpoint), chats, args.max_new_tokens)
     out.mkdir(parents=True, exist_ok=True)

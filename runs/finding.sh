@@ -8,12 +8,16 @@ name=$(basename "$0" .sh) gpu= seeds=1 samples=
 while (($#)); do
   case $1 in
     --gpu) gpu=1 ;;
-    --seeds) seeds=$2; shift ;;
-    --samples) samples=$2; shift ;;
-    *) echo "usage: bash runs/$name.sh [--gpu] [--seeds N] [--samples N]" >&2; exit 2 ;;
+    --seeds) seeds=${2:-}; shift ;;
+    --samples) samples=${2:-none}; shift ;;
+    *) seeds= ;;
   esac
-  shift
+  shift || break
 done
+if ! [[ $name =~ ^finding[1-4]$ && $seeds =~ ^[1-9][0-9]*$ && ${samples:-1} =~ ^[1-9][0-9]*$ ]]; then
+  echo "usage: bash runs/finding{1,2,3,4}.sh [--gpu] [--seeds N] [--samples N]" >&2
+  exit 2
+fi
 if [ "$gpu" ]; then
   name=$name-gpu samples=${samples:-400000} jobs=1
   export LAUNCH="torchrun --standalone --nproc-per-node gpu"

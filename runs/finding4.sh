@@ -14,7 +14,7 @@ for k in 1 10 100; do
   variant scratch-$k $lamp $train --data $lamp/train.jsonl --samples "$samples" --points-per-image $k
 done
 for n in 20 80 320; do  # spread over the file, for neighbours are views of one room
-  awk -v every=$((samples / n)) -v n=$n 'NR % every == 1 && k++ < n' $lamp/train.jsonl > $lamp/of_$n.jsonl
+  awk -v every=$((samples / n)) -v n=$n '(NR - 1) % (every ? every : 1) == 0 && k++ < n' $lamp/train.jsonl > $lamp/of_$n.jsonl
   variant images-$n $lamp $train --data $lamp/of_$n.jsonl --samples "$samples"
 done
 run_variants

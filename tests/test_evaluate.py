@@ -814,6 +814,7 @@ def test_probe(tiny, speaker, tmp_path, capsys, world):
     for k, (model, file) in enumerate(((tiny, chats), (tiny, former), (speaker, former))):
         evaluate.main([str(model), "--probe", str(file), "--out", str(tmp_path / str(k)), "--max-new-tokens", "12"])
     said = [line for line in capsys.readouterr().out.splitlines() if "questions" in line]
+    assert "written over" in fails(capsys, tiny, "--probe", former, "--out", former.parent)
     assert "own answers" in said[0] and "1.000 answered as before, 1.000" in said[1] and "0.000 answered" in said[2]
     base, again, tuned = (lines_of(tmp_path / str(k) / "probe.jsonl") for k in range(3))
     assert [a["loss"] for a in base] == [a["loss"] for a in again] and "before" not in base[0]

@@ -103,3 +103,9 @@ def test_shell_recipes_are_valid():
         assert subprocess.run(["bash", "-n", path]).returncode == 0, path
         code = "\n".join(line.split(" #")[0] for line in path.read_text().splitlines() if not line.startswith("#"))
         assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", code)) <= known, path
+
+
+def test_findings_say_how_they_are_used():
+    for words in (["--seeds"], ["--samples"], ["--seeds", "x"], ["--help"]):
+        done = subprocess.run(["bash", ROOT / "runs" / "finding3.sh", *words], capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.startswith("usage") and len(done.stderr.splitlines()) == 1, done.stderr
