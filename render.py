@@ -221,8 +221,9 @@ def unify_focal(image: Image.Image, intrinsics, focal: float | None, grid: int, 
 
     crop (w_min, w_max, h_min, h_max): training, a random window of that size at a true random place that keeps the
     `keep` pixels (original coordinates) inside. crop None: evaluation, nothing is lost, the edge is repeated to fill the
-    grid. Only the window is resampled, from its exact (fractional) box in the original: no second resize, no rounding
-    of the focal length; in exchange the last fraction of a pixel at the right and bottom is dropped."""
+    grid; so it is in training where an image is smaller than the window. Only the window is resampled, from its exact
+    (fractional) box in the original: no second resize, no rounding of the focal length; in exchange the last fraction of
+    a pixel at the right and bottom is dropped."""
     # paper: W' = f/fx W is rounded there, and the processor resizes again to the patch grid; here the focal is exact
     fx, fy, cx, cy = intrinsics[:4]
     scale = (focal / fx, focal / fy) if focal else (1.0, 1.0)
