@@ -11,6 +11,7 @@ Also the home of everything that runs a trained model: loading, packed attention
 train_grpo.py and pointcloud.py call these functions. Paper: Sec. 3 (protocol: delta1, 8,192 random samples), Tables 1, 6.
 """
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -913,10 +914,11 @@ def run_model(args, out: Path, groups: list) -> list[dict] | None:
     settings = render.load_settings(args.checkpoint, render.given_settings(args), quiet=rank > 0)
     folder, dtype = render.find_checkpoint(args.checkpoint), pick_dtype(args.dtype, device)
     weights = max((p.stat().st_mtime for p in Path(folder).glob("*.safetensors")), default=0)
+    sums = {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in {r.path for _, r, *_ in groups}}
     asked = {"checkpoint": args.checkpoint, "weights_time": weights, "settings": settings, "dtype": str(dtype),
              "seed": args.seed, "all": args.all, "queries": args.queries, "decode": args.decode, "two_point": args.two_point,
              "label_type": args.label_type, "image_root": args.image_root, "max_new_tokens": args.max_new_tokens,
-             "data": [(r.path, Path(r.path).stat().st_mtime_ns, task, len(pairs)) for _, r, task, pairs in groups]}
+             "data": [(r.path, sums[r.path], task, len(pairs)) for _, r, task, pairs in groups]}
     if claim(out, json.loads(json.dumps(asked)), rank, args.overwrite):
         if rank == 0:
             print(f"{out}: was asked before; its answers are scored again (--overwrite asks anew)")

@@ -582,20 +582,24 @@ def test_resume(reference, speaker, world, tmp_path, monkeypatch):
     assert run(speaker, world, out, "--max-new-tokens", 20) == reference[1] and not asked  # finished: read, not asked
 
 
-def test_finished_evaluation_is_kept(speaker, world, tmp_path, capsys):
+def test_finished_evaluation_is_kept(speaker, tmp_path, capsys):
     """Another question into the same folder would lose the answers that are there: only with --overwrite."""
-    out = tmp_path / "eval"
-    first = run(speaker, world, out, "--max-new-tokens", 8)
+    out, data = tmp_path / "eval", make_world(tmp_path / "world", 4, 3)
+    first = run(speaker, data, out, "--max-new-tokens", 8)
     kept = (out / "predictions.jsonl").read_bytes()
-    other = [speaker, "--data", world, "--out", out, "--all", "--focal", 120, "--max-new-tokens", 8, "--workers", 0]
+    other = [speaker, "--data", data, "--out", out, "--all", "--focal", 120, "--max-new-tokens", 8, "--workers", 0]
     assert "another settings" in fails(capsys, *other) and (out / "predictions.jsonl").read_bytes() == kept
     evaluate.main([*map(str, other), "--overwrite"])
     assert json.loads((out / "run.json").read_text())["settings"]["focal"] == 120
     assert (out / "predictions.jsonl").read_bytes() != kept and not list(out.glob("predictions.part-*"))
-    assert run(speaker, world, out, "--max-new-tokens", 8, "--overwrite") == first
+    assert run(speaker, data, out, "--max-new-tokens", 8, "--overwrite") == first
     again = ["--all", "--focal", 100, "--max-new-tokens", 8, "--workers", 0]
-    os.utime(world, (1e9, 1e9))  # labels that were written anew are others
-    assert "another data" in fails(capsys, speaker, "--data", world, "--out", out, *again)
+    os.utime(data, (1e9, 1e9))  # the same labels, written anew, are the same
+    assert run(speaker, data, out, "--max-new-tokens", 8) == first
+    records = lines_of(data)
+    records[0]["depth"][0] += 1
+    write_jsonl(data, records)
+    assert "another data" in fails(capsys, speaker, "--data", data, "--out", out, *again)
 
 
 def test_other_parts_are_refused(speaker, world, tmp_path, monkeypatch, capsys):
