@@ -1,152 +1,360 @@
 """
-What the model sees: one record of a jsonl file -> image(s) with a marker, a question, an answer, tokens.
+What the model sees: one record of a jsonl -> image(s) with a marker, question, answer, tokens.
 
-    unify the focal length -> crop or pad to the patch grid -> draw the marker -> question and answer -> tokens, patches
+    unify the focal length -> crop or pad to the patch grid -> draw the marker
+    -> question and answer -> tokens and patches
 
-Every other script calls these functions, so that training, evaluation, GRPO and point clouds cannot differ in what they
-show the model. Run as a script it draws a contact sheet, so that a person can see it too:
+Every other script calls these functions, so that training, evaluation, GRPO and point clouds
+cannot differ in what they show the model. Run as a script it draws a contact sheet, for people:
 
-    python render.py data/toy/val.jsonl                                   # -> sheet.png
-    python render.py data/nyuv2/val.jsonl --focal 1000 --marker cross --crop 1000 1400 700 1200 --n 6
-    python render.py data/toy/val.jsonl --settings ckpt/toy               # as that checkpoint was trained to see it
+    python render.py data/toy/val.jsonl                              # -> sheet.png
+    python render.py data/toy/val.jsonl --checkpoint ckpt/toy        # as it was trained to see it
+    python render.py data/nyuv2/val.jsonl --marker cross --crop 1000 1400 700 1200 --n 6
 
-Reads a jsonl (README, "file formats"), writes a PNG. Paper: Sec. 3.1 (markers, prompts), 3.3 (camera strategies), 3.4.
+Reads a jsonl (README, "File formats"), writes a PNG.
+Paper: Sec. 3.1 (markers, prompts), Sec. 3.3 (camera strategies), Sec. 3.4 (focal length, tasks).
 """
 import argparse
+import fcntl
 import json
 import math
 import os
 import re
+import shlex
+import string
+import subprocess
 import sys
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, wraps
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
-# ----------------------------------------------------------------------------------------------------------------------
-# what a checkpoint was trained to see: ckpt/<run>/depthlm.json overrides these, flags override both
-
-DEFAULTS = {"focal": 1000, "marker": "arrow", "marker_size": 5, "prompt": "paper", "camera": "unify", "tasks": ["distance"]}
-PIXTRAL = {"focal": 750}  # App. A.6: memory
-DEPTHLM_12B = {"focal": 750, "prompt": "release"}  # facebook/DepthLM has no depthlm.json
-MARKERS = ("arrow", "cross", "dot")
-PROMPTS = ("paper", "release", "text")
-CAMERAS = ("unify", "none", "prompt", "ray")
-COLORS = {"red": (255, 0, 0), "blue": (0, 0, 255)}
-MARGIN = 6  # px kept free around a query in a random crop, so that the arrow fits
-
-# How the families differ, by `model_type` of config.json. Everything else is read from the checkpoint's own files.
-FAMILIES = {
-    "qwen2_5_vl": {"image_token": "<|image_pad|>", "mrope": True},
-    "qwen3_vl": {"image_token": "<|image_pad|>", "mrope": True},
-    "llava": {"image_token": "[IMG]", "row_end": "[IMG_BREAK]", "image_end": "[IMG_END]", "mrope": False},  # Pixtral
-}
-PIXTRAL_TEMPLATE = ("<s>{% for m in messages %}[INST]{% for c in m['content'] %}{% if c['type'] == 'image' %}[IMG]"
-                    "{% else %}{{ c['text'] }}{% endif %}{% endfor %}[/INST]{% endfor %}")
+# --------------------------------------------------------------------------------------------------
+# files
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+@contextmanager
+def replacing(path) -> Iterator[Path]:
+    """A temporary path that becomes `path` when the block ends, and vanishes if it fails: a reader
+    finds the old file or the new one at any moment, never a part."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path, value) -> None:
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_jsonl(path, lines) -> None:
+    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def read_json(path):
+    """The content of a JSON file. Raises ValueError with the file's name."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise ValueError(f"{path}: is not JSON ({e}). Write or download it again.") from None
+
+
+def parse_line(line: bytes, where: str) -> dict:
+    """One line of a jsonl. Raises ValueError."""
+    try:
+        value = json.loads(line)
+    except ValueError as e:
+        raise ValueError(f"{where}: not a JSON object ({e}). The line is damaged or cut off: "
+                         "write the file again.") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: needs a JSON object, this is {type(value).__name__}.")
+    return value
+
+
+def read_jsonl(path, interrupted: bool = False) -> Iterator[tuple[str, dict]]:
+    """-> "file, line n" and the object of each line. interrupted: the file of a run that may have
+    been killed while it wrote; reading ends before a damaged line."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file.")
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                value = parse_line(line, where)
+            except ValueError:
+                if interrupted:
+                    return
+                raise
+            yield where, value
+
+
+def run_info(args: argparse.Namespace, **more) -> dict:
+    """What a run's run.json holds, in one form for all scripts: script, flags, versions, commit;
+    more: what a script adds."""
+    commit = None
+    with suppress(OSError):
+        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
+                               capture_output=True, text=True)
+        commit = found.stdout.strip() or None
+    versions = {name: version(name) for name in ("torch", "transformers", "numpy", "pillow")}
+    versions["python"] = sys.version.split()[0]
+    flags = json.loads(json.dumps(vars(args), default=str))
+    return {"script": Path(sys.argv[0]).name, "flags": flags, "git": commit,
+            "versions": versions, **more}
+
+
+@contextmanager
+def lock_folder(folder) -> Iterator[None]:
+    """Keep other runs out of a folder, which is made if need be. Raises ValueError if one is in."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with open(Path(folder) / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder}: another run is at work in it. Wait for its end, or choose "
+                             "another --out.") from None
+        yield
+
+
+def text_table(rows: list[list[str]]) -> str:
+    """Rows of cells as aligned lines, the first column to the left."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = []
+    for first, *cells in rows:
+        cells = [cell.rjust(width) for cell, width in zip(cells, widths[1:])]
+        lines.append("  ".join([first.ljust(widths[0]), *cells]))
+    return "\n".join(lines)
+
+
+def fail(message, code: int = 2) -> None:
+    """End with one line that says what is wrong and what helps."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def command(main: Callable) -> Callable:
+    """Decorator of each script's main(argv): an error that the user can mend ends in one line."""
+
+    @wraps(main)
+    def run(argv=None):
+        try:
+            return main(argv)
+        except (ValueError, OSError) as e:
+            fail(e)
+        except KeyboardInterrupt:
+            fail("interrupted. Give the same command again to resume.", 130)
+
+    return run
+
+
+# --------------------------------------------------------------------------------------------------
+# flags: what all parsers share
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Every default is shown; where it depends on something, the help text says on what."""
+
+    def _get_help_string(self, action):
+        if action.default is None or action.const is True:
+            return action.help
+        return super()._get_help_string(action)
+
+
+def make_parser(doc: str) -> argparse.ArgumentParser:
+    """A parser whose flags may also stand in a file, given as @FILE, with # comments."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter,
+                                     fromfile_prefix_chars="@", allow_abbrev=False)
+    parser.convert_arg_line_to_args = split_line
+    return parser
+
+
+def split_line(line: str) -> list[str]:
+    return shlex.split(line, comments=True)
+
+
+def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable:
+    """An argparse type: a finite int or float from `low` (above: greater than `low`) to `high`."""
+
+    def parse(text: str):
+        value = float(text)
+        fits = low < value if above else low <= value
+        if not (fits and value <= high and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
+        if kind(value) != value:
+            raise argparse.ArgumentTypeError(f"{text} is not a whole number")
+        return kind(value)
+
+    wanted = f"greater than {low:g}" if above else f"{low:g} or more"
+    wanted += f" and at most {high:g}" if high < math.inf else ""
+    parse.__name__ = "number"  # for argparse: "invalid number value: 'x'"
+    return parse
+
+
+COUNT = number(int, 1)
+NATURAL = number(int, 0)
+POSITIVE = number(float, 0, above=True)
+SHARE = number(float, 0, 1)
+
+
+def file_path(text: str) -> str:
+    """An argparse type: the name of a file or folder, not an empty word."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is an empty path")
+    return text
+
+
+def add_record_flags(flag: Callable) -> None:
+    """How jsonl files are read, the same flags in every script."""
+    flag("--image-root", type=file_path, help="folder of the images; default: each jsonl's own")
+    flag("--label-type", choices=("euclidean", "z"),
+         help="what the files hold; default: what their records say, else euclidean")
+
+
+# --------------------------------------------------------------------------------------------------
 # records
+
+# Table 1: the order of the sets, and delta1 of always answering 2.0 m as published
+PAPER_CONSTANT = {"argoverse2": 0.006, "ddad": 0.010, "nuscenes": 0.010, "eth3d": 0.106,
+                  "scannetpp": 0.305, "sunrgbd": 0.384, "ibims1": 0.280, "nyuv2": 0.383}
 
 
 class Records:
-    """A jsonl file opened by its index: any of 16 million records is read by one seek, none is kept in memory.
+    """A jsonl file opened by its index: any of 16 million records is read by one seek, and none is
+    kept in memory.
 
-    records[i] -> dict with "image" an absolute path, "depth" Euclidean metres (N,) float, "pixel_coords" (N, 2) float,
-    "where" the file and line for messages. `label_type` "z" or "euclidean" says what the file holds, over the record's
-    own `depth_type`. Raises ValueError with file, line, value and remedy."""
+    records[i] -> dict with "image" a path, "depth" Euclidean metres (N,), "pixel_coords" (N, 2),
+    "where" the file and line for messages. `label_type` "z" or "euclidean" says what the file
+    holds, whatever its records say. Raises ValueError with file, line, value and remedy."""
 
     def __init__(self, path: str, image_root: str | None = None, label_type: str | None = None):
-        self.path, self.label_type = str(path), label_type
+        self.path = str(path)
+        self.label_type = label_type
         self.image_root = Path(image_root) if image_root else Path(path).parent
         self.offsets = open_index(self.path)
-        if len(self.offsets) < 2:
-            raise ValueError(f"{path}: holds no record. Make it with prepare.py, or check the path.")
+        if len(self) < 1:
+            raise ValueError(f"{path}: holds no record. Make it with prepare.py.")
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
     def __getitem__(self, i: int) -> dict:
         where = f"{self.path}, line {i + 1}"
-        with open(self.path, "rb") as file:
-            file.seek(int(self.offsets[i]))
-            line = file.read(int(self.offsets[i + 1] - self.offsets[i]))
-        try:
-            record = json.loads(line)
-        except ValueError as e:
-            raise ValueError(f"{where}: not a JSON object ({e}). The line is damaged or cut off: "
-                             "write the file again.") from None
-        return check_record(record, where, self.image_root, self.label_type)
+        line = read_span(self.path, self.offsets[i], self.offsets[i + 1])
+        return check_record(parse_line(line, where), where, self.image_root, self.label_type)
+
+
+def read_span(path: str, start: int, end: int) -> bytes:
+    with open(path, "rb") as file:
+        file.seek(int(start))
+        return file.read(int(end - start))
 
 
 def open_index(path: str) -> np.ndarray:
-    """Byte offset of each line of a jsonl, and the file's size: (N + 1,) int64, memory-mapped from <name>.idx beside it.
-    The index is rebuilt when it is missing, older than the jsonl, or of another file size."""
+    """Byte offset of each line of a jsonl, and the file's size: (N + 1,) int64, memory-mapped from
+    <name>.idx beside it, which is rebuilt when missing, older than the jsonl or of another size."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file. Make it with prepare.py, or check the path.")
-    index, size = path.with_suffix(".idx"), path.stat().st_size
+    index = path.with_suffix(".idx")
+    size = path.stat().st_size
     fresh = index.is_file() and index.stat().st_mtime_ns >= path.stat().st_mtime_ns
     if fresh and index.stat().st_size % 8 == 0 < index.stat().st_size:
         offsets = np.memmap(index, dtype="<i8", mode="r")
         if int(offsets[-1]) == size:
             return offsets
-    starts, at = [np.zeros(1, np.int64)], 0
+
+    starts = [np.zeros(1, np.int64)]
+    position = 0
     with open(path, "rb") as file:
         while chunk := file.read(1 << 24):
-            starts.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == 10) + at + 1)
-            at += len(chunk)
+            line_feeds = np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n"))
+            starts.append(line_feeds + position + 1)
+            position += len(chunk)
     offsets = np.concatenate(starts)
-    offsets = offsets if offsets[-1] == size else np.append(offsets, size)  # a last line without a line feed
-    try:
-        temporary = index.with_name(f".{index.name}.{os.getpid()}")
-        offsets.astype("<i8").tofile(temporary)
-        os.replace(temporary, index)
-    except OSError:
-        pass  # a read-only folder: the index stays in memory
+    if offsets[-1] != size:  # the last line has no line feed
+        offsets = np.append(offsets, size)
+    with suppress(OSError):  # in a read-only folder the index stays in memory
+        with replacing(index) as temporary:
+            offsets.astype("<i8").tofile(temporary)
     return offsets
 
 
-def check_record(record: dict, where: str, image_root: Path = Path(), label_type: str | None = None) -> dict:
+def check_record(record: dict, where: str, image_root: Path = Path(),
+                 label_type: str | None = None) -> dict:
     """Validate a record and bring it to one form (see Records). Raises ValueError."""
-    if not isinstance(record, dict):
-        raise ValueError(f"{where}: a record is a JSON object, this is {type(record).__name__}.")
+    try:
+        record = record_arrays(record)
+        for _, example in label_faults(record):
+            raise ValueError(example)
+        kind = label_type or record.get("depth_type", "euclidean")
+        if kind not in ("z", "euclidean"):
+            raise ValueError(f"depth_type '{kind}' is neither 'z' nor 'euclidean'.")
+    except ValueError as e:
+        raise ValueError(f"{where}: {e}") from None
+
+    if kind == "z":
+        x, y = record["pixel_coords"].T
+        record["depth"] = record["depth"] * ray_length(x, y, record["intrinsics"])
+    return {**record, "image": str(image_root / record["image"]), "where": where}
+
+
+def record_arrays(record: dict) -> dict:
+    """The record with its numbers as arrays. Raises ValueError if it has not the form of one."""
     for key in ("image", "intrinsics", "pixel_coords", "depth"):
         if key not in record:
-            hint = " (rename 'image_path' to 'image')" if key == "image" and "image_path" in record else ""
-            raise ValueError(f"{where}: key '{key}' is missing{hint}; it has {sorted(record)}.")
+            renamed = key == "image" and "image_path" in record
+            hint = " (rename 'image_path' to 'image')" if renamed else ""
+            raise ValueError(f"key '{key}' is missing{hint}; it has {sorted(record)}.")
     if not isinstance(record["image"], str):
-        raise ValueError(f"{where}: image {record['image']!r} is not a path.")
+        raise ValueError(f"image {record['image']!r} is not a path.")
     try:
         fx, fy, cx, cy, w, h = (float(v) for v in record["intrinsics"])
         xy = np.asarray(record["pixel_coords"], float).reshape(-1, 2)
         depth_m = np.asarray(record["depth"], float).reshape(-1)
     except (TypeError, ValueError):
-        raise ValueError(f"{where}: needs intrinsics [fx, fy, cx, cy, w, h], pixel_coords [[x, y], ...] and "
+        raise ValueError("needs intrinsics [fx, fy, cx, cy, w, h], pixel_coords [[x, y], ...] and "
                          "depth [metres, ...] as numbers.") from None
-    if not (fx > 0 and fy > 0 and w >= 1 and h >= 1 and all(map(math.isfinite, (fx, fy, cx, cy, w, h)))):
-        raise ValueError(f"{where}: intrinsics {record['intrinsics']} need positive, finite fx, fy, w, h (in pixels).")
     if len(xy) != len(depth_m):
-        raise ValueError(f"{where}: {len(xy)} pixel_coords but {len(depth_m)} depths; they go in pairs.")
-    bad = ~(np.isfinite(depth_m) & (depth_m > 0))
-    if bad.any():
-        raise ValueError(f"{where}: depth {depth_m[bad][0]} of point {np.flatnonzero(bad)[0]} is not a positive "
-                         "distance in metres; drop the point.")
+        raise ValueError(f"{len(xy)} pixel_coords but {len(depth_m)} depths; they go in pairs.")
+    return {**record, "intrinsics": (fx, fy, cx, cy, w, h), "pixel_coords": xy, "depth": depth_m}
+
+
+def label_faults(record: dict) -> Iterator[tuple[str, str]]:
+    """What cannot be true of a record in array form: (kind of fault, example and remedy)."""
+    fx, fy, cx, cy, w, h = record["intrinsics"]
+    xy, depth_m = record["pixel_coords"], record["depth"]
+    finite = all(map(math.isfinite, record["intrinsics"]))
+    if not (finite and fx > 0 and fy > 0 and w >= 1 and h >= 1):
+        yield "fx or fy not positive", (f"intrinsics {list(record['intrinsics'])} need positive, "
+                                        "finite fx, fy, w, h (in pixels).")
+    bad = np.flatnonzero(~(np.isfinite(depth_m) & (depth_m > 0)))
+    if len(bad):
+        yield "depth not positive and finite", (
+            f"depth {depth_m[bad[0]]} of point {bad[0]} ({len(bad)} of {len(depth_m)}) is not a "
+            "positive distance in metres; drop the point.")
     x, y = xy.T
-    bad = ~((x >= -0.5) & (x <= w - 0.5) & (y >= -0.5) & (y <= h - 0.5))
-    if bad.any():
-        raise ValueError(f"{where}: point {xy[bad][0].tolist()} is outside of the {w:g} x {h:g} image; drop it, or "
-                         "correct the intrinsics.")
-    kind = label_type or record.get("depth_type", "euclidean")
-    if kind not in ("z", "euclidean"):
-        raise ValueError(f"{where}: depth_type '{kind}' is neither 'z' nor 'euclidean'.")
-    if kind == "z":
-        depth_m = depth_m * ray_length(x, y, (fx, fy, cx, cy))
-    return {**record, "image": str(image_root / record["image"]), "intrinsics": (fx, fy, cx, cy, w, h),
-            "pixel_coords": xy, "depth": depth_m, "where": where}
+    outside = xy[~((x >= -0.5) & (x <= w - 0.5) & (y >= -0.5) & (y <= h - 0.5))]
+    if len(outside):
+        yield "label outside of the image", (
+            f"point {outside[0].tolist()} is outside of the {w:g} x {h:g} image; drop it, or "
+            "correct the intrinsics.")
 
 
 def ray_length(x, y, intrinsics) -> np.ndarray:
@@ -163,49 +371,66 @@ def unproject(pixels: np.ndarray, depth_m: np.ndarray, intrinsics) -> np.ndarray
     return np.stack([(x - cx) / fx * z, (y - cy) / fy * z, z], -1)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # images
+
+MARGIN = 6  # px kept free around a query in a random crop, so that the arrow fits
+MAX_PIXELS = 1 << 27  # of a resized image: 160 degrees at f = 1000; 400 MB
 
 
 def open_image(path: str, size: tuple[float, float] | None = None) -> Image.Image:
-    """Any image file as 8-bit RGB: grey, palette, CMYK, 16-bit; alpha is laid on black; EXIF rotation is applied, unless
-    `size` (the labels' width and height) says that the labels were made on the unrotated pixels."""
+    """Any image file as 8-bit RGB: grey, palette, CMYK, 16-bit; alpha is laid on black; turned
+    upright by EXIF, unless `size` (the labels' width and height) says that the labels were made on
+    the pixels as they are stored. Raises ValueError."""
     try:
         with Image.open(path) as file:
             image = file
             upright = ImageOps.exif_transpose(image)
-            if size is None or upright.size == tuple(map(int, size)) or image.size != tuple(map(int, size)):
+            wanted = size and tuple(map(int, size))
+            if wanted is None or upright.size == wanted or image.size != wanted:
                 image = upright
-            if image.mode.startswith("I") or image.mode == "F":  # 16 bits to 8; anything else than I;16 by its range
-                values = np.asarray(image, np.float64)
-                top = 65535.0 if image.mode != "F" and values.max() <= 65535 else max(values.max(), 1e-9)
-                image = Image.fromarray(np.round(values * (255.0 / top)).astype(np.uint8))
+            if image.mode.startswith("I") or image.mode == "F":
+                image = to_8_bit(image)
             if "A" in image.getbands() or "transparency" in image.info:
                 image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
+                black = Image.new("RGBA", image.size, (0, 0, 0, 255))
+                image = Image.alpha_composite(black, image)
             return image.convert("RGB")
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such image. Image paths are relative to the jsonl's folder (or --image-root).") from None
+        raise ValueError(f"{path}: no such image. Image paths are relative to the jsonl's folder "
+                         "(or --image-root).") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise ValueError(f"{path}: cannot be read as an image ({e}). Replace the file or drop its record.") from None
+        raise ValueError(f"{path}: cannot be read as an image ({e}). Replace the file or drop its "
+                         "record.") from None
+
+
+def to_8_bit(image: Image.Image) -> Image.Image:
+    """16 bits to 8; anything else by its range."""
+    values = np.asarray(image, np.float64)
+    top = 65535.0
+    if image.mode == "F" or values.max() > top:
+        top = max(values.max(), 1e-9)
+    return Image.fromarray(np.round(values * (255.0 / top)).astype(np.uint8))
 
 
 def match_size(image: Image.Image, intrinsics, where: str) -> tuple[tuple, float, float]:
-    """Intrinsics for the image as it is on disk, and the scale from label pixels to its pixels. An image that was
-    resized after labelling is accepted if both axes agree within 1 %; anything else raises ValueError."""
+    """Intrinsics for the image as it is on disk, and the scale from label pixels to its pixels. An
+    image that was resized after labelling is accepted if both axes agree within 1 %; anything else
+    raises ValueError."""
     fx, fy, cx, cy, w, h = intrinsics
     sx, sy = image.width / w, image.height / h
     if abs(sx / sy - 1) > 0.01:
-        raise ValueError(f"{where}: the image is {image.width} x {image.height}, its intrinsics say {w:g} x {h:g}: not a "
-                         "resized version of the same image. Correct the record's intrinsics, or the image.")
-    scaled = (fx * sx, fy * sy, (cx + 0.5) * sx - 0.5, (cy + 0.5) * sy - 0.5, image.width, image.height)
-    return scaled, sx, sy
+        raise ValueError(f"{where}: the image is {image.width} x {image.height}, its intrinsics "
+                         f"say {w:g} x {h:g}: not a resized version of the same image. Correct "
+                         "the record's intrinsics, or the image.")
+    cx, cy = (cx + 0.5) * sx - 0.5, (cy + 0.5) * sy - 0.5
+    return (fx * sx, fy * sy, cx, cy, image.width, image.height), sx, sy
 
 
 @dataclass
 class View:
-    """An image as the model gets it: pixels (H, W, 3) uint8, the camera of these pixels, and how original pixels map:
-    x' = scale_x (x + 0.5) - 0.5 - left."""
+    """An image as the model gets it: pixels (H, W, 3) uint8, the camera of these pixels, and how
+    original pixels map: x' = scale_x (x + 0.5) - 0.5 - left."""
     pixels: np.ndarray
     intrinsics: tuple
     scale: tuple[float, float]
@@ -216,79 +441,119 @@ class View:
         return sx * (x + 0.5) - 0.5 - left, sy * (y + 0.5) - 0.5 - top
 
 
-def unify_focal(image: Image.Image, intrinsics, focal: float | None, grid: int, crop=None, keep=(), rng=None) -> View:
-    """Resize so that fx = fy = `focal` px exactly (Sec. 3.4), both sides a multiple of `grid`. focal None keeps the scale.
+def unify_focal(image: Image.Image, intrinsics, focal: float | None, grid: int, crop=None,
+                keep=(), rng=None) -> View:
+    """Resize so that fx = fy = `focal` px exactly (Sec. 3.4), both sides a multiple of `grid`.
+    focal None keeps the scale.
 
-    crop (w_min, w_max, h_min, h_max): training, a random window of that size at a true random place that keeps the
-    `keep` pixels (original coordinates) inside. crop None: evaluation, nothing is lost, the edge is repeated to fill the
-    grid; so it is in training where an image is smaller than the window. Only the window is resampled, from its exact
-    (fractional) box in the original: no second resize, no rounding of the focal length; in exchange the last fraction of
-    a pixel at the right and bottom is dropped."""
-    # paper: W' = f/fx W is rounded there, and the processor resizes again to the patch grid; here the focal is exact
+    crop (w_min, w_max, h_min, h_max): training, a random window of that size at a random place that
+    keeps the `keep` pixels (original coordinates) inside. crop None: evaluation, nothing is lost:
+    the edge is repeated to fill the grid, as it is in training where an image is smaller than the
+    window. Only the window is resampled, from its exact (fractional) box in the original: the focal
+    length is not rounded, and the last fraction of a pixel at the right and bottom is dropped."""
+    # paper: W' = f/fx W is rounded there, and the processor resizes again to the patch grid
     fx, fy, cx, cy = intrinsics[:4]
-    scale = (focal / fx, focal / fy) if focal else (1.0, 1.0)
-    window = []
-    for axis, (length, s) in enumerate(zip(image.size, scale)):
-        whole = max(1, math.floor(length * s + 1e-3))  # intrinsics are often rounded to a few decimals
-        start, size = 0, whole
-        if crop is not None:
-            at = [s * (p[axis] + 0.5) - 0.5 for p in keep] or [whole / 2]
-            needed = math.ceil(max(at) - min(at) + 2 * MARGIN + 1)
-            size = max(int(rng.integers(crop[2 * axis], crop[2 * axis + 1] + 1)) // grid, -(-needed // grid)) * grid
-            size = min(size, whole)  # a smaller image is shown whole, and padded as in evaluation
-            first = math.ceil(max(0, min(max(at) + MARGIN, whole - 1) - size + 1))
-            last = math.floor(min(whole - size, max(min(at) - MARGIN, 0)))
-            start = int(rng.integers(first, last + 1)) if first < last else min(first, whole - size)
-        window.append((start, size, min(start / s, length), min((start + size) / s, length)))
-    (left, width, x0, x1), (top, height, y0, y1) = window
+    sx, sy = scale = (focal / fx, focal / fy) if focal else (1.0, 1.0)
+    if focal and image.width * sx * image.height * sy > MAX_PIXELS:
+        raise ValueError(f"an image of {image.width} x {image.height} px and focal length {fx:g} "
+                         f"{fy:g} px becomes {image.width * sx:.3g} x {image.height * sy:.3g} px "
+                         f"at focal {focal:g}. Correct its intrinsics.")
+
+    whole = [whole_pixels(length * s) for length, s in zip(image.size, scale)]
+    starts, sizes = [0, 0], whole
+    if crop is not None:
+        at = [(sx * (x + 0.5) - 0.5, sy * (y + 0.5) - 0.5) for x, y in keep]
+        at = np.array(at or [(whole[0] / 2, whole[1] / 2)])
+        starts, sizes = zip(crop_window(whole[0], at[:, 0], crop[:2], grid, rng),
+                            crop_window(whole[1], at[:, 1], crop[2:], grid, rng))
+    (left, top), (width, height) = starts, sizes
     if scale == (1.0, 1.0):
         pixels = np.asarray(image.crop((left, top, left + width, top + height)))
     else:
-        pixels = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC, box=(x0, y0, x1, y1)))
-    # the last original pixel may lie in the dropped fraction: it gets a pixel of the repeated edge
-    least = (width, height) if crop is not None else (max(n, math.floor(s * (length - 0.5)) + 1)
-                                                      for n, s, length in zip((width, height), scale, image.size))
+        right, bottom = (left + width) / sx, (top + height) / sy
+        box = (min(left / sx, image.width), min(top / sy, image.height),
+               min(right, image.width), min(bottom, image.height))
+        pixels = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC, box=box))
+
+    least = [width, height]
+    if crop is None:  # the last original pixel may lie in the dropped fraction: repeat the edge
+        least = [max(n, math.floor(s * (length - 0.5)) + 1)
+                 for n, s, length in zip((width, height), scale, image.size)]
     wide, high = (-(-n // grid) * grid for n in least)
-    pad = ((0, high - height), (0, wide - width), (0, 0))
-    pixels = np.pad(pixels, pad, mode="edge") if any(p[1] for p in pad) else np.array(pixels)
-    camera = (fx * scale[0], fy * scale[1], (cx + 0.5) * scale[0] - 0.5 - left, (cy + 0.5) * scale[1] - 0.5 - top,
+    pixels = np.pad(pixels, ((0, high - height), (0, wide - width), (0, 0)), mode="edge")
+    camera = (fx * sx, fy * sy, (cx + 0.5) * sx - 0.5 - left, (cy + 0.5) * sy - 0.5 - top,
               width, height)
     return View(pixels, camera, scale, (left, top))
 
 
-def draw_marker(pixels: np.ndarray, x: float, y: float, shape: str = "arrow", size: int = 5, color=(255, 0, 0)) -> None:
-    """Draw a marker for the point (x, y) into pixels (H, W, 3), in place (App. A.1). The arrow points at it from the left
-    (from the right where the left border is too near) and leaves the pixel itself visible, as the cross does."""
-    height, width = pixels.shape[:2]
-    x, y = min(max(math.floor(x + 0.5), 0), width - 1), min(max(math.floor(y + 0.5), 0), height - 1)
+def whole_pixels(length: float) -> int:
+    return max(1, math.floor(length + 1e-3))  # intrinsics are often rounded to a few decimals
+
+
+def crop_window(whole: int, at: np.ndarray, limits, grid: int, rng) -> tuple[int, int]:
+    """-> start and size of a random window along one axis of `whole` px: a multiple of the grid
+    within `limits` (low, high) that holds all of `at`, with a margin where there is room."""
+    needed = math.ceil(at.max() - at.min() + 2 * MARGIN + 1)
+    size = int(rng.integers(limits[0], limits[1] + 1)) // grid
+    size = max(size, -(-needed // grid)) * grid
+    size = min(size, whole)  # a smaller image is shown whole, and padded as in evaluation
+    first = math.ceil(max(0, min(at.max() + MARGIN, whole - 1) - size + 1))
+    last = math.floor(min(whole - size, max(at.min() - MARGIN, 0)))
+    start = int(rng.integers(first, last + 1)) if first < last else min(first, whole - size)
+    return start, size
+
+
+def arrow(size: int, side: int) -> list[tuple[int, int]]:
+    """Offsets from the point to an arrow's pixels: its tip is beside the point, on `side` (-1 left,
+    1 right), so that the pixel itself stays visible."""
+    thick = max(1, size // 5)
+    length = size // thick
+    strokes = [(k, 0) for k in range(1, length + 1)]
+    strokes += [(1 + k, up * k) for k in range(1, (length - 1) // 2 + 1) for up in (-1, 1)]
+    return [(side * (thick * (along - 1) + 1 + i), thick * up - thick // 2 + j)
+            for along, up in strokes for i in range(thick) for j in range(thick)]
+
+
+def cross(size: int, side: int) -> list[tuple[int, int]]:
+    """Two bars around the point, which stays visible."""
     half, thick = max(1, size // 2), max(1, size // 5)
-    if shape == "arrow":
-        side = -1 if x >= size or 2 * x >= width else 1
-        length = size // thick
-        strokes = [(k, 0) for k in range(1, length + 1)]
-        strokes += [(1 + k, sign * k) for k in range(1, (length - 1) // 2 + 1) for sign in (-1, 1)]
-        spots = [(side * (thick * (k - 1) + 1 + i), thick * up - thick // 2 + j)
-                 for k, up in strokes for i in range(thick) for j in range(thick)]
-    elif shape == "cross":
-        arm = [(k, j) for k in range(-half, half + 1) if k for j in range(-(thick // 2), thick - thick // 2)]
-        spots = arm + [(j, k) for k, j in arm]
-    elif shape == "dot":
-        spots = [(i, j) for i in range(-half, half + 1) for j in range(-half, half + 1) if i * i + j * j <= half * half + 1]
-    else:
-        raise ValueError(f"marker '{shape}' is none of {MARKERS}.")
-    for dx, dy in spots:
+    arms = [k for k in range(-half, half + 1) if k]
+    bar = [(k, j) for k in arms for j in range(-(thick // 2), thick - thick // 2)]
+    return bar + [(j, k) for k, j in bar]
+
+
+def dot(size: int, side: int) -> list[tuple[int, int]]:
+    """A disc over the point."""
+    half = max(1, size // 2)
+    square = [(i, j) for i in range(-half, half + 1) for j in range(-half, half + 1)]
+    return [(i, j) for i, j in square if i * i + j * j <= half * half + 1]
+
+
+MARKERS = {"arrow": arrow, "cross": cross, "dot": dot}  # App. A.1
+COLORS = {"red": (255, 0, 0), "blue": (0, 0, 255)}  # of the first and the second point
+
+
+def draw_marker(pixels: np.ndarray, x: float, y: float, shape: str = "arrow", size: int = 5,
+                color=(255, 0, 0)) -> None:
+    """Draw a marker for the point (x, y) into pixels (H, W, 3), in place (App. A.1). An arrow comes
+    from the left, or from the right where the left border is too near."""
+    height, width = pixels.shape[:2]
+    x = min(max(math.floor(x + 0.5), 0), width - 1)
+    y = min(max(math.floor(y + 0.5), 0), height - 1)
+    side = -1 if x >= size or 2 * x >= width else 1
+    for dx, dy in MARKERS[shape](size, side):
         if 0 <= x + dx < width and 0 <= y + dy < height:
             pixels[y + dy, x + dx] = color
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# tasks: one function each, records -> what is asked about which pixels, and the true value (Sec. 3.4)
+# --------------------------------------------------------------------------------------------------
+# tasks (Sec. 3.4): what is asked about which pixels, and the true value
 
 
 @dataclass
 class Query:
-    """One question before it is rendered: the record(s) it is about, the pixels (in the first record's image, as
-    labelled), the true value, and the number that the question gives (time or speed)."""
+    """One question before it is rendered: the record(s) it is about, the pixels (in the first
+    record's image, as labelled), the true value, and the number that the question gives."""
     task: str
     records: list[dict]
     points: list[tuple[float, float]]
@@ -297,77 +562,94 @@ class Query:
 
 
 class Unfit(ValueError):
-    """A record that a task cannot be asked about, though nothing is wrong with it: no pose, a standing car."""
+    """A task does not suit a record, though nothing is wrong with it: no pose, a standing car."""
 
 
-def ask_distance(records: Records, i: int, rng, point: int | None = None) -> Query:
+# paper: it does not say which numbers its questions give, nor how far its frames are apart
+TIMES = (1.0, 10.0)  # s. A factor of ten where delta1 forgives 1.25: the number has to be read
+SPEEDS = (0.5, 5.0)  # m/s, a stroll to a run: two decimals still tell the time to half a metre
+NEAREST_PAIR = 0.1  # m; nearer points are one to the eye, and two decimals cannot tell them apart
+MOTION = (0.1, 10.0)  # m; below, a pose is mostly noise, beyond, the frames share hardly any view
+MOTION_WINDOW = 30  # records: 3 s at 10 Hz; 2.5 s of nuScenes, whose six cameras take turns
+
+
+def distance(records: Records, i: int, rng, point: int | None = None) -> Query:
     """Euclidean distance of a point from the camera [m]: metric depth."""
     record = records[i]
-    point = pick(record, rng) if point is None else point
-    return Query("distance", [record], [tuple(record["pixel_coords"][point])], float(record["depth"][point]))
+    point = pick_point(record, rng) if point is None else point
+    xy = tuple(record["pixel_coords"][point])
+    return Query("distance", [record], [xy], float(record["depth"][point]))
 
 
-def ask_axis(records: Records, i: int, rng, point: int | None = None) -> Query:
+def axis_distance(records: Records, i: int, rng, point: int | None = None) -> Query:
     """Distance along the principal axis [m]: z, the depth of pure vision models."""
-    query = ask_distance(records, i, rng, point)
+    query = distance(records, i, rng, point)
     ray = float(ray_length(*query.points[0], query.records[0]["intrinsics"]))
     return replace(query, task="axis", value=query.value / ray)
 
 
-def ask_speed(records: Records, i: int, rng, point: int | None = None) -> Query:
+def speed(records: Records, i: int, rng, point: int | None = None) -> Query:
     """Speed that reaches a point within a given time [m/s]."""
-    query, given = ask_distance(records, i, rng, point), draw_given(rng, TIMES)
+    query = distance(records, i, rng, point)
+    given = draw_given(rng, TIMES)
     return replace(query, task="speed", value=query.value / given, given=given)
 
 
-def ask_time(records: Records, i: int, rng, point: int | None = None) -> Query:
+def travel_time(records: Records, i: int, rng, point: int | None = None) -> Query:
     """Time in which a given speed reaches a point [s]."""
-    query, given = ask_distance(records, i, rng, point), draw_given(rng, SPEEDS)
+    query = distance(records, i, rng, point)
+    given = draw_given(rng, SPEEDS)
     return replace(query, task="time", value=query.value / given, given=given)
 
 
-def ask_two_point(records: Records, i: int, rng, point: int | None = None) -> Query:
+def two_point(records: Records, i: int, rng, point: int | None = None) -> Query:
     """Distance between two points [m], the first marked in red, the second in blue."""
     record = records[i]
-    point = pick(record, rng) if point is None else point
+    point = pick_point(record, rng) if point is None else point
     xyz = unproject(record["pixel_coords"], record["depth"], record["intrinsics"])
     apart = np.linalg.norm(xyz - xyz[point], axis=1)
     others = np.flatnonzero(apart >= NEAREST_PAIR)
     if not len(others):
-        raise Unfit(f"{record['where']}: has no second point {NEAREST_PAIR} m or more from point {point}.")
+        raise Unfit(f"{record['where']}: has no second point {NEAREST_PAIR} m or more from point "
+                    f"{point}.")
     other = int(rng.choice(others))
-    return Query("two_point", [record], [tuple(record["pixel_coords"][k]) for k in (point, other)], float(apart[other]))
+    pair = [tuple(record["pixel_coords"][k]) for k in (point, other)]
+    return Query("two_point", [record], pair, float(apart[other]))
 
 
-def ask_motion(records: Records, i: int, rng, point: int | None = None) -> Query:
-    """How far the camera moved [m] between a record and one near it in the file, of the same scene and camera."""
+def motion(records: Records, i: int, rng, point: int | None = None) -> Query:
+    """How far the camera moved [m] from a record to one near it in the file, of the same scene and
+    camera."""
     record = records[i]
     if record.get("pose") is None:
-        raise Unfit(f"{record['where']}: has no 'pose', so it cannot be asked how far the camera moved.")
-    for offset in rng.permutation([*range(-MOTION_WINDOW, 0), *range(1, MOTION_WINDOW + 1)]):
+        raise Unfit(f"{record['where']}: has no 'pose', so nobody knows how far the camera moved.")
+    around = [*range(-MOTION_WINDOW, 0), *range(1, MOTION_WINDOW + 1)]
+    for offset in rng.permutation(around):
         if not 0 <= i + offset < len(records):
             continue
         other = records[i + int(offset)]
-        if other.get("pose") is not None and all(other.get(k) == record.get(k) for k in ("scene", "camera")):
-            moved = float(np.linalg.norm(center(other) - center(record)))
-            if MOTION[0] <= moved <= MOTION[1]:
-                return Query("motion", [record, other], [], moved)
-    raise Unfit(f"{record['where']}: none of the {MOTION_WINDOW} records before and after it is of the same scene and "
-                f"camera, with its 'pose' {MOTION[0]} to {MOTION[1]} m away.")
+        same = all(other.get(k) == record.get(k) for k in ("scene", "camera"))
+        if other.get("pose") is None or not same:
+            continue
+        moved = float(np.linalg.norm(camera_center(other) - camera_center(record)))
+        if MOTION[0] <= moved <= MOTION[1]:
+            return Query("motion", [record, other], [], moved)
+    raise Unfit(f"{record['where']}: none of the {MOTION_WINDOW} records before and after it is of "
+                f"the same scene and camera, with its 'pose' {MOTION[0]} to {MOTION[1]} m away.")
 
 
-def pick(record: dict, rng) -> int:
+def pick_point(record: dict, rng) -> int:
     if not len(record["depth"]):
         raise ValueError(f"{record['where']}: has no labelled point.")
     return int(rng.integers(len(record["depth"])))
 
 
 def draw_given(rng, limits: tuple[float, float]) -> float:
-    """The number that a question gives, one decimal; log-uniform, so that no order of magnitude is rare."""
+    """The number in a question, one decimal; log-uniform, so that no order of magnitude is rare."""
     return round(float(np.exp(rng.uniform(*np.log(limits)))), 1)
 
 
-def center(record: dict) -> np.ndarray:
+def camera_center(record: dict) -> np.ndarray:
     """Position of a record's camera in its scene [m]."""
     pose = np.asarray(record["pose"], float)
     if pose.size != 16 or not np.isfinite(pose).all():
@@ -375,232 +657,320 @@ def center(record: dict) -> np.ndarray:
     return pose.reshape(4, 4)[:3, 3]
 
 
-def can_ask(records: Records, task: str, tries: int = 64) -> bool:
+METERS = {
+    "m": 1.0, "meter": 1.0, "meters": 1.0, "metre": 1.0, "metres": 1.0,
+    "cm": 0.01, "centimeter": 0.01, "centimeters": 0.01, "centimetre": 0.01, "centimetres": 0.01,
+    "mm": 0.001, "millimeters": 0.001, "millimetres": 0.001,
+    "km": 1000.0, "kilometer": 1000.0, "kilometers": 1000.0, "kilometres": 1000.0,
+    "ft": 0.3048, "foot": 0.3048, "feet": 0.3048, "in": 0.0254, "inch": 0.0254, "inches": 0.0254,
+    "yard": 0.9144, "yards": 0.9144, "mile": 1609.344, "miles": 1609.344}
+SECONDS = {
+    "s": 1.0, "sec": 1.0, "secs": 1.0, "second": 1.0, "seconds": 1.0,
+    "ms": 0.001, "millisecond": 0.001, "milliseconds": 0.001,
+    "min": 60.0, "mins": 60.0, "minute": 60.0, "minutes": 60.0,
+    "h": 3600.0, "hr": 3600.0, "hour": 3600.0, "hours": 3600.0}
+METERS_PER_SECOND = {way + per + time: METERS[way] / SECONDS[time]
+                     for way in METERS for time in SECONDS for per in ("/", " / ", " per ")}
+METERS_PER_SECOND |= {"mps": 1.0, "kmh": 1 / 3.6, "kph": 1 / 3.6, "mph": 0.44704,
+                      "knots": 0.514444}
+
+
+def think(question: str, unit: str, sentence: str) -> tuple[str, str]:
+    """Question and answer in the think/answer form of Sec. 3.2, which the released model has."""
+    question += (" Output the thinking process in <think> </think> and final answer (the "
+                 f"{unit} number only, without the unit) in <answer> </answer> tags.")
+    return question, f"<think> {sentence} </think>\n\n<answer> {{x}} </answer>"
+
+
+@dataclass(frozen=True)
+class Task:
+    """All that the scripts know of a task. make: (records, i, rng, point) -> Query. wordings: for
+    each prompt, the templates of question and answer (fields: `phrase`; {x} is the value, with the
+    same words before it in all answers of a task, so that decoding can draft them). unit: words
+    behind a number in an answer -> factor. markers: how many points are drawn. needs: what not
+    every record has."""
+    make: Callable
+    wordings: dict[str, tuple[str, str]]
+    unit: dict[str, float]
+    markers: int = 1
+    needs: str | None = None
+
+
+AWAY = "The point is around {x} meters away from the camera."
+AHEAD = "The point is around {x} meters in front of the camera."
+MUST_MOVE = "The camera must move at around {x} meters per second."
+TAKES = "The camera takes around {x} seconds."
+APART = "The two points are around {x} meters apart."
+MOVED = "The camera has moved around {x} meters."
+
+TASKS = {
+    "distance": Task(distance, {
+        "paper": ("How many meters is this point from the camera?", AWAY),
+        "release": think("How far is this point from the camera?", "meter", AWAY),
+        "text": ("Given this image of size (width = {w}, height = {h}), how far is the pixel at "
+                 "({u}, {v}) from the camera?", AWAY),  # App. A.1
+        "camera": ("Given this image of size (width = {w}, height = {h}), where the camera "
+                   "intrinsics are (fx = {fx}, fy = {fy}, cx = {cx}, cy = {cy}) and the images are "
+                   "without distortions, how many meters is this point away from the camera?",
+                   AWAY),  # App. A.5
+        "ray": ("How many meters is this point from the camera?",
+                "The point is around {right} degrees to the {side}, {up} degrees {updown} and {x} "
+                "meters away from the camera."),  # App. A.5
+    }, METERS),
+    # paper: of the other tasks it shows pictures only (Fig. 7); these are in the style of the first
+    "axis": Task(axis_distance, {
+        "paper": ("How many meters is this point from the camera along the forward direction?",
+                  AHEAD),
+        "release": think("How far is this point from the camera along the forward direction?",
+                         "meter", AHEAD),
+    }, METERS),
+    "speed": Task(speed, {
+        "paper": ("How many meters per second must the camera move to reach this point in {given} "
+                  "seconds?", MUST_MOVE),
+        "release": think("How fast must the camera move to reach this point in {given} seconds?",
+                         "meters per second", MUST_MOVE),
+    }, METERS_PER_SECOND),
+    "time": Task(travel_time, {
+        "paper": ("How many seconds does the camera take to reach this point at {given} meters per "
+                  "second?", TAKES),
+        "release": think("How long does the camera take to reach this point at {given} meters per "
+                         "second?", "second", TAKES),
+    }, SECONDS),
+    "two_point": Task(two_point, {
+        "paper": ("How many meters is the point of the red marker from the point of the blue "
+                  "marker?", APART),
+        "release": think("How far is the point of the red marker from the point of the blue "
+                         "marker?", "meter", APART),
+    }, METERS, markers=2, needs="two labelled points"),
+    "motion": Task(motion, {
+        "paper": ("How many meters has the camera moved between the two images?", MOVED),
+        "release": think("How far has the camera moved between the two images?", "meter", MOVED),
+    }, METERS, markers=0, needs="'pose', 'scene' and 'camera'"),
+}
+
+
+def make_query(task: str, records: Records, i: int, rng, point: int | None = None) -> Query:
+    """A query of a task about record i, one of its points, or a random one. Raises Unfit, or
+    ValueError: answers are positive numbers, because delta1 and the rewards are about ratios."""
+    query = TASKS[task].make(records, i, rng, point)
+    if not (query.value > 0 and math.isfinite(query.value)):
+        raise ValueError(f"task '{task}': the true value {query.value:g} is not a positive number. "
+                         "Word the task so that all of its values are.")
+    return query
+
+
+def task_fits(task: str, records: Records, tries: int = 64) -> bool:
     """Whether a task fits any of some records spread over a file."""
-    def unfit(i):
+    for i in np.linspace(0, len(records) - 1, min(tries, len(records))):
         try:
-            TASKS[task](records, i, np.random.default_rng(i))
+            make_query(task, records, int(i), np.random.default_rng(int(i)))
         except Unfit:
-            return True
+            continue
         except ValueError:  # a damaged record says nothing about the others
             pass
-        return False
-    return not all(unfit(int(i)) for i in np.linspace(0, len(records) - 1, min(tries, len(records))))
+        return True
+    return False
 
 
-# paper: it does not say which numbers its questions give, nor how far its pairs of frames are apart
-TIMES = (1.0, 10.0)  # s. A factor of ten where delta1 forgives 1.25: who ignores the given number is wrong
-SPEEDS = (0.5, 5.0)  # m/s, a stroll to a run: two decimals can still tell the time to a point half a metre away
-NEAREST_PAIR = 0.1  # m; nearer points are one to the eye, and two decimals cannot tell their distance
-MOTION = (0.1, 10.0)  # m; below, a pose is mostly noise (a standing car), beyond, the frames share hardly any view
-MOTION_WINDOW = 30  # records: 3 s of a 10 Hz camera; 2.5 s of nuScenes, whose six cameras take turns
-TASKS: dict[str, Callable] = {"distance": ask_distance, "axis": ask_axis, "speed": ask_speed, "time": ask_time,
-                              "two_point": ask_two_point, "motion": ask_motion}
+# --------------------------------------------------------------------------------------------------
+# what a checkpoint was trained to see: its depthlm.json overrides these, flags override both
 
-# task -> prompt -> question, answer. {x} is the value, {given} the time or speed. "release" is the think/answer form of
-# Sec. 3.2. The words before {x} are the same in all answers of a task, so that decoding can verify them at once.
-THINK = ("Output the thinking process in <think> </think> and final answer (the {unit} number only, without the unit) in "
-         "<answer> </answer> tags.")
-QUESTIONS = {
-    "distance": {"paper": "How many meters is this point from the camera?",
-                 "release": "How far is this point from the camera? " + THINK.format(unit="meter")},
-    # paper: of the other tasks it shows pictures only (Fig. 7); these are in the style of the first
-    "axis": {"paper": "How many meters is this point from the camera along the forward direction?",
-             "release": "How far is this point from the camera along the forward direction? "
-                        + THINK.format(unit="meter")},
-    "speed": {"paper": "How many meters per second must the camera move to reach this point in {given} seconds?",
-              "release": "How fast must the camera move to reach this point in {given} seconds? "
-                         + THINK.format(unit="meters per second")},
-    "time": {"paper": "How many seconds does the camera take to reach this point at {given} meters per second?",
-             "release": "How long does the camera take to reach this point at {given} meters per second? "
-                        + THINK.format(unit="second")},
-    "two_point": {"paper": "How many meters is the point of the red marker from the point of the blue marker?",
-                  "release": "How far is the point of the red marker from the point of the blue marker? "
-                             + THINK.format(unit="meter")},
-    "motion": {"paper": "How many meters has the camera moved between the two images?",
-               "release": "How far has the camera moved between the two images? " + THINK.format(unit="meter")},
-}
-ANSWERS = {"distance": "The point is around {x} meters away from the camera.",
-           "axis": "The point is around {x} meters in front of the camera.",
-           "speed": "The camera must move at around {x} meters per second.",
-           "time": "The camera takes around {x} seconds.",
-           "two_point": "The two points are around {x} meters apart.",
-           "motion": "The camera has moved around {x} meters."}
-TEXT_QUESTION = "Given this image of size (width = {w}, height = {h}), how far is the pixel at ({u}, {v}) from the camera?"
-CAMERA_QUESTION = ("Given this image of size (width = {w}, height = {h}), where the camera intrinsics are (fx = {fx}, fy = {fy}, "
-                   "cx = {cx}, cy = {cy}) and the images are without distortions, how many meters is this point away from "
-                   "the camera?")
-RAY_ANSWER = "The point is around {right} degrees to the {side}, {up} degrees {updown} and {x} meters away from the camera."
+DEFAULTS = {"focal": 1000, "marker": "arrow", "marker_size": 5, "prompt": "paper",
+            "camera": "unify", "tasks": ["distance"], "max_new_tokens": 128}
+PROMPTS = ("paper", "release", "text")
+CAMERAS = ("unify", "none", "prompt", "ray")  # Sec. 3.3, App. A.5
 
 
-def answer_form(task: str, prompt: str) -> str:
-    """The answer as a template with {x} for the number; what comes before {x} is the same for every answer."""
-    sentence = ANSWERS[task]
-    return f"<think> {sentence} </think>\n\n<answer> {{x}} </answer>" if prompt == "release" else sentence
+def check_settings(settings: dict) -> dict:
+    """The settings, if they go together. Raises ValueError."""
+    for key, allowed in (("marker", MARKERS), ("prompt", PROMPTS), ("camera", CAMERAS)):
+        if settings[key] not in allowed:
+            raise ValueError(f"{key} '{settings[key]}' is none of {', '.join(allowed)}.")
+    if not settings["focal"] > 0:
+        raise ValueError(f"focal {settings['focal']}: needs a positive number of pixels.")
+    if settings["camera"] in ("prompt", "ray") and settings["prompt"] != "paper":
+        raise ValueError(f"--camera {settings['camera']} --prompt {settings['prompt']}: App. A.5 "
+                         "words its questions and answers in the form of prompt 'paper' alone.")
+    for task in settings["tasks"]:
+        if task in TASKS:
+            wording(task, settings)
+    return settings
+
+
+def wording(task: str, settings: dict) -> tuple[str, str]:
+    """Templates of question and answer."""
+    name = {"prompt": "camera", "ray": "ray"}.get(settings["camera"], settings["prompt"])
+    if name not in TASKS[task].wordings:
+        raise ValueError(f"task '{task}' has no wording for --prompt {settings['prompt']} with "
+                         f"--camera {settings['camera']}: text coordinates and the camera "
+                         "strategies 'prompt' and 'ray' are for distance alone (App. A.1, A.5).")
+    return TASKS[task].wordings[name]
+
+
+def answer_form(task: str, settings: dict) -> str | None:
+    """The answer as a template of its number alone, {x}; None where it says other numbers, too."""
+    answer = wording(task, settings)[1]
+    fields = {name for _, name, _, _ in string.Formatter().parse(answer) if name}
+    return answer if fields == {"x"} else None
 
 
 def phrase(query: Query, view: View, settings: dict) -> tuple[str, str]:
     """-> question, answer (Sec. 3.1, App. A.1 and A.5). Numbers have two decimals."""
-    prompt, camera, x = settings["prompt"], settings["camera"], f"{query.value:.2f}"
     fx, fy, cx, cy, w, h = view.intrinsics
-    question, answer = QUESTIONS[query.task].get(prompt), answer_form(query.task, prompt)
-    if query.task != "distance" and (prompt == "text" or camera in ("prompt", "ray")):
-        raise ValueError(f"task '{query.task}': prompt 'text' and the camera strategies 'prompt' and 'ray' are for the "
-                         "distance alone (App. A.1, A.5).")
-    if camera in ("prompt", "ray") and prompt != "paper":
-        raise ValueError(f"--camera {camera} --prompt {prompt}: App. A.5 words its questions and answers in the form of "
-                         "prompt 'paper' alone.")
-    if prompt == "text":
-        u, v = (math.floor(p + 0.5) for p in view.move(*query.points[0]))
-        question = TEXT_QUESTION.format(w=w, h=h, u=u, v=v)
-    elif camera == "prompt":
-        question = CAMERA_QUESTION.format(w=w, h=h, fx=f"{fx:.2f}", fy=f"{fy:.2f}", cx=f"{cx:.2f}", cy=f"{cy:.2f}")
-    elif camera == "ray":
+    fields = {"x": f"{query.value:.2f}", "given": query.given, "w": w, "h": h,
+              "fx": f"{fx:.2f}", "fy": f"{fy:.2f}", "cx": f"{cx:.2f}", "cy": f"{cy:.2f}"}
+    if query.points:
         u, v = view.move(*query.points[0])
         right, up = math.degrees(math.atan2(u - cx, fx)), math.degrees(math.atan2(cy - v, fy))
-        answer = RAY_ANSWER.format(right=f"{abs(right):.0f}", side="right" if right >= 0 else "left", up=f"{abs(up):.0f}",
-                                   updown="above" if up >= 0 else "below", x="{x}")
-    return question.format(given=query.given), answer.format(x=x)
+        fields |= {"u": math.floor(u + 0.5), "v": math.floor(v + 0.5),
+                   "right": f"{abs(right):.0f}", "side": "right" if right >= 0 else "left",
+                   "up": f"{abs(up):.0f}", "updown": "above" if up >= 0 else "below"}
+    question, answer = wording(query.task, settings)
+    return question.format(**fields), answer.format(**fields)
 
 
-def open_labelled(path: str, intrinsics: tuple, where: str) -> tuple[Image.Image, tuple, float, float]:
-    """A record's image, the intrinsics of its pixels, and their scale against the labelled ones."""
-    image = open_image(path, intrinsics[4:])
-    return image, *match_size(image, intrinsics, where)
-
-
-@lru_cache(maxsize=2)
-def whole_view(path: str, changed: float | None, intrinsics: tuple, where: str, focal: float | None, grid: int):
-    """-> view without a marker, label scale: opening and resizing is most of the work, and is done once for all points
-    of an image that are asked one after another. `changed`: the file's time, so that a new image is read."""
-    image, camera, sx, sy = open_labelled(path, intrinsics, where)
-    return unify_focal(image, camera, focal, grid), sx, sy
-
-
-def render(query: Query, settings: dict, grid: int, crop=None, rng=None) -> tuple[list[View], str, str]:
+def render(query: Query, settings: dict, grid: int, crop=None,
+           rng=None) -> tuple[list[View], str, str]:
     """A query as the model gets it -> views (one per image, markers drawn), question, answer."""
+    focal = settings["focal"] if settings["camera"] == "unify" else None
     views = []
     for k, record in enumerate(query.records):
-        focal = settings["focal"] if settings["camera"] == "unify" else None
         points = query.points if k == 0 else []
-        if crop is None:
-            changed = os.path.getmtime(record["image"]) if os.path.exists(record["image"]) else None
-            view, sx, sy = whole_view(record["image"], changed, record["intrinsics"], record["where"], focal, grid)
-            view = replace(view, pixels=view.pixels.copy())
-        else:
-            image, intrinsics, sx, sy = open_labelled(record["image"], record["intrinsics"], record["where"])
-            keep = [(sx * (x + 0.5) - 0.5, sy * (y + 0.5) - 0.5) for x, y in points]
-            view = unify_focal(image, intrinsics, focal, grid, crop, keep, rng)
-        view.scale = (view.scale[0] * sx, view.scale[1] * sy)  # from label pixels
+        view = record_view(record, focal, grid, crop, points, rng)
         if settings["prompt"] != "text":
             for point, color in zip(points, COLORS.values()):
-                draw_marker(view.pixels, *view.move(*point), settings["marker"], settings["marker_size"], color)
+                draw_marker(view.pixels, *view.move(*point), settings["marker"],
+                            settings["marker_size"], color)
         views.append(view)
     return views, *phrase(query, views[0], settings)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# ordinary chat: {"question", "answer", "image" (optional)} a line, to mix into training and to probe what is left of it
+def record_view(record: dict, focal: float | None, grid: int, crop, points: list, rng) -> View:
+    """A record's image without a marker; its scale is that from label pixels."""
+    path, intrinsics, where = record["image"], record["intrinsics"], record["where"]
+    if crop is None:
+        changed = os.path.getmtime(path) if os.path.exists(path) else None
+        view, sx, sy = whole_view(path, changed, intrinsics, where, focal, grid)
+        view = replace(view, pixels=view.pixels.copy())
+    else:
+        image = open_image(path, intrinsics[4:])
+        intrinsics, sx, sy = match_size(image, intrinsics, where)
+        keep = [(sx * (x + 0.5) - 0.5, sy * (y + 0.5) - 0.5) for x, y in points]
+        view = unify_focal(image, intrinsics, focal, grid, crop, keep, rng)
+    view.scale = (view.scale[0] * sx, view.scale[1] * sy)
+    return view
 
 
-def read_chats(path: str, answers: bool = True) -> list[dict]:
-    """All lines of a chat file, images as absolute paths. Raises ValueError with file and line."""
-    chats = []
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: no such file of chat samples.")
-    for number, text in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
-        if not text.strip():
-            continue
-        try:
-            chat = json.loads(text)
-        except ValueError:
-            chat = None
-        needed = ("question", "answer") if answers else ("question",)
-        if not isinstance(chat, dict) or not all(isinstance(chat.get(k), str) and chat[k] for k in needed):
-            raise ValueError(f"{path}, line {number}: needs a JSON object with the texts {' and '.join(needed)}.")
-        if chat.get("image"):
-            chat["image"] = str((Path(path).parent / chat["image"]).resolve())
-        chats.append(chat)
-    if not chats:
-        raise ValueError(f"{path}: holds no chat sample.")
-    return chats
+@lru_cache(maxsize=2)
+def whole_view(path: str, changed: float | None, intrinsics: tuple, where: str,
+               focal: float | None, grid: int) -> tuple[View, float, float]:
+    """-> view, label scale. Opening and resizing is most of the work, so it is done once for all
+    points of an image that are queried in a row. `changed`: the file's time, to see a new image."""
+    image = open_image(path, intrinsics[4:])
+    intrinsics, sx, sy = match_size(image, intrinsics, where)
+    return unify_focal(image, intrinsics, focal, grid), sx, sy
 
 
-def chat_views(chat: dict, grid: int, longest: int = 1024) -> list[View]:
-    """The image of a chat sample, if it has one: no marker, no focal length, at most `longest` px."""
-    if not chat.get("image"):
-        return []
-    image = open_image(chat["image"])
-    image.thumbnail((longest, longest), Image.Resampling.BICUBIC)
-    return [unify_focal(image, (1.0, 1.0, 0.0, 0.0, *image.size), None, grid)]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # numbers in answers
 
-METERS = {"m": 1.0, "meter": 1.0, "meters": 1.0, "metre": 1.0, "metres": 1.0, "cm": 0.01, "centimeter": 0.01,
-          "centimeters": 0.01, "centimetre": 0.01, "centimetres": 0.01, "mm": 0.001, "millimeters": 0.001,
-          "millimetres": 0.001, "km": 1000.0, "kilometer": 1000.0, "kilometers": 1000.0, "kilometres": 1000.0,
-          "ft": 0.3048, "foot": 0.3048, "feet": 0.3048, "in": 0.0254, "inch": 0.0254, "inches": 0.0254,
-          "yard": 0.9144, "yards": 0.9144, "mile": 1609.344, "miles": 1609.344}
-SECONDS = {"s": 1.0, "sec": 1.0, "secs": 1.0, "second": 1.0, "seconds": 1.0, "ms": 0.001, "millisecond": 0.001,
-           "milliseconds": 0.001, "min": 60.0, "mins": 60.0, "minute": 60.0, "minutes": 60.0, "h": 3600.0, "hr": 3600.0,
-           "hour": 3600.0, "hours": 3600.0}
-UNITS = {"distance": METERS, "axis": METERS, "two_point": METERS, "motion": METERS, "time": SECONDS,
-         "speed": {"mps": 1.0, "kmh": 1 / 3.6, "kph": 1 / 3.6, "mph": 0.44704, "knots": 0.514444} | {
-             way + per + time: METERS[way] / SECONDS[time] for way in METERS for time in SECONDS
-             for per in ("/", " / ", " per ")}}
 THOUSANDS = r"[1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?"
-NUMBER = re.compile(rf"(?<![\w.])[-+\u2212]?(?:{THOUSANDS}|\d+[.,]\d+|\d+\.?|\.\d+)(?:[eE][-+]?\d+)?(?!\d)")
+NUMBER = re.compile(rf"(?<![\w.])[-+\u2212]?(?:{THOUSANDS}|\d+[.,]\d+|\d+\.?|\.\d+)"
+                    r"(?:[eE][-+]?\d+)?(?!\d)")
 PERCENT = re.compile(r"\s*(?:%|percent)", re.I)
 
 
 @lru_cache
 def unit_pattern(task: str) -> re.Pattern:
-    names = sorted(map(re.escape, UNITS.get(task, METERS)), key=len, reverse=True)
-    return re.compile(r"[\s\-]*(" + "|".join(names) + r")(?![A-Za-z/])", re.I)
+    words = sorted(map(re.escape, TASKS[task].unit), key=len, reverse=True)
+    return re.compile(r"[\s\-]*(" + "|".join(words) + r")(?![A-Za-z/])", re.I)
 
 
 def parse_answer(text: str, task: str = "distance") -> float | None:
-    """The number of an answer in metres (seconds, m/s: the task's unit), or None: a wrong answer, counted as unparsed.
+    """The number of an answer in metres (seconds, m/s: the task's unit), or None: a wrong answer,
+    counted as unparsed.
 
-    The last <answer> tag decides if there is one; else the first number that stands before a unit, converted to metres;
-    else the only number there is. Several bare numbers, no number, or a number that is not finite: None."""
-    units, pattern = UNITS.get(task, METERS), unit_pattern(task)
-    tags = re.findall(r"<answer>(.*?)(?:</answer>|$)", text or "", re.S)
-    text = tags[-1] if tags else text or ""
-    found = [(m.group(), m.end()) for m in NUMBER.finditer(text) if not PERCENT.match(text, m.end())]
-    with_unit = [(n, unit.group(1).lower()) for n, end in found if (unit := pattern.match(text, end))]
-    with_unit = [(n, u) for n, u in with_unit if u != "in" or len(with_unit) == 1]  # "2 in front" is no length
+    The last <answer> tag decides if there is one; else the first number that stands before a unit,
+    converted to metres; else the only number there is. Several bare numbers, no number, or one that
+    is not finite: None."""
+    text = text or ""
+    tags = re.findall(r"<answer>(.*?)(?:</answer>|$)", text, re.S)
+    text = tags[-1] if tags else text
+    found = [(m.group(), m.end()) for m in NUMBER.finditer(text)
+             if not PERCENT.match(text, m.end())]
+    with_unit = [(digits, unit.group(1).lower()) for digits, end in found
+                 if (unit := unit_pattern(task).match(text, end))]
+    if len(with_unit) > 1:  # "2 in front of" is no length
+        with_unit = [(digits, unit) for digits, unit in with_unit if unit != "in"]
     if with_unit:
-        number, factor = with_unit[0][0], units[with_unit[0][1]]
+        digits, factor = with_unit[0][0], TASKS[task].unit[with_unit[0][1]]
     elif len(found) == 1 or (tags and found):
-        number, factor = found[0][0], 1.0
+        digits, factor = found[0][0], 1.0
     else:
         return None
-    number = number.replace(",", "" if re.match(rf"\D?{THOUSANDS}(?!\d)", number) else ".")
-    value = float(number.replace("\u2212", "-")) * factor
+    comma = "" if re.match(rf"\D?{THOUSANDS}(?!\d)", digits) else "."
+    value = float(digits.replace(",", comma).replace("\u2212", "-")) * factor
     return value if math.isfinite(value) else None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# tokens and patches
+# --------------------------------------------------------------------------------------------------
+# checkpoints
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a model family differs, by `model_type` of its config.json. All else is read from the
+    checkpoint's own files."""
+    image_token: str
+    patch: int  # px, where the config does not say
+    vision_blocks: str  # where the model has the layers of its vision tower
+    published: tuple = ()  # (module, its name in the files that the family was published with)
+    mrope: bool = True  # image tokens have rows and columns; else each row ends with a token
+    row_end: str | None = None
+    image_end: str | None = None
+    mean: tuple = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple = (0.26862954, 0.26130258, 0.27577711)
+    settings: dict = field(default_factory=dict)  # where they differ from DEFAULTS
+    chat_template: str | None = None
+
+
+FAMILIES = {
+    "qwen2_5_vl": Family("<|image_pad|>", 14, "model.visual.blocks", (
+        ("model.visual.", "visual."), ("model.language_model.", "model."))),
+    "qwen3_vl": Family("<|image_pad|>", 16, "model.visual.blocks", mean=(0.5,) * 3, std=(0.5,) * 3),
+    "llava": Family(  # Pixtral
+        "[IMG]", 16, "model.vision_tower.transformer.layers", (
+            ("model.vision_tower.", "vision_tower."),
+            ("lm_head.", "language_model.lm_head."),
+            ("model.multi_modal_projector.", "multi_modal_projector."),
+            ("model.language_model.", "language_model.model.")),
+        mrope=False, row_end="[IMG_BREAK]", image_end="[IMG_END]",
+        settings={"focal": 750},  # App. A.6: memory
+        chat_template="<s>{% for m in messages %}[INST]{% for c in m['content'] %}"
+                      "{% if c['type'] == 'image' %}[IMG]{% else %}{{ c['text'] }}{% endif %}"
+                      "{% endfor %}[/INST]{% endfor %}"),
+}
+HUB_SETTINGS = {"facebook/DepthLM": {"prompt": "release"}}  # public, without a depthlm.json
 
 
 @dataclass
-class Encoder:
-    """What turns views and text into model inputs, all read from the checkpoint folder."""
-    folder: str
-    family: str
+class Checkpoint:
+    """An opened model folder: all that turns views and text into model inputs and back, and what
+    the model was trained to see."""
+    name: str  # as it was given
+    folder: Path
+    family: Family
+    settings: dict
     tokenizer: object
     patch: int  # px
     merge: int  # patches per token and axis
     table: np.ndarray  # (3, 256) float32: the normalised value of each uint8, per channel
     image_id: int
-    row_end_id: int | None = None
-    image_end_id: int | None = None
-    stop_ids: frozenset[int] = frozenset()  # where decoding ends: the end of turn, and what generation_config.json adds
-    cache: dict = field(default_factory=dict)
+    row_end_id: int | None
+    image_end_id: int | None
+    stop_ids: frozenset[int]  # where decoding ends: the end of turn and generation_config's
+    prompts: dict = field(default_factory=dict)  # tokens of questions
+    templates: dict = field(default_factory=dict)  # of answers, see evaluate.Template
 
     @property
     def grid(self) -> int:
@@ -612,292 +982,337 @@ class Encoder:
         """The end-of-turn token that closes an answer."""
         return self.tokenizer.eos_token_id
 
+    def tokens(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-def find_checkpoint(path: str) -> str:
+    def text(self, tokens: list[int]) -> str:
+        return self.tokenizer.decode([t for t in tokens if t not in self.stop_ids])
+
+
+def find_checkpoint(name: str) -> Path:
     """A local folder, or the folder to which a Hugging Face repository is downloaded."""
-    if Path(path).is_dir():
-        if not (Path(path) / "config.json").is_file():
-            raise ValueError(f"{path}: has no config.json, so it is not a checkpoint folder. Give the folder that "
-                             "train_sft.py wrote (ckpt/<run>), or a Hugging Face repository name.")
-        return str(path)
-    if Path(path).exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") != 1 or path.endswith("/") \
-            or Path(path).parent.is_dir():  # ckpt/tpyo is a slip, and no repository of a user named ckpt
-        raise ValueError(f"{path}: no such checkpoint folder.")
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"{name}: has no config.json, so it is not a checkpoint folder. Give "
+                             "the folder that train_sft.py wrote (ckpt/<run>), or a Hugging Face "
+                             "repository name.")
+        return path
+    # ckpt/tpyo is a slip, and no repository of a user named ckpt
+    on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not path.parent.is_dir()
+    if path.exists() or not on_hub:
+        raise ValueError(f"{name}: no such checkpoint folder.")
+
     from huggingface_hub import snapshot_download
+    patterns = ["*.json", "*.txt", "*.model", "*.jinja", "*.safetensors"]
     try:
-        return snapshot_download(path, allow_patterns=["*.json", "*.txt", "*.model", "*.jinja", "*.safetensors"])
+        return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as e:  # offline, no such repository, no access: one line for all
-        raise ValueError(f"{path}: neither a local folder nor a repository that can be downloaded "
+        raise ValueError(f"{name}: neither a local folder nor a repository that can be downloaded "
                          f"({type(e).__name__}).") from None
 
 
-def load_settings(path: str, overrides: dict | None = None, quiet: bool = False) -> dict:
-    """What the checkpoint was trained to see: depthlm.json, else its family's defaults; overrides (None = not given) win."""
-    folder = Path(find_checkpoint(path))
+def read_family(folder: Path) -> Family:
+    """By config.json; a Llava whose vision tower is not Pixtral's is another family."""
+    config = read_json(folder / "config.json")
+    kind = config.get("model_type")
+    vision = (config.get("vision_config") or {}).get("model_type", "pixtral")
+    if kind not in FAMILIES or (kind == "llava" and vision != "pixtral"):
+        raise ValueError(f"{folder}: model_type '{kind}' in config.json is none of "
+                         f"{', '.join(FAMILIES)} (llava with the vision tower of Pixtral). Query "
+                         "such a model elsewhere: evaluate.py --export-queries DIR, then "
+                         "--predictions FILE.")
+    return FAMILIES[kind]
+
+
+def open_checkpoint(name: str, overrides: dict | None = None, fallback: dict | None = None,
+                    quiet: bool = False) -> Checkpoint:
+    """Open a model folder or hub repository; its weights are not read. overrides: settings given by
+    flags (None: not given); fallback: what holds where the folder has no depthlm.json.
+    (AutoProcessor would need torchvision, so the tokenizer is loaded alone.)"""
+    folder = find_checkpoint(name)
+    family = read_family(folder)
+    settings = read_settings(name, folder, family, overrides or {}, fallback or {}, quiet)
+    tokenizer = load_tokenizer(folder, family)
+    vision = read_json(folder / "config.json")["vision_config"]
+
+    processor = {}
+    for file in ("preprocessor_config.json", "processor_config.json"):
+        if (folder / file).is_file():
+            processor = read_json(folder / file)
+            processor = processor.get("image_processor", processor)
+            break
+    mean = np.array(processor.get("image_mean", family.mean), np.float32)[:, None]
+    std = np.array(processor.get("image_std", family.std), np.float32)[:, None]
+    factor = processor.get("rescale_factor", 1 / 255)
+    if not processor.get("do_rescale", True):  # Pixtral as released
+        factor = 1.0
+    scaled = (np.arange(256, dtype=np.float64) * factor).astype(np.float32)
+
+    def token_id(token):
+        return tokenizer.convert_tokens_to_ids(token) if token else None
+
+    return Checkpoint(
+        name, folder, family, settings, tokenizer,
+        patch=vision.get("patch_size", family.patch),
+        merge=vision.get("spatial_merge_size", 2) if family.mrope else 1,
+        table=(scaled[None] - mean) / std, image_id=token_id(family.image_token),
+        row_end_id=token_id(family.row_end), image_end_id=token_id(family.image_end),
+        stop_ids=generation_stops(folder) | {tokenizer.eos_token_id})
+
+
+def read_settings(name: str, folder: Path, family: Family, overrides: dict, fallback: dict,
+                  quiet: bool) -> dict:
+    """What the model was trained to see."""
     settings = dict(DEFAULTS)
     if (folder / "depthlm.json").is_file():
-        settings.update(json.loads((folder / "depthlm.json").read_text()))
+        settings |= read_json(folder / "depthlm.json")
     else:
-        if read_family(folder) == "llava":
-            settings.update(DEPTHLM_12B if "depthlm" in str(path).lower() else PIXTRAL)
+        settings |= {**family.settings, **HUB_SETTINGS.get(name, {}), **fallback}
         if not quiet:
             shown = ", ".join(f"{k} {v}" for k, v in settings.items())
-            print(f"{path}: no depthlm.json, so the defaults of its family: {shown}", file=sys.stderr)
-    settings.update({k: v for k, v in (overrides or {}).items() if v is not None})
-    for key, allowed in (("marker", MARKERS), ("prompt", PROMPTS), ("camera", CAMERAS)):
-        if settings[key] not in allowed:
-            raise ValueError(f"{key} '{settings[key]}' is none of {allowed}.")
-    if not settings["focal"] > 0:
-        raise ValueError(f"focal {settings['focal']}: needs a positive number of pixels.")
-    return settings
+            print(f"{name}: no depthlm.json, so the defaults of its family: {shown}",
+                  file=sys.stderr)
+    return check_settings(settings | {k: v for k, v in overrides.items() if v is not None})
 
 
-def read_family(folder) -> str | None:
-    """model_type of config.json; a Llava whose vision tower is not Pixtral's is another family."""
-    try:
-        config = json.loads((Path(folder) / "config.json").read_text())
-    except ValueError as e:
-        raise ValueError(f"{folder}/config.json: is not JSON ({e}). Download the model folder again.") from None
-    kind, vision = config.get("model_type"), (config.get("vision_config") or {}).get("model_type", "pixtral")
-    return f"llava with {vision}" if kind == "llava" and vision != "pixtral" else kind
-
-
-def model_type(folder) -> str:
-    if (kind := read_family(folder)) not in FAMILIES:
-        raise ValueError(f"{folder}: model_type '{kind}' in config.json is unknown here; known: {', '.join(FAMILIES)}. "
-                         "evaluate.py can score it: as it is, or by --export-queries and --predictions.")
-    return kind
-
-
-def load_encoder(path: str) -> Encoder:
-    """The tokenizer and the image constants of a checkpoint. (AutoProcessor would need torchvision.)"""
+def load_tokenizer(folder: Path, family: Family):
     from transformers import AutoTokenizer
-    folder = Path(find_checkpoint(path))
-    family = FAMILIES[kind := model_type(folder)]
-    vision = json.loads((folder / "config.json").read_text())["vision_config"]
-    processor = {}
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        if (folder / name).is_file():
-            found = json.loads((folder / name).read_text())
-            processor = found.get("image_processor", found)
-            break
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if (folder / "chat_template.json").is_file():
-        tokenizer.chat_template = json.loads((folder / "chat_template.json").read_text())["chat_template"]
+        tokenizer.chat_template = read_json(folder / "chat_template.json")["chat_template"]
+    tokenizer.chat_template = tokenizer.chat_template or family.chat_template
     if tokenizer.chat_template is None:
-        if kind != "llava":
-            raise ValueError(f"{folder}: has no chat template; copy chat_template.json from the base model.")
-        tokenizer.chat_template = PIXTRAL_TEMPLATE
-    default = {"image_mean": (0.5,) * 3, "image_std": (0.5,) * 3} if kind == "qwen3_vl" else {
-        "image_mean": (0.48145466, 0.4578275, 0.40821073), "image_std": (0.26862954, 0.26130258, 0.27577711)}
-    mean, std = (np.array(processor.get(k, default[k]), np.float32)[:, None] for k in ("image_mean", "image_std"))
-    factor = processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1.0  # Pixtral as released
-    scaled = (np.arange(256, dtype=np.float64) * factor).astype(np.float32)
-    ids = {k: tokenizer.convert_tokens_to_ids(family[k]) for k in ("row_end", "image_end") if k in family}
-    stops = generation_stops(folder) | {tokenizer.eos_token_id}
-    return Encoder(str(folder), kind, tokenizer, vision.get("patch_size", 16 if kind != "qwen2_5_vl" else 14),
-                   vision.get("spatial_merge_size", 2) if family["mrope"] else 1, (scaled[None] - mean) / std,
-                   tokenizer.convert_tokens_to_ids(family["image_token"]), ids.get("row_end"), ids.get("image_end"), stops)
+        raise ValueError(f"{folder}: has no chat template; copy chat_template.json from the base "
+                         "model.")
+    return tokenizer
 
 
 def generation_stops(folder: Path) -> frozenset[int]:
     """The tokens at which transformers' generate ends for this checkpoint."""
     path = folder / "generation_config.json"
-    stops = (json.loads(path.read_text()).get("eos_token_id") or []) if path.is_file() else []
+    stops = (read_json(path).get("eos_token_id") or []) if path.is_file() else []
     return frozenset([stops] if isinstance(stops, int) else stops)
 
 
-def patchify(pixels: np.ndarray, encoder: Encoder) -> np.ndarray:
-    """(H, W, 3) uint8 -> what the vision tower takes, still uint8: Qwen (patches, 3 * patch * patch), the merge x merge
-    patches of a token next to each other; Pixtral (3, H, W)."""
-    if encoder.family == "llava":
+# --------------------------------------------------------------------------------------------------
+# tokens and patches
+
+
+def patchify(pixels: np.ndarray, checkpoint: Checkpoint) -> np.ndarray:
+    """(H, W, 3) uint8 -> what the vision tower takes, still uint8: Qwen (patches, 3 * patch *
+    patch), the merge x merge patches of a token next to each other; Pixtral (3, H, W)."""
+    if not checkpoint.family.mrope:
         return np.ascontiguousarray(pixels.transpose(2, 0, 1))
-    p, m = encoder.patch, encoder.merge
+    p, m = checkpoint.patch, checkpoint.merge
     h, w = pixels.shape[0] // p, pixels.shape[1] // p
     blocks = pixels.reshape(h // m, m, p, w // m, m, p, 3).transpose(0, 3, 1, 4, 6, 2, 5)
     return np.ascontiguousarray(blocks).reshape(h * w, 3 * p * p)
 
 
-def prompt_tokens(encoder: Encoder, question: str, images: int) -> list[int]:
+def prompt_tokens(checkpoint: Checkpoint, question: str, images: int) -> list[int]:
     """Chat template around images and question; one image token per image."""
     key = (question, images)
-    if key not in encoder.cache:
+    if key not in checkpoint.prompts:
         content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
-        text = encoder.tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
-                                                     add_generation_prompt=True)
-        if len(encoder.cache) > 4096:
-            encoder.cache.clear()
-        encoder.cache[key] = encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
-    return encoder.cache[key]
+        text = checkpoint.tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+        if len(checkpoint.prompts) > 4096:
+            checkpoint.prompts.clear()
+        checkpoint.prompts[key] = checkpoint.tokens(text)
+    return checkpoint.prompts[key]
 
 
-def encode(encoder: Encoder, views: list[View], question: str, answer: list[int] = ()) -> dict:
-    """-> one sample: input_ids (T,), position_ids (3, T) (mRoPE) or (1, T), pixels: list of uint8 arrays, sizes: their
-    patch grids [(rows, columns)], prompt_length. answer: tokens behind the prompt, for training with the end token."""
-    sizes = [(v.pixels.shape[0] // encoder.patch, v.pixels.shape[1] // encoder.patch) for v in views]
-    ids, positions, at, image = [], [], 0, iter(sizes)
-    for token in prompt_tokens(encoder, question, len(views)):
-        if token != encoder.image_id:
-            ids.append(token)
-            positions.append(np.full((3, 1), at))
-            at += 1
-            continue
-        rows, columns = (n // encoder.merge for n in next(image))
-        if encoder.family == "llava":  # each row of patches ends with a break token, the last with the end token
-            row = [encoder.image_id] * columns + [encoder.row_end_id]
-            block = row * (rows - 1) + row[:-1] + [encoder.image_end_id]
-            grid = np.broadcast_to(np.arange(len(block)), (3, len(block)))
-            step = len(block)
-        else:  # image tokens share one time, and rows and columns count on (mRoPE)
-            block = [encoder.image_id] * (rows * columns)
-            grid = np.stack([np.zeros(rows * columns, int), *np.divmod(np.arange(rows * columns), columns)])
-            step = max(rows, columns)
+def image_tokens(checkpoint: Checkpoint, rows: int, columns: int) -> tuple[list, np.ndarray, int]:
+    """-> ids of an image of rows x columns tokens, their positions (3, T) from 0 on, and how many
+    positions it takes."""
+    if checkpoint.family.mrope:  # one time for all, rows and columns count on
+        row, column = np.divmod(np.arange(rows * columns), columns)
+        positions = np.stack([np.zeros_like(row), row, column])
+        return [checkpoint.image_id] * (rows * columns), positions, max(rows, columns)
+    row = [checkpoint.image_id] * columns
+    ids = (row + [checkpoint.row_end_id]) * (rows - 1) + row + [checkpoint.image_end_id]
+    return ids, np.broadcast_to(np.arange(len(ids)), (3, len(ids))), len(ids)
+
+
+def encode(checkpoint: Checkpoint, views: list[View], question: str,
+           answer: list[int] = ()) -> dict:
+    """-> one sample: input_ids (T,), position_ids (3, T) (mRoPE) or (1, T), pixels: list of uint8
+    arrays, sizes: their patch grids [(rows, columns)], prompt_length. answer: tokens behind the
+    prompt, for training with the end token."""
+    height_width = [view.pixels.shape[:2] for view in views]
+    sizes = [(h // checkpoint.patch, w // checkpoint.patch) for h, w in height_width]
+    image = iter(sizes)
+    ids, positions, at = [], [], 0
+    for token in prompt_tokens(checkpoint, question, len(views)):
+        if token == checkpoint.image_id:
+            rows, columns = (n // checkpoint.merge for n in next(image))
+            block, places, advance = image_tokens(checkpoint, rows, columns)
+        else:
+            block, places, advance = [token], np.zeros((3, 1), int), 1
         ids += block
-        positions.append(grid + at)
-        at += step
+        positions.append(places + at)
+        at += advance
     prompt_length = len(ids)
     ids += answer
     positions.append(np.broadcast_to(np.arange(at, at + len(answer)), (3, len(answer))))
     positions = np.concatenate(positions, 1)
-    return {"input_ids": np.array(ids), "position_ids": positions if FAMILIES[encoder.family]["mrope"] else positions[:1],
-            "pixels": [patchify(v.pixels, encoder) for v in views], "sizes": sizes, "prompt_length": prompt_length}
-
-
-def answer_tokens(encoder: Encoder, text: str) -> list[int]:
-    return encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
+    return {"input_ids": np.array(ids), "prompt_length": prompt_length, "sizes": sizes,
+            "position_ids": positions if checkpoint.family.mrope else positions[:1],
+            "pixels": [patchify(view.pixels, checkpoint) for view in views]}
 
 
 def pack(samples: list[dict]) -> dict:
-    """Samples one after another in one row, not padded: input_ids (1, S), position_ids (3 or 1, 1, S), segments (n + 1,)
-    where each sample starts; and for the loss, targets: the answer tokens, predict_at: the position that predicts each."""
+    """Samples one after another in one row, not padded: input_ids (1, S), position_ids (3 or 1, 1,
+    S), segments (n + 1,) where each sample starts; and for the loss, targets: the answer tokens,
+    predict_at: the position that predicts each."""
     import torch
-    lengths = [len(s["input_ids"]) for s in samples]
-    starts = np.concatenate([[0], np.cumsum(lengths)])
+    starts = np.concatenate([[0], np.cumsum([len(s["input_ids"]) for s in samples])])
     ids = np.concatenate([s["input_ids"] for s in samples])
-    at = np.concatenate([np.arange(a + s["prompt_length"], b) for s, a, b in zip(samples, starts, starts[1:])])
+    answers = [np.arange(start + s["prompt_length"], end)
+               for s, start, end in zip(samples, starts, starts[1:])]
+    answers = np.concatenate(answers)
+    positions = np.concatenate([s["position_ids"] for s in samples], 1)
+
     pixels = [p for s in samples for p in s["pixels"]]
     if pixels and pixels[0].ndim == 2:
         pixels = np.concatenate(pixels)
     elif pixels:  # Pixtral's patch convolution takes a padded batch
         height, width = (max(p.shape[k] for p in pixels) for k in (1, 2))
-        pixels = np.stack([np.pad(p, ((0, 0), (0, height - p.shape[1]), (0, width - p.shape[2]))) for p in pixels])
-    return {"input_ids": torch.from_numpy(ids)[None], "segments": torch.from_numpy(starts.astype(np.int32)),
-            "position_ids": torch.from_numpy(np.concatenate([s["position_ids"] for s in samples], 1))[:, None],
-            "pixels": torch.from_numpy(pixels) if len(pixels) else None, "sizes": [z for s in samples for z in s["sizes"]],
-            "predict_at": torch.from_numpy(at - 1), "targets": torch.from_numpy(ids[at])}
+        pixels = np.stack([np.pad(p, ((0, 0), (0, height - p.shape[1]), (0, width - p.shape[2])))
+                           for p in pixels])
+    return {"input_ids": torch.from_numpy(ids)[None],
+            "position_ids": torch.from_numpy(positions)[:, None],
+            "segments": torch.from_numpy(starts.astype(np.int32)),
+            "pixels": torch.from_numpy(pixels) if len(pixels) else None,
+            "sizes": [size for s in samples for size in s["sizes"]],
+            "predict_at": torch.from_numpy(answers - 1), "targets": torch.from_numpy(ids[answers])}
 
 
-def model_inputs(batch: dict, encoder: Encoder, device="cpu") -> dict:
-    """A packed batch as arguments of the model: moved to the device as uint8 and normalised there, by a table, so that
-    the values are bit for bit those of the image processors of transformers."""
+def model_inputs(batch: dict, checkpoint: Checkpoint, device="cpu", dtype=None) -> dict:
+    """A packed batch as arguments of the model: moved to the device as uint8 and normalised there,
+    by a table, so that the values are bit for bit those of transformers' image processors (in
+    float32, then rounded to `dtype`)."""
     import torch
-    inputs = {k: batch[k].to(device, non_blocking=True) for k in ("input_ids", "position_ids", "segments")}
-    if encoder.family == "llava":
+    inputs = {k: batch[k].to(device, non_blocking=True)
+              for k in ("input_ids", "position_ids", "segments")}
+    if not checkpoint.family.mrope:
         inputs["position_ids"] = inputs["position_ids"][0]
     if batch["pixels"] is None:
         return inputs
+
+    table = torch.from_numpy(checkpoint.table).to(device)
     pixels = batch["pixels"].to(device, non_blocking=True)
-    table = torch.from_numpy(encoder.table).to(device)
-    if encoder.family == "llava":
-        sizes = torch.tensor(batch["sizes"]) * encoder.patch
-        values = torch.stack([table[c][pixels[:, c].int()] for c in range(3)], 1)
-        for value, (height, width) in zip(values, sizes.tolist()):  # padding is 0 after normalisation
-            value[:, height:], value[:, :, width:] = 0, 0
-        return {**inputs, "pixel_values": values, "image_sizes": sizes}
-    n, p = len(pixels), encoder.patch * encoder.patch
-    pixels = pixels.view(n, 3, p)
+    n, p = len(pixels), checkpoint.patch * checkpoint.patch
+    if checkpoint.family.mrope:
+        pixels = pixels.view(n, 3, p)
     values = torch.stack([table[c][pixels[:, c].int()] for c in range(3)], 1)
-    # a still image is shown to both frames of the temporal patch
-    values = values[:, :, None].expand(n, 3, 2, p).reshape(n, 6 * p)
-    grids = torch.tensor([(1, rows, columns) for rows, columns in batch["sizes"]])
-    return {**inputs, "pixel_values": values, "image_grid_thw": grids.to(device)}
+    if checkpoint.family.mrope:
+        # a still image is shown to both frames of the temporal patch
+        values = values[:, :, None].expand(n, 3, 2, p).reshape(n, 6 * p)
+        grids = torch.tensor([(1, rows, columns) for rows, columns in batch["sizes"]])
+        inputs["image_grid_thw"] = grids.to(device)
+    else:
+        inputs["image_sizes"] = torch.tensor(batch["sizes"]) * checkpoint.patch
+        for value, (height, width) in zip(values, inputs["image_sizes"].tolist()):
+            value[:, height:], value[:, :, width:] = 0, 0  # padding is 0 after normalisation
+    return {**inputs, "pixel_values": values.to(dtype) if dtype else values}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the contact sheet
 
 
-def contact_sheet(tiles: list[tuple[list[View], str, str]], columns: int = 3, width: int = 480) -> Image.Image:
-    """Rendered queries as one picture: the image(s) with markers, question and answer under each."""
-    import textwrap
-    cells = []
-    for views, question, answer in tiles:
-        images = [Image.fromarray(v.pixels) for v in views]
-        scale = width / sum(i.width for i in images)
-        images = [i.resize((max(1, round(i.width * scale)), max(1, round(i.height * scale))),
-                           Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS) for i in images]
-        lines = textwrap.wrap("Q: " + question, width // 6) + textwrap.wrap("A: " + answer, width // 6)
-        height = max(i.height for i in images)
-        cell = Image.new("RGB", (width, height + 14 * len(lines) + 10), "white")
-        x = 0
-        for image in images:
-            cell.paste(image, (x, 0))
-            x += image.width
-        ImageDraw.Draw(cell).multiline_text((2, height + 3), "\n".join(lines), fill="black", spacing=3)
-        cells.append(cell)
+def contact_sheet(tiles: list[tuple[list[View], str, str]], columns: int = 3,
+                  width: int = 480) -> Image.Image:
+    """Rendered queries as one picture: the image(s) with markers, question and answer below."""
+    cells = [sheet_cell(views, question, answer, width) for views, question, answer in tiles]
     rows = [cells[k:k + columns] for k in range(0, len(cells), columns)]
-    heights = [max(c.height for c in row) for row in rows]
-    sheet = Image.new("RGB", (columns * (width + 8), sum(heights) + 8 * len(rows)), "white")
+    heights = [max(cell.height for cell in row) + 8 for row in rows]
+    sheet = Image.new("RGB", (columns * (width + 8), sum(heights)), "white")
     y = 0
     for row, height in zip(rows, heights):
         for k, cell in enumerate(row):
             sheet.paste(cell, (k * (width + 8), y))
-        y += height + 8
+        y += height
     return sheet
 
 
+def sheet_cell(views: list[View], question: str, answer: str, width: int) -> Image.Image:
+    scale = width / sum(view.pixels.shape[1] for view in views)
+    method = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
+    images = []
+    for view in views:
+        high, wide = (max(1, round(n * scale)) for n in view.pixels.shape[:2])
+        images.append(Image.fromarray(view.pixels).resize((wide, high), method))
+    lines = [line for text in (f"Q: {question}", f"A: {answer}")
+             for line in textwrap.wrap(text, width // 6)]
+    height = max(image.height for image in images)
+    cell = Image.new("RGB", (width, height + 14 * len(lines) + 10), "white")
+    x = 0
+    for image in images:
+        cell.paste(image, (x, 0))
+        x += image.width
+    ImageDraw.Draw(cell).multiline_text((2, height + 3), "\n".join(lines), "black", spacing=3)
+    return cell
+
+
 def add_settings_flags(parser: argparse.ArgumentParser) -> None:
-    """What the model sees, the same flags in every script. None: as the checkpoint says, else the paper's."""
-    parser.add_argument("--focal", type=float, help="unified focal length, px (Sec. 3.4: 1000; Pixtral 750)")
-    parser.add_argument("--marker", choices=MARKERS, help="marker shape (App. A.1): arrow")
-    parser.add_argument("--marker-size", type=int, help="marker size, px (App. A.1): 5")
-    parser.add_argument("--prompt", choices=PROMPTS, help="paper (Sec. 3.1), release: think/answer (Sec. 3.2), text: "
-                        "coordinates in the text (App. A.1)")
-    parser.add_argument("--camera", choices=CAMERAS, help="camera strategy (Sec. 3.3, App. A.5): unify")
+    """What the model sees, the same flags in every script; None: as the checkpoint says."""
+    flag = parser.add_argument_group("what the model sees (default: as the checkpoint was "
+                                     "trained, else the paper's)").add_argument
+    flag("--focal", type=POSITIVE, metavar="PX",
+         help="unified focal length; the paper's: 1000, Pixtral 750 (Sec. 3.4, App. A.6)")
+    flag("--marker", choices=MARKERS, help="marker shape; the paper's: arrow (App. A.1)")
+    flag("--marker-size", type=COUNT, metavar="PX", help="the paper's: 5 (App. A.1)")
+    flag("--prompt", choices=PROMPTS, help="paper (Sec. 3.1), release: think, then answer (Sec. "
+         "3.2), text: coordinates in the question (App. A.1)")
+    flag("--camera", choices=CAMERAS, help="camera strategy; the paper's: unify (Sec. 3.3)")
 
 
 def given_settings(args: argparse.Namespace) -> dict:
-    return {k: getattr(args, k) for k in ("focal", "marker", "marker_size", "prompt", "camera")}
-
-
-def fail(message) -> None:
-    """One line about what is wrong and what helps, and a non-zero exit."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+    return {key: getattr(args, key) for key in DEFAULTS if hasattr(args, key) and key != "tasks"}
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", help="a jsonl file")
-    parser.add_argument("--out", default="sheet.png", help="the picture to write")
-    parser.add_argument("--n", type=int, default=9, help="samples on the sheet")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--image-root", help="folder of the images, if not the jsonl's own")
-    parser.add_argument("--task", default="distance", choices=list(TASKS))
-    parser.add_argument("--settings", help="checkpoint folder whose depthlm.json is followed")
-    parser.add_argument("--grid", type=int, default=28, help="image sides are multiples of this, px")
-    parser.add_argument("--crop", type=int, nargs=4, metavar=("W0", "W1", "H0", "H1"), help="random crop as in training")
+    parser = make_parser(__doc__)
+    flag = parser.add_argument
+    flag("data", type=file_path, help="a jsonl file")
+    flag("--out", type=file_path, default="sheet.png", help="the picture to write")
+    flag("--n", type=COUNT, default=9, help="samples on the sheet")
+    flag("--seed", type=NATURAL, default=0, help="which samples, and their crops")
+    add_record_flags(flag)
+    flag("--task", default="distance", choices=TASKS, help="what is asked")
+    flag("--checkpoint", help="model folder whose settings and grid are followed; default: none")
+    flag("--grid", type=COUNT, default=28, help="image sides are multiples of this, px")
+    flag("--crop", type=COUNT, nargs=4, metavar=("W0", "W1", "H0", "H1"),
+         help="random crop, as in training; default: whole images, as in evaluation")
     add_settings_flags(parser)
     return parser.parse_args(argv)
 
 
+@command
 def main(argv=None) -> None:
     args = parse_args(argv)
-    try:
-        settings = {**DEFAULTS, **{k: v for k, v in given_settings(args).items() if v is not None}}
-        grid = args.grid
-        if args.settings:
-            settings, grid = load_settings(args.settings, given_settings(args)), load_encoder(args.settings).grid
-        records, rng = Records(args.data, args.image_root), np.random.default_rng(args.seed)
-        tiles = []
-        for i in rng.permutation(len(records))[:args.n]:
-            query = TASKS[args.task](records, int(i), rng)
-            tiles.append(render(query, settings, grid, args.crop, rng))
-        contact_sheet(tiles).save(args.out)
-    except ValueError as e:
-        fail(e)
-    print(f"{args.out}: {len(tiles)} samples, images of {tiles[0][0][0].pixels.shape[1]} x {tiles[0][0][0].pixels.shape[0]} px "
-          f"and the like, focal {settings['focal']:g} px")
+    given = given_settings(args)
+    if args.checkpoint:
+        checkpoint = open_checkpoint(args.checkpoint, given)
+        settings, grid = checkpoint.settings, checkpoint.grid
+    else:
+        given = {key: value for key, value in given.items() if value is not None}
+        settings, grid = check_settings(DEFAULTS | given), args.grid
+
+    records = Records(args.data, args.image_root, args.label_type)
+    rng = np.random.default_rng(args.seed)
+    tiles = []
+    for i in rng.permutation(len(records))[:args.n]:
+        query = make_query(args.task, records, int(i), rng)
+        tiles.append(render(query, settings, grid, args.crop, rng))
+    with replacing(args.out) as temporary:
+        contact_sheet(tiles).save(temporary, "PNG")
+    height, width = tiles[0][0][0].pixels.shape[:2]
+    print(f"{args.out}: {len(tiles)} samples, images of {width} x {height} px and the like, focal "
+          f"{settings['focal']:g} px")
 
 
 if __name__ == "__main__":
