@@ -103,8 +103,8 @@ def smooth_patch_filters(weight: torch.Tensor, std: float, frequencies: int = 3)
     which is what trained vision towers have: a colour then looks alike wherever in a patch it
     stands. With white noise a tiny model needs several times as many samples to find the marker."""
     n = weight.shape[-1]
-    places = (torch.arange(n) + 0.5) / n
-    waves = torch.cos(torch.pi * torch.arange(frequencies)[:, None] * places)  # (K, P)
+    k, x = torch.arange(frequencies)[:, None], torch.arange(n) + 0.5
+    waves = torch.cos(torch.pi * k * x / n)  # (K, P)
     mix = torch.randn(*weight.shape[:2], 1, frequencies, frequencies)
     smooth = torch.einsum("octkl,ky,lx->octyx", mix, waves, waves).expand_as(weight)
     weight.copy_(smooth * (std / smooth.std()))
