@@ -1,4 +1,5 @@
-"""Fixtures for all tests: a tiny random model of each family, a small world with known distances, the local samples."""
+"""Fixtures for all tests: a tiny random model of each family, a small world with known distances,
+the local samples."""
 import json
 import os
 import shutil
@@ -7,8 +8,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")  # no downloads, few threads
+sys.path[:0] = [str(ROOT), str(ROOT / "runs")]
+# no downloads, few threads
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
@@ -17,16 +19,21 @@ from PIL import Image  # noqa: E402
 
 torch.set_num_threads(1)
 
-# (width, height, focal) of the small world's images: sides off every patch grid, several cameras, landscape and upright
-CAMERAS = [(120, 90, 100.0), (90, 120, 80.0), (150, 100, 125.0), (64, 64, 60.0), (112, 84, 100.0), (130, 70, 110.0)]
+# (width, height, focal) of the small world's images: sides off every patch grid, several cameras,
+# landscape and upright
+CAMERAS = [(120, 90, 100.0), (90, 120, 80.0), (150, 100, 125.0),
+           (64, 64, 60.0), (112, 84, 100.0), (130, 70, 110.0)]
 
 
-def run_script(*command, cwd=None, processes: int = 0, timeout: int = 300) -> subprocess.CompletedProcess:
-    """One of the project's scripts in a process of its own (under torchrun with `processes` > 0)."""
+def run_script(*command, cwd=None, processes: int = 0,
+               timeout: int = 300) -> subprocess.CompletedProcess:
+    """One of the project's scripts in a process of its own (`processes` > 0: under torchrun)."""
     script, *rest = map(str, command)
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes else []
-    return subprocess.run([sys.executable, *launch, str(ROOT / script), *rest], cwd=cwd, capture_output=True, text=True,
-                          timeout=timeout)
+    launch = []
+    if processes:
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return subprocess.run([sys.executable, *launch, str(ROOT / script), *rest], cwd=cwd,
+                          capture_output=True, text=True, timeout=timeout)
 
 
 def write_jsonl(path: Path, records: list) -> Path:
@@ -35,9 +42,10 @@ def write_jsonl(path: Path, records: list) -> Path:
     return path
 
 
-def make_world(folder: Path, images: int = 6, points: int = 8, seed: int = 0, poses: bool = False) -> Path:
-    """A jsonl with PNGs: walls at a slant, brightness tells the distance. poses: one camera that moves by 0.5 m from
-    image to image. Returns the jsonl's path."""
+def make_world(folder: Path, images: int = 6, points: int = 8, seed: int = 0,
+               poses: bool = False) -> Path:
+    """A jsonl with PNGs: walls at a slant, brightness tells the distance. poses: one camera that
+    moves by 0.5 m from image to image. Returns the jsonl's path."""
     rng, records = np.random.default_rng(seed), []
     folder.mkdir(parents=True, exist_ok=True)
     for k in range(images):
@@ -47,23 +55,26 @@ def make_world(folder: Path, images: int = 6, points: int = 8, seed: int = 0, po
         depth = z * np.sqrt(1 + ((u - w / 2 + 0.5) / f) ** 2 + ((v - h / 2 + 0.5) / f) ** 2)
         grey = 255 / (1 + depth)
         texture = 12 * ((u // 7 + v // 7) % 2)
-        Image.fromarray(np.stack([grey, grey + texture, 1.5 * grey], 2).astype(np.uint8)).save(folder / f"{k:03d}.png")
+        pixels = np.stack([grey, grey + texture, 1.5 * grey], 2).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{k:03d}.png")
         x, y = rng.integers(w, size=points), rng.integers(h, size=points)
         camera = [f, f * (1 + 0.02 * (k % 3)), w / 2 - 0.5, h / 2 - 0.5, w, h]
         records.append({"image": f"{k:03d}.png", "intrinsics": camera,
                         "pixel_coords": [[int(a), int(b)] for a, b in zip(x, y)],
                         "depth": [round(float(depth[b, a]), 4) for a, b in zip(x, y)]})
         if poses:
-            records[-1].update(scene="walls", camera="a", pose=[1, 0, 0, 0.3 * k, 0, 1, 0, 0, 0, 0, 1, 0.4 * k, 0, 0, 0, 1])
+            pose = [1, 0, 0, 0.3 * k, 0, 1, 0, 0, 0, 0, 1, 0.4 * k, 0, 0, 0, 1]
+            records[-1].update(scene="walls", camera="a", pose=pose)
     return write_jsonl(folder / "val.jsonl", records)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # images, and transformers' own side of every comparison
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
+    rng = np.random.default_rng(seed)
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
 
 
 def view_of(image: Image.Image):
@@ -71,9 +82,10 @@ def view_of(image: Image.Image):
     return render.View(np.asarray(image), (100.0, 100.0, 1.0, 1.0, *image.size), (1.0, 1.0), (0, 0))
 
 
-def views_for(encoder, sizes, seed: int = 0) -> list:
+def views_for(checkpoint, sizes, seed: int = 0) -> list:
     """Noise of the given numbers of tokens (columns, rows)."""
-    return [view_of(noise(c * encoder.grid, r * encoder.grid, seed + k)) for k, (c, r) in enumerate(sizes)]
+    grid = checkpoint.grid
+    return [view_of(noise(c * grid, r * grid, seed + k)) for k, (c, r) in enumerate(sizes)]
 
 
 def image_processor(folder: Path, **options):
@@ -82,32 +94,39 @@ def image_processor(folder: Path, **options):
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
     config = json.loads((folder / "preprocessor_config.json").read_text())
     pixtral = config.pop("image_processor_type").startswith("Pixtral")
-    return (PixtralImageProcessorPil if pixtral else Qwen2VLImageProcessorPil)(**config, do_resize=False, **options)
+    processor = PixtralImageProcessorPil if pixtral else Qwen2VLImageProcessorPil
+    return processor(**config, do_resize=False, **options)
 
 
 def stock(folder: Path):
     """The plain transformers model with its own sdpa attention."""
     from transformers import AutoModelForImageTextToText
-    return AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="sdpa", dtype=torch.float32).eval()
+    return AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="sdpa",
+                                                       dtype=torch.float32).eval()
 
 
-def plain_inputs(folder: Path, encoder, sample: dict, views) -> dict:
-    """A sample as transformers' own parts would give it to the model: processor's pixels, the model's own positions."""
-    theirs = image_processor(folder)([Image.fromarray(v.pixels) for v in views], return_tensors="pt")
-    inputs = {"input_ids": torch.tensor(sample["input_ids"])[None], "pixel_values": theirs["pixel_values"]}
-    if encoder.family == "llava":
+def plain_inputs(folder: Path, checkpoint, sample: dict, views) -> dict:
+    """A sample as transformers' own parts would give it to the model: processor's pixels, the
+    model's own positions."""
+    images = [Image.fromarray(v.pixels) for v in views]
+    theirs = image_processor(folder)(images, return_tensors="pt")
+    inputs = {"input_ids": torch.tensor(sample["input_ids"])[None],
+              "pixel_values": theirs["pixel_values"]}
+    if not checkpoint.family.mrope:
         return {**inputs, "image_sizes": torch.as_tensor(theirs["image_sizes"])}
-    types = (inputs["input_ids"] == encoder.image_id).int()
-    return {**inputs, "image_grid_thw": torch.as_tensor(theirs["image_grid_thw"]), "mm_token_type_ids": types}
+    types = (inputs["input_ids"] == checkpoint.image_id).int()
+    return {**inputs, "image_grid_thw": torch.as_tensor(theirs["image_grid_thw"]),
+            "mm_token_type_ids": types}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # fixtures
 
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Samples, goldens and configs that lie beside a developer's checkout; tests of them are skipped elsewhere."""
+    """Samples, goldens and configs that lie beside a developer's checkout; tests of them are
+    skipped elsewhere."""
     folder = ROOT.parent / "shared"
     if not folder.is_dir():
         pytest.skip("needs the local samples beside the checkout")
@@ -118,25 +137,6 @@ def shared() -> Path:
 def world(tmp_path_factory) -> Path:
     """The small world: <folder>/world/val.jsonl, 6 images of different sizes, 8 points each."""
     return make_world(tmp_path_factory.mktemp("data") / "world")
-
-
-def small_tokenizer(special: list[str], end: str, template: str):
-    """A byte-level BPE in which each digit is a token."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    import render
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(r"\d"), "isolated"),
-                                                       pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    tokenizer.decoder = decoders.ByteLevel()
-    sentences = ["user assistant How many meters 0123456789"]
-    sentences += [render.answer_form("distance", prompt) for prompt in render.PROMPTS]
-    tokenizer.train_from_iterator(sentences, trainers.BpeTrainer(
-        vocab_size=512, special_tokens=special, show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, pad_token=special[0],
-                                   chat_template=template)
 
 
 def save_folder(model, tokenizer, folder: Path, processor: dict) -> Path:
@@ -150,16 +150,17 @@ def save_folder(model, tokenizer, folder: Path, processor: dict) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Path:
-    """A random Qwen2.5-VL as train_sft.py makes it: 2 ViT and 2 text layers, 64 wide, full attention."""
-    import train_sft
+    """A random Qwen2.5-VL: 2 ViT and 2 text layers, 64 wide, full attention."""
+    import toy_model
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    train_sft.make_tiny(folder, seed=1, hidden=64)
+    toy_model.make_toy_model(folder, seed=1, hidden=64)
     return folder
 
 
 @pytest.fixture(scope="session")
 def tiny_windows(tiny, tmp_path_factory) -> Path:
-    """The tiny Qwen2.5-VL with its first vision block in windows of 56 px (4 x 4 patches), as the real one has."""
+    """The tiny Qwen2.5-VL with its first vision block in windows of 56 px (4 x 4 patches), as the
+    real one has."""
     folder = tmp_path_factory.mktemp("models") / "tiny_windows"
     shutil.copytree(tiny, folder)
     config = json.loads((folder / "config.json").read_text())
@@ -170,76 +171,61 @@ def tiny_windows(tiny, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_qwen3(tiny, tmp_path_factory) -> Path:
-    """A random Qwen3-VL (patch 16, deepstack, interleaved mRoPE) with the tiny Qwen2.5-VL's tokenizer."""
+    """A random Qwen3-VL (patch 16, deepstack, interleaved mRoPE) with the tiny Qwen2.5-VL's
+    tokenizer."""
     from transformers import AutoTokenizer, Qwen3VLConfig, Qwen3VLForConditionalGeneration
     tokenizer = AutoTokenizer.from_pretrained(tiny)
-    ids = {f"{k}_token_id": tokenizer.convert_tokens_to_ids(f"<|{name}|>") for k, name in (
-        ("image", "image_pad"), ("video", "video_pad"), ("vision_start", "vision_start"), ("vision_end", "vision_end"))}
+    names = {"image": "image_pad", "video": "video_pad",
+             "vision_start": "vision_start", "vision_end": "vision_end"}
+    ids = {f"{key}_token_id": tokenizer.convert_tokens_to_ids(f"<|{name}|>")
+           for key, name in names.items()}
     config = Qwen3VLConfig(
-        text_config={"vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
-                     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "initializer_range": 0.08,
-                     "max_position_embeddings": 4096, "tie_word_embeddings": True,
-                     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2],
-                                         "mrope_interleaved": True}},
-        vision_config={"depth": 2, "hidden_size": 64, "num_heads": 4, "intermediate_size": 128, "out_hidden_size": 64,
-                       "patch_size": 16, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1],
-                       "initializer_range": 0.08},
+        text_config={
+            "vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 128,
+            "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "head_dim": 16, "initializer_range": 0.08, "max_position_embeddings": 4096,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0,
+                                "mrope_section": [4, 2, 2], "mrope_interleaved": True}},
+        vision_config={
+            "depth": 2, "hidden_size": 64, "num_heads": 4, "intermediate_size": 128,
+            "out_hidden_size": 64, "patch_size": 16, "num_position_embeddings": 64,
+            "deepstack_visual_indexes": [0, 1], "initializer_range": 0.08},
         tie_word_embeddings=True, **ids)
     torch.manual_seed(2)
     folder = tmp_path_factory.mktemp("models") / "tiny_qwen3"
     return save_folder(Qwen3VLForConditionalGeneration(config), tokenizer, folder, {
-        "image_processor_type": "Qwen2VLImageProcessor", "patch_size": 16, "merge_size": 2, "temporal_patch_size": 2,
-        "image_mean": [0.5] * 3, "image_std": [0.5] * 3})
+        "image_processor_type": "Qwen2VLImageProcessor", "patch_size": 16, "merge_size": 2,
+        "temporal_patch_size": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3})
 
 
 @pytest.fixture(scope="session")
 def tiny_pixtral(tmp_path_factory) -> Path:
-    """A random Pixtral (LlavaForConditionalGeneration, patch 16) with a Mistral-like tokenizer and chat template."""
+    """A random Pixtral (LlavaForConditionalGeneration, patch 16) with a Mistral-like tokenizer and
+    chat template."""
     import render
-    from transformers import LlavaConfig, LlavaForConditionalGeneration, MistralConfig, PixtralVisionConfig
+    import toy_model
+    from transformers import (LlavaConfig, LlavaForConditionalGeneration, MistralConfig,
+                              PixtralVisionConfig)
+    family = render.FAMILIES["llava"]
     special = ["<pad>", "<s>", "</s>", "[INST]", "[/INST]", "[IMG]", "[IMG_BREAK]", "[IMG_END]"]
-    tokenizer = small_tokenizer(special, "</s>", render.PIXTRAL_TEMPLATE)
+    tokenizer = toy_model.make_tokenizer(special, "</s>", family.chat_template)
     config = LlavaConfig(
-        text_config=MistralConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-                                  num_attention_heads=4, num_key_value_heads=2, head_dim=16, sliding_window=None,
-                                  max_position_embeddings=4096, initializer_range=0.08),
-        vision_config=PixtralVisionConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-                                          num_attention_heads=4, image_size=256, patch_size=16, initializer_range=0.08),
+        text_config=MistralConfig(
+            vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, head_dim=16, sliding_window=None,
+            max_position_embeddings=4096, initializer_range=0.08),
+        vision_config=PixtralVisionConfig(
+            hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+            image_size=256, patch_size=16, initializer_range=0.08),
         image_token_index=tokenizer.convert_tokens_to_ids("[IMG]"), projector_hidden_act="gelu",
-        vision_feature_layer=-1, vision_feature_select_strategy="full", image_seq_length=1, tie_word_embeddings=False)
+        vision_feature_layer=-1, vision_feature_select_strategy="full", image_seq_length=1,
+        tie_word_embeddings=False)
     torch.manual_seed(3)
     folder = tmp_path_factory.mktemp("models") / "tiny_pixtral"
     return save_folder(LlavaForConditionalGeneration(config), tokenizer, folder, {
         "image_processor_type": "PixtralImageProcessor", "patch_size": {"height": 16, "width": 16},
-        "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]})
-
-
-@pytest.fixture(scope="session")
-def tiny_foreign(tmp_path_factory) -> Path:
-    """A random Idefics2: a family that render.py does not know, whose processor keeps image sizes and needs no
-    torchvision."""
-    from transformers import Idefics2Config, Idefics2ForConditionalGeneration
-    special = ["<pad>", "<s>", "</s>", "<fake_token_around_image>", "<image>", "<end_of_utterance>"]
-    template = ("{% for m in messages %}{{ m['role'] }}:{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>"
-                "{% else %}{{ c['text'] }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}assistant:")
-    tokenizer = small_tokenizer(special, "</s>", template)
-    config = Idefics2Config(
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        vision_config={"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
-                       "patch_size": 14, "image_size": 980},
-        text_config={"model_type": "mistral", "vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 128,
-                     "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
-                     "sliding_window": None, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
-        perceiver_config={"hidden_size": 64, "resampler_n_latents": 4, "resampler_depth": 1, "resampler_n_heads": 2,
-                          "resampler_head_dim": 16, "num_key_value_heads": 1})
-    torch.manual_seed(4)
-    folder = tmp_path_factory.mktemp("models") / "tiny_foreign"
-    save_folder(Idefics2ForConditionalGeneration(config), tokenizer, folder, {
-        "image_processor_type": "Idefics2ImageProcessor", "do_image_splitting": False, "image_mean": [0.5] * 3,
-        "size": {"longest_edge": 980, "shortest_edge": 28}, "image_std": [0.5] * 3})
-    own = {"processor_class": "Idefics2Processor", "image_seq_len": 4}
-    (folder / "processor_config.json").write_text(json.dumps(own))
-    return folder
+        "image_mean": list(family.mean), "image_std": list(family.std)})
 
 
 @pytest.fixture(scope="session", params=["tiny", "tiny_windows", "tiny_qwen3", "tiny_pixtral"])
