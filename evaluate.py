@@ -928,7 +928,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     flag("--seed", type=NATURAL, default=0, help="which points are drawn")
     render.add_settings_flags(parser)
 
-    flag = parser.add_argument_group("instead of a model").add_argument
+    flag = parser.add_argument_group("instead of a model (default: a checkpoint)").add_argument
     flag("--constant", type=render.POSITIVE, metavar="NUMBER",
          help="always this answer (Tables 1 and 3: 2.0)")
     flag("--predictions", type=file_path, metavar="FILE", help="score these answers")

@@ -847,28 +847,34 @@ def render(query: Query, settings: dict, grid: int, crop=None,
 
 def record_view(record: dict, focal: float | None, grid: int, crop, points: list, rng) -> View:
     """A record's image without a marker; its scale is that from label pixels."""
-    path, intrinsics, where = record["image"], record["intrinsics"], record["where"]
-    if crop is None:
-        changed = os.path.getmtime(path) if os.path.exists(path) else None
-        view, sx, sy = whole_view(path, changed, intrinsics, where, focal, grid)
-        view = replace(view, pixels=view.pixels.copy())
-    else:
-        image = open_image(path, intrinsics[4:])
-        intrinsics, sx, sy = match_size(image, intrinsics, where)
-        keep = [(sx * (x + 0.5) - 0.5, sy * (y + 0.5) - 0.5) for x, y in points]
-        view = unify_focal(image, intrinsics, focal, grid, crop, keep, rng)
-    view.scale = (view.scale[0] * sx, view.scale[1] * sy)
-    return view
+    path = record["image"]
+    shown = path, record["intrinsics"], record["where"], focal, grid
+    if crop is not None:
+        return label_view(*shown, crop, points, rng)
+    changed = os.path.getmtime(path) if os.path.exists(path) else None
+    view = whole_view(changed, *shown)
+    return replace(view, pixels=view.pixels.copy())
 
 
 @lru_cache(maxsize=2)
-def whole_view(path: str, changed: float | None, intrinsics: tuple, where: str,
-               focal: float | None, grid: int) -> tuple[View, float, float]:
-    """-> view, label scale. Opening and resizing is most of the work, so it is done once for all
-    points of an image that are queried in a row. `changed`: the file's time, to see a new image."""
+def whole_view(changed: float | None, *shown) -> View:
+    """Opening and resizing is most of the work, so it is done once for all points of an image that
+    are queried in a row. `changed`: the file's time, to see a new image."""
+    return label_view(*shown)
+
+
+def label_view(path: str, intrinsics: tuple, where: str, focal: float | None, grid: int,
+               crop=None, points=(), rng=None) -> View:
+    """unify_focal of an image file, with points and scale in label pixels. Raises ValueError with
+    the record's file and line."""
     image = open_image(path, intrinsics[4:])
     intrinsics, sx, sy = match_size(image, intrinsics, where)
-    return unify_focal(image, intrinsics, focal, grid), sx, sy
+    keep = [(sx * (x + 0.5) - 0.5, sy * (y + 0.5) - 0.5) for x, y in points]
+    try:
+        view = unify_focal(image, intrinsics, focal, grid, crop, keep, rng)
+    except ValueError as e:
+        raise ValueError(f"{where}: {e}") from None
+    return replace(view, scale=(view.scale[0] * sx, view.scale[1] * sy))
 
 
 # --------------------------------------------------------------------------------------------------

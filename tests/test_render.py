@@ -1,10 +1,14 @@
-"""render.py: geometry, crops, markers, prompts, parsed answers, records, images, encoding, packed attention."""
+"""render.py: files, flags, geometry, crops, markers, prompts, tasks, parsed answers, records,
+images, checkpoints, encoding, packed attention."""
+import argparse
+import importlib
 import itertools
 import json
 import math
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,52 +18,220 @@ from PIL import Image
 
 import evaluate
 import render
-from conftest import image_processor, make_world, noise, plain_inputs, run_script, stock, views_for, write_jsonl
+from conftest import (ROOT, image_processor, make_world, noise, plain_inputs, run_script, stock,
+                      views_for, write_jsonl)
 
 SETTINGS = {**render.DEFAULTS, "focal": 100}
 RED = (255, 0, 0)
+CPU = torch.device("cpu")
 
 
 def record(folder: Path, image: Image.Image | None = None, name: str = "a.png", **change) -> Path:
     """A jsonl of one record about an 80 x 60 image."""
     (image or Image.new("RGB", (80, 60), (90, 90, 90))).save(folder / name)
-    return write_jsonl(folder / "one.jsonl", [{"image": name, "intrinsics": [70.0, 72.0, 39.5, 29.5, 80, 60],
-                                               "pixel_coords": [[20, 30]], "depth": [2.0], **change}])
+    return write_jsonl(folder / "one.jsonl", [
+        {"image": name, "intrinsics": [70.0, 72.0, 39.5, 29.5, 80, 60],
+         "pixel_coords": [[20, 30]], "depth": [2.0], **change}])
 
 
 def red_pixels(pixels: np.ndarray) -> set:
     return {(int(x), int(y)) for y, x in np.argwhere((pixels == RED).all(2))}
 
 
+def ask(path: Path, task: str, i: int = 0, point: int | None = None, seed: int = 0):
+    records = render.Records(path)
+    return render.make_query(task, records, i, np.random.default_rng(seed), point)
+
+
 def shown(path: Path, settings: dict, grid: int = 1, task: str = "distance", **more):
     """The first query of a jsonl, rendered."""
-    query = render.TASKS[task](render.Records(path), 0, np.random.default_rng(0), 0)
-    return render.render(query, settings, grid, **more)
+    return render.render(ask(path, task, point=0), settings, grid, **more)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def question_of(task: str, prompt: str = "paper") -> str:
+    return render.TASKS[task].wordings[prompt][0]
+
+
+# --------------------------------------------------------------------------------------------------
+# files
+
+
+def test_replacing(tmp_path):
+    """The new file at the end of the block, the old one until then, in a folder that is made; a
+    failure leaves the old file as it was, and no temporary."""
+    path = tmp_path / "new" / "a.txt"
+    with render.replacing(path) as temporary:
+        temporary.write_text("one")
+        assert temporary.parent == path.parent and not path.exists()
+    assert path.read_text() == "one"
+    with pytest.raises(KeyError):
+        with render.replacing(path) as temporary:
+            temporary.write_text("half of tw")
+            assert path.read_text() == "one"
+            raise KeyError
+    assert path.read_text() == "one"
+    with pytest.raises(OSError):  # nothing was written
+        with render.replacing(path):
+            pass
+    assert path.read_text() == "one" and os.listdir(path.parent) == ["a.txt"]
+
+
+def test_interrupt_while_writing(tmp_path):
+    """Ctrl-C is a failure like any other."""
+    render.write_json(tmp_path / "a.json", {"a": 1})
+    with pytest.raises(KeyboardInterrupt):
+        with render.replacing(tmp_path / "a.json") as temporary:
+            temporary.write_text("{")
+            raise KeyboardInterrupt
+    assert render.read_json(tmp_path / "a.json") == {"a": 1}
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_jsonl(tmp_path):
+    """What was written is read, each object with its file and line; blank lines are skipped, but
+    counted."""
+    path = tmp_path / "a.jsonl"
+    render.write_jsonl(path, ({"k": k, "text": "\u2028\x85"} for k in range(3)))
+    assert [value["k"] for _, value in render.read_jsonl(path)] == [0, 1, 2]
+    path.write_text('\n{"k": 1}\n  \n\n{"k": 2}')
+    assert list(render.read_jsonl(path)) == [(f"{path}, line 2", {"k": 1}),
+                                             (f"{path}, line 5", {"k": 2})]
+    with pytest.raises(ValueError, match="nowhere.jsonl: no such file"):
+        list(render.read_jsonl(tmp_path / "nowhere.jsonl"))
+
+
+@pytest.mark.parametrize("line", ['{"k": ', "[1]", "7", "null", "\xff\xfe"])
+def test_damaged_jsonl(tmp_path, line):
+    """Named by file and line, not before the good lines were read; the file of a run that may have
+    been killed is read up to there."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"k": 1}\n\n{"k": 2}\n' + line.encode("latin-1") + b'\n{"k": 3}\n')
+    lines = render.read_jsonl(path)
+    assert [next(lines)[1]["k"], next(lines)[1]["k"]] == [1, 2]
+    with pytest.raises(ValueError, match="a.jsonl, line 4: .*JSON object"):
+        next(lines)
+    found = [value["k"] for _, value in render.read_jsonl(path, interrupted=True)]
+    assert found == [1, 2]
+
+
+def test_read_json(tmp_path):
+    (tmp_path / "a.json").write_text('{"a": ')
+    with pytest.raises(ValueError, match="a.json: is not JSON"):
+        render.read_json(tmp_path / "a.json")
+
+
+# --------------------------------------------------------------------------------------------------
+# flags
+
+
+@pytest.mark.parametrize("kind, text, value", [
+    ("COUNT", "1", 1), ("COUNT", "35e6", 35_000_000), ("COUNT", "0", "1 or more"),
+    ("COUNT", "-1", "1 or more"), ("COUNT", "nan", "1 or more"), ("COUNT", "inf", "1 or more"),
+    ("COUNT", "1.5", "whole number"), ("COUNT", "x", None), ("COUNT", "", None),
+    ("NATURAL", "0", 0), ("NATURAL", "-1", "0 or more"), ("NATURAL", "0.5", "whole number"),
+    ("NATURAL", "nan", "0 or more"), ("NATURAL", "-inf", "0 or more"),
+    ("POSITIVE", "1e-9", 1e-9), ("POSITIVE", "0", "greater than 0"),
+    ("POSITIVE", "-2", "greater than 0"), ("POSITIVE", "nan", "greater than 0"),
+    ("POSITIVE", "inf", "greater than 0"),
+    ("SHARE", "0", 0.0), ("SHARE", "1", 1.0), ("SHARE", "1.01", "0 or more and at most 1"),
+    ("SHARE", "-0.1", "at most 1"), ("SHARE", "nan", "at most 1")])
+def test_numbers_of_flags(capsys, kind, text, value):
+    """The number, of its type, or one line that says what is wanted (a word: that it is none)."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--n", type=getattr(render, kind))
+    if isinstance(value, (int, float)):
+        found = parser.parse_args(["--n", text]).n
+        assert found == value and type(found) is type(value)
+        return
+    with pytest.raises(SystemExit):
+        parser.parse_args([f"--n={text}"])
+    wanted = f"argument --n: {text} is not" if value else "invalid number value"
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert wanted in message and (value or "") in message
+
+
+@pytest.mark.parametrize("path", ["", "  "])
+def test_empty_path(capsys, path):
+    """A shell variable that is not set is no path: Path("") would be the current folder."""
+    for argv in (["--out", path], ["--image-root", path]):
+        with pytest.raises(SystemExit) as stop:
+            render.main(["a.jsonl", *argv])
+        assert stop.value.code == 2 and "empty path" in capsys.readouterr().err
+
+
+SCRIPTS = ("render", "prepare", "evaluate", "train_sft", "train_grpo", "pointcloud",
+           "toy_model", "probe", "compare")
+
+
+class Parsed(Exception):
+    """The parser that a script made."""
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help(monkeypatch, name):
+    """Each flag has a line of help, which says what holds without it; where it says "default" for
+    all flags of a group, its title does. A switch is off, and what is required has none."""
+
+    def stop(parser, *args, **kwargs):
+        raise Parsed(parser)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    with pytest.raises(Parsed) as caught:
+        importlib.import_module(name).main([])
+    parser, = caught.value.args
+    formatter = parser._get_formatter()
+    covered = [action for group in parser._action_groups if "default" in (group.title or "")
+               for action in group._group_actions]
+    flags = [action for action in parser._actions if action.dest != "help"]
+    assert flags
+    for action in flags:
+        flag = "/".join(action.option_strings) or action.dest
+        assert action.help and action.help.strip(), flag
+        needed = action.required or not action.option_strings
+        switch = action.nargs == 0 and action.default is False
+        text = formatter._expand_help(action)
+        assert needed or switch or action in covered or "default" in text, f"{flag}: {text}"
+        assert "default: None" not in text and "default: False" not in text, f"{flag}: {text}"
+
+
+def test_flags_in_a_file(world, tmp_path, capsys):
+    """@FILE, with comments and quotes; later flags override; a flag is not guessed from its
+    beginning."""
+    (tmp_path / "a.args").write_text("# of a sheet\n--n 2 --focal 77  # px\n--out 'a b.png'\n")
+    args = render.parse_args([f"@{tmp_path}/a.args", str(world), "--n", "3"])
+    assert (args.n, args.focal, args.out) == (3, 77.0, "a b.png")
+    with pytest.raises(SystemExit):
+        render.parse_args([str(world), "--foc", "77"])
+    assert "--foc" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------------
 # exact focal
 
 
 def random_camera(rng):
     w, h = int(rng.integers(40, 300)), int(rng.integers(40, 300))
     fx = float(rng.uniform(50, 400))
-    fy, cx, cy = fx * float(rng.uniform(0.7, 1.4)), w * float(rng.uniform(0.3, 0.7)), h * float(rng.uniform(0.3, 0.7))
+    fy = fx * float(rng.uniform(0.7, 1.4))
+    cx, cy = w * float(rng.uniform(0.3, 0.7)), h * float(rng.uniform(0.3, 0.7))
     return fx, fy, cx, cy, w, h
 
 
 @pytest.mark.parametrize("crop", [None, (60, 140, 50, 120)])
 @pytest.mark.parametrize("grid", [16, 28, 32])
 def test_exact_focal(grid, crop):
-    """A 3-D point lands on the same pixel through the original camera and move() as through the view's own camera,
-    whose focal is f on both axes, also where fx != fy: neither processor nor grid may rescale again."""
+    """A 3-D point lands on the same pixel through the original camera and move() as through the
+    view's own camera, whose focal is f on both axes, also where fx != fy: neither processor nor
+    grid may rescale again."""
     rng = np.random.default_rng(grid)
     for _ in range(40):
         camera, focal = random_camera(rng), float(rng.uniform(60, 300))
         fx, fy, cx, cy, w, h = camera
-        view = render.unify_focal(Image.new("RGB", (w, h)), camera, focal, grid, crop, [(w // 2, h // 3)], rng)
+        image, keep = Image.new("RGB", (w, h)), [(w // 2, h // 3)]
+        view = render.unify_focal(image, camera, focal, grid, crop, keep, rng)
         assert view.intrinsics[:2] == pytest.approx((focal, focal), rel=1e-12)
-        assert view.pixels.shape[0] % grid == view.pixels.shape[1] % grid == 0 < min(view.pixels.shape)
+        height, width = view.pixels.shape[:2]
+        assert height % grid == width % grid == 0 < min(view.pixels.shape)
         for x, y, z in rng.uniform((-5, -5, 0.5), (5, 5, 20), (5, 3)):
             gfx, gfy, gcx, gcy = view.intrinsics[:4]
             moved = view.move(fx * x / z + cx, fy * y / z + cy)
@@ -68,7 +240,8 @@ def test_exact_focal(grid, crop):
 
 @pytest.mark.parametrize("focal", [23.0, 61.3, 100.0, 250.0])
 def test_evaluation_loses_no_labelled_pixel(focal):
-    """Every pixel of the original has a pixel of its own rendered position to be marked at: padded, never cropped."""
+    """Every pixel of the original has a pixel of its own rendered position to be marked at: padded,
+    never cropped."""
     rng = np.random.default_rng(1)
     for _ in range(300):
         camera = random_camera(rng)
@@ -83,12 +256,14 @@ def test_evaluation_loses_no_labelled_pixel(focal):
 @pytest.mark.parametrize("crop", [None, (60, 90, 50, 80)])
 @pytest.mark.parametrize("focal", [100.0, 180.0, None])
 def test_content_is_where_move_says(focal, crop):
-    """The picture itself is resampled by the same map as the points: on a linear ramp the colour tells the position."""
+    """The picture itself is resampled by the same map as the points: on a linear ramp the colour
+    tells the position."""
     w, h, camera = 120, 90, (100.0, 140.0, 60.0, 45.0, 120, 90)
     u, v = np.meshgrid(np.arange(w), np.arange(h))
     image = Image.fromarray(np.stack([2 * u, 2 * v, 0 * u], 2).astype(np.uint8))
     for seed in range(5):
-        view = render.unify_focal(image, camera, focal, 4, crop, [(60, 40)], np.random.default_rng(seed))
+        rng = np.random.default_rng(seed)
+        view = render.unify_focal(image, camera, focal, 4, crop, [(60, 40)], rng)
         for x, y in np.random.default_rng(seed).integers((3, 3), (w - 3, h - 3), (100, 2)):
             px, py = view.move(x, y)
             i, j = math.floor(px + 0.5), math.floor(py + 0.5)
@@ -102,36 +277,60 @@ def test_padding_repeats_the_edge():
     """The grid is filled with the border's own colours: a black bar would look like an object."""
     view = render.unify_focal(noise(30, 30), (50.0, 50.0, 15.0, 15.0, 30, 30), None, 28)
     assert view.pixels.shape == (56, 56, 3) and view.intrinsics[4:] == (30, 30)
-    assert (view.pixels[:30, 30:] == view.pixels[:30, 29:30]).all() and (view.pixels[30:] == view.pixels[29:30]).all()
+    assert (view.pixels[:30, 30:] == view.pixels[:30, 29:30]).all()
+    assert (view.pixels[30:] == view.pixels[29:30]).all()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def test_absurd_focal_length(tmp_path, capsys):
+    """A focal length in metres or millimetres would ask for an image of terabytes: one line with
+    file, line and both sizes, in training, evaluation and the sheet, and no MemoryError. A wide
+    view of 150 degrees is still rendered."""
+    absurd = record(tmp_path, intrinsics=[0.02, 0.02, 39.5, 29.5, 80, 60])
+    for crop in (None, (60, 140, 50, 120)):
+        with pytest.raises(ValueError, match="one.jsonl, line 1: .*80 x 60 .*0.02.*intrinsics"):
+            shown(absurd, render.DEFAULTS, crop=crop, rng=np.random.default_rng(0))
+    with pytest.raises(SystemExit) as stop:
+        render.main([str(absurd), "--out", str(tmp_path / "a.png")])
+    errors = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and len(errors) == 1 and "one.jsonl, line 1" in errors[0]
+    wide = record(tmp_path, intrinsics=[10.72, 10.72, 39.5, 29.5, 80, 60])
+    (view,), *_ = shown(wide, render.DEFAULTS, crop=(60, 140, 50, 120),
+                        rng=np.random.default_rng(0))
+    assert view.pixels.shape[1] <= 140
+
+
+# --------------------------------------------------------------------------------------------------
 # random crop
 
 
 def test_random_crop():
-    """Training crops: sides in range (on the grid), any place, the query always inside with room for its marker; a
-    centre crop, or one glued to the query, would tell the model where to look."""
+    """Training crops: sides in range (on the grid), any place, the query always inside with room
+    for its marker; a centre crop, or one glued to the query, would tell the model where to look."""
     image, camera = Image.new("RGB", (400, 300)), (100.0, 100.0, 200.0, 150.0, 400, 300)
-    rng, grid, places, sizes, lefts = np.random.default_rng(0), 4, [], set(), []
+    rng, grid, margin = np.random.default_rng(0), 4, render.MARGIN
+    places, sizes, lefts = [], set(), []
     for _ in range(400):
-        view = render.unify_focal(image, camera, 100.0, grid, (100, 200, 80, 160), [(210, 140)], rng)
+        view = render.unify_focal(image, camera, 100.0, grid, (100, 200, 80, 160), [(210, 140)],
+                                  rng)
         height, width = view.pixels.shape[:2]
         x, y = view.move(210, 140)
-        assert 100 - grid < width <= 200 and 80 - grid < height <= 160 and view.intrinsics[4:] == (width, height)
-        assert render.MARGIN <= x <= width - 1 - render.MARGIN and render.MARGIN <= y <= height - 1 - render.MARGIN
+        assert 100 - grid < width <= 200 and 80 - grid < height <= 160
+        assert view.intrinsics[4:] == (width, height)
+        assert margin <= x <= width - 1 - margin and margin <= y <= height - 1 - margin
         places.append((x / width, y / height))
         sizes.add((width, height))
         lefts.append(view.offset[0])
     places = np.array(places)
-    assert (places.min(0) < 0.15).all() and (places.max(0) > 0.85).all() and (np.abs(places.mean(0) - 0.5) < 0.06).all()
+    assert (places.min(0) < 0.15).all() and (places.max(0) > 0.85).all()
+    assert (np.abs(places.mean(0) - 0.5) < 0.06).all()
     assert len(sizes) > 200 and len({w for w, _ in sizes}) > 20 and len(set(lefts)) > 80
 
 
 def test_random_crop_near_borders_and_in_small_images():
-    """A query in a corner is still inside, an image smaller than the crop is shown whole, two points are both kept."""
-    rng, camera, window = np.random.default_rng(0), (100.0, 100.0, 150.0, 100.0, 300, 200), (80, 120, 60, 100)
-    image = Image.new("RGB", (300, 200))
+    """A query in a corner is still inside, an image smaller than the crop is not cut, two points
+    are both kept."""
+    rng, window = np.random.default_rng(0), (80, 120, 60, 100)
+    image, camera = Image.new("RGB", (300, 200)), (100.0, 100.0, 150.0, 100.0, 300, 200)
     for x, y in ((0, 0), (299, 0), (0, 199), (299, 199), (3, 100)):
         for _ in range(20):
             view = render.unify_focal(image, camera, 100.0, 28, window, [(x, y)], rng)
@@ -143,34 +342,39 @@ def test_random_crop_near_borders_and_in_small_images():
     assert all(0 <= u < width and 0 <= v < height for u, v in (view.move(*p) for p in points))
     small = (100.0, 100.0, 10.0, 25.0, 20, 50)
     view = render.unify_focal(Image.new("RGB", (20, 50)), small, 100.0, 28, window, [(3, 3)], rng)
-    assert view.pixels.shape[1] == 28 and view.pixels.shape[0] % 28 == 0 and view.intrinsics[4] == 20
+    assert view.pixels.shape[1] == 28 and view.pixels.shape[0] % 28 == 0
+    assert view.intrinsics[4] == 20
 
 
 def test_small_images_are_shown_as_in_evaluation():
-    """An image smaller than the crop is not cut to the grid: training would hide what evaluation shows. Nor does it lose
-    a pixel because its intrinsics were rounded: 85 px at fx 75.8929 are 112 at 100, and 83.99 are 84."""
+    """An image smaller than the crop is not cut to the grid: training would hide what evaluation
+    shows. Nor does it lose a pixel because its intrinsics were rounded: 85 px at fx 75.8929 are 112
+    at 100, and 83.99 are 84."""
     image, camera = noise(85, 64), (75.8929, 76.1991, 42.0, 32.0, 85, 64)
-    seen = [render.unify_focal(image, camera, 100.0, 28, crop, [(40, 30)], np.random.default_rng(0))
+    seen = [render.unify_focal(image, camera, 100.0, 28, crop, [(40, 30)],
+                               np.random.default_rng(0))
             for crop in (None, (112, 200, 112, 200))]
     assert seen[0].pixels.shape == (84, 112, 3) and seen[0].intrinsics[4:] == (112, 83)
     assert (seen[0].pixels == seen[1].pixels).all() and seen[0].intrinsics == seen[1].intrinsics
 
 
 def test_crop_is_a_function_of_the_generator():
-    """Resume and any number of workers give the same crop: nothing else than the generator decides."""
+    """Resume and any number of workers give the same crop: nothing else than the generator
+    decides."""
     image, camera = noise(200, 150), (90.0, 95.0, 100.0, 75.0, 200, 150)
     a, b, other = (render.unify_focal(image, camera, 120.0, 28, (60, 120, 60, 120), [(90, 80)], rng)
                    for rng in map(np.random.default_rng, (5, 5, 6)))
     assert a.offset == b.offset and (a.pixels == b.pixels).all() and a.offset != other.offset
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # markers
 
 
 def test_arrow():
-    """The arrow of App. A.1, pixel by pixel: a shaft of 5 to the left of the query, two strokes each way, and the
-    query's own pixel left visible; on the right side where the left border is too near."""
+    """The arrow of App. A.1, pixel by pixel: a shaft of 5 to the left of the query, two strokes
+    each way, and the query's own pixel left visible; on the right side where the left border is too
+    near."""
     shape = {(-1, 0), (-2, 0), (-3, 0), (-4, 0), (-5, 0), (-2, -1), (-2, 1), (-3, -2), (-3, 2)}
     for x, side in ((20, 1), (5, 1), (4, -1), (0, -1), (39, 1)):
         pixels = np.zeros((30, 40, 3), np.uint8)
@@ -181,14 +385,16 @@ def test_arrow():
 @pytest.mark.parametrize("size", [1, 3, 5, 9, 20])
 @pytest.mark.parametrize("shape", render.MARKERS)
 def test_marker_anywhere(shape, size):
-    """Every place and size, borders and corners too: something is drawn next to the query, nothing else is touched, and
-    under arrow and cross the query's pixel keeps its colour (the paper's arrow covers it in no release)."""
+    """Every place and size, borders and corners too: something is drawn next to the query, nothing
+    else is touched, and under arrow and cross the query's pixel keeps its colour (the paper's arrow
+    covers it in no release)."""
     for x in (0, 1, 2, 8, 17, 18):
         for y in (0, 1, 7, 14, 15):
             pixels = np.full((16, 19, 3), 7, np.uint8)
             render.draw_marker(pixels, x, y, shape, size, (0, 0, 255))
             changed = {(int(i), int(j)) for j, i in np.argwhere((pixels != 7).any(2))}
-            assert changed and all(abs(i - x) <= size and abs(j - y) <= size for i, j in changed)
+            assert changed
+            assert all(abs(i - x) <= size and abs(j - y) <= size for i, j in changed)
             assert all(tuple(pixels[j, i]) == (0, 0, 255) for i, j in changed)
             assert ((x, y) in changed) == (shape == "dot")
             assert min(abs(i - x) + abs(j - y) for i, j in changed) <= 1
@@ -196,13 +402,14 @@ def test_marker_anywhere(shape, size):
 
 @pytest.mark.parametrize("size", [5, 10, 15])
 def test_arrow_and_cross_have_lines_of_one_width(size):
-    """Twice the size is twice the width, for both: shapes are compared, not how much ink they have. Both leave the point
-    itself visible."""
+    """Twice the size is twice the width, for both: shapes are compared, not how much ink they have.
+    Both leave the point itself visible."""
     for shape in ("arrow", "cross"):
         pixels = np.zeros((61, 61, 3), np.uint8)
         render.draw_marker(pixels, 30, 30, shape, size)
         drawn = pixels.any(-1)
-        end = drawn[:, drawn.any(0).argmax()]  # the leftmost column: the end of the shaft, or of an arm
+        # the leftmost column: the end of the shaft, or of an arm
+        end = drawn[:, drawn.any(0).argmax()]
         assert end.sum() == size // 5 and not drawn[30, 30] and drawn[30, 31 - size // 2]
 
 
@@ -211,14 +418,12 @@ def test_marker_out_of_the_image_is_moved_inside():
     pixels = np.zeros((20, 20, 3), np.uint8)
     render.draw_marker(pixels, 19.49, -0.5)
     assert (18, 0) in red_pixels(pixels)
-    with pytest.raises(ValueError, match="star"):
-        render.draw_marker(pixels, 3, 3, "star")
 
 
 @pytest.mark.parametrize("camera", ["unify", "none"])
 def test_marker_is_at_the_query(tmp_path, camera):
-    """Through the whole of render(): the tip is beside the pixel to which the labelled point moves; 1 px of 1.8x
-    rounding to the left and up was the released code's."""
+    """Through the whole of render(): the tip is beside the pixel to which the labelled point moves;
+    1 px of 1.8x rounding to the left and up was the released code's."""
     for x, y in ((20, 30), (61, 7), (79, 59), (0, 0)):
         path = record(tmp_path, pixel_coords=[[x, y]])
         (view,), _, _ = shown(path, {**SETTINGS, "focal": 180.0, "camera": camera}, 28)
@@ -226,23 +431,25 @@ def test_marker_is_at_the_query(tmp_path, camera):
         scale = (180 / 70, 180 / 72) if camera == "unify" else (1, 1)
         assert (u, v) == tuple(math.floor(s * (p + 0.5)) for s, p in zip(scale, (x, y)))
         side = 1 if u >= 5 else -1
-        assert red_pixels(view.pixels) >= {(u - side, v), (u - 5 * side, v)} and (u, v) not in red_pixels(view.pixels)
+        red = red_pixels(view.pixels)
+        assert red >= {(u - side, v), (u - 5 * side, v)} and (u, v) not in red
         assert (view.pixels[v, u] == 90).all()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # goldens: renders by the released code
 
 
 def test_goldens(shared):
-    """All 16 renders of the released code: the same pixels around the marker, the same marker, and with fx on both axes
-    (as it does) a marker at most 2 px away (it truncates)."""
+    """All 16 renders of the released code: the same pixels around the marker, the same marker, and
+    with fx on both axes (as it does) a marker at most 2 px away (it truncates)."""
     goldens = json.loads((shared / "golden" / "renders.json").read_text())
     assert len(goldens) == 16
-    records = [json.loads(line) for line in open(shared / "samples" / "ibims1" / "depthlm_ibims1_val.jsonl")]
+    folder = shared / "samples" / "ibims1"
+    records = [json.loads(line) for line in open(folder / "depthlm_ibims1_val.jsonl")]
     records = {r["image"]: r for r in records}
     for g in goldens:
-        image = render.open_image(shared / "samples" / "ibims1" / "ibims1_core_raw" / g["image"])
+        image = render.open_image(folder / "ibims1_core_raw" / g["image"])
         x0, y0, x1, y1 = g["crop_box"]
         golden = np.asarray(render.open_image(shared / "golden" / g["crop"]))
         plain = np.asarray(image.resize(g["rendered_size"], Image.Resampling.BICUBIC))
@@ -250,7 +457,8 @@ def test_goldens(shared):
         render.draw_marker(ours, *g["rendered_pixel"])
         marker = (ours != plain).any(2)[y0:y1, x0:x1]
         assert (golden[~marker] == plain[y0:y1, x0:x1][~marker]).all()
-        assert marker.sum() == 9 and (golden[marker] == RED).all() and (golden == ours[y0:y1, x0:x1]).all()
+        assert marker.sum() == 9 and (golden[marker] == RED).all()
+        assert (golden == ours[y0:y1, x0:x1]).all()
         fx, _, cx, cy, w, h = records[g["image"]]["intrinsics"]
         view = render.unify_focal(image, (fx, fx, cx, cy, w, h), g["focal"], 1)
         moved = view.move(*records[g["image"]]["pixel_coords"][g["point"]])
@@ -259,13 +467,13 @@ def test_goldens(shared):
         assert np.abs(np.array(view.pixels.shape[1::-1]) - g["rendered_size"]).max() <= 1
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # prompts and camera strategies
 
 
 def test_prompts(tmp_path):
-    """The paper's words (Sec. 3.1, 3.2, App. A.1), two decimals; the text prompt names the pixel as rendered and draws
-    nothing."""
+    """The paper's words (Sec. 3.1, 3.2, App. A.1), two decimals; the text prompt names the pixel as
+    rendered and draws nothing."""
     path = record(tmp_path, depth=[12.346], pixel_coords=[[40, 12]])
     (view,), question, answer = shown(path, SETTINGS)
     assert question == "How many meters is this point from the camera?"
@@ -278,85 +486,168 @@ def test_prompts(tmp_path):
     (view,), question, answer = shown(path, {**SETTINGS, "prompt": "text"}, 28)
     u, v = (math.floor(p + 0.5) for p in view.move(40, 12))
     w, h = view.intrinsics[4:]
-    assert question == (f"Given this image of size (width = {w}, height = {h}), how far is the pixel at ({u}, {v}) "
-                        "from the camera?")
+    assert question == (f"Given this image of size (width = {w}, height = {h}), how far is the "
+                        f"pixel at ({u}, {v}) from the camera?")
     assert not red_pixels(view.pixels) and (w, h) == (114, 83) and "12.35" in answer
 
 
 def test_camera_strategies(tmp_path):
-    """App. A.5: none shows the raw image, prompt names that image's intrinsics, ray says the direction first."""
+    """App. A.5: none shows the raw image, prompt names that image's intrinsics, ray says the
+    direction first."""
     path = record(tmp_path, noise(80, 60), pixel_coords=[[60, 10]], depth=[3.0])
     (view,), question, _ = shown(path, {**SETTINGS, "camera": "none", "marker": "dot"}, 4)
     changed = (view.pixels != np.asarray(noise(80, 60))).any(2)
-    assert view.pixels.shape == (60, 80, 3) and 1 <= changed.sum() <= 21 and view.move(60, 10) == (60, 10)
-    assert question == render.QUESTIONS["distance"]["paper"]
+    assert view.pixels.shape == (60, 80, 3) and 1 <= changed.sum() <= 21
+    assert view.move(60, 10) == (60, 10) and question == question_of("distance")
     _, question, _ = shown(path, {**SETTINGS, "camera": "prompt"}, 4)
-    for part in ("width = 80", "height = 60", "fx = 70.00", "fy = 72.00", "cx = 39.50", "cy = 29.50"):
+    for part in ("width = 80", "height = 60", "fx = 70.00", "fy = 72.00", "cx = 39.50",
+                 "cy = 29.50"):
         assert part in question
     _, _, answer = shown(path, {**SETTINGS, "camera": "ray"})
-    right, up = (round(math.degrees(math.atan(t))) for t in ((60 - 39.5) / 70, (29.5 - 10) / 72))
-    assert answer == (f"The point is around {right} degrees to the right, {up} degrees above and 3.00 meters away "
-                      "from the camera.")
-    _, _, answer = shown(record(tmp_path, pixel_coords=[[10, 50]]), {**SETTINGS, "camera": "ray"})
+    tangents = ((60 - 39.5) / 70, (29.5 - 10) / 72)
+    right, up = (round(math.degrees(math.atan(t))) for t in tangents)
+    assert answer == (f"The point is around {right} degrees to the right, {up} degrees above and "
+                      "3.00 meters away from the camera.")
+    left = record(tmp_path, pixel_coords=[[10, 50]])
+    _, _, answer = shown(left, {**SETTINGS, "camera": "ray"})
     assert "degrees to the left" in answer and "degrees below" in answer
-    for camera, prompt in itertools.product(("prompt", "ray"), ("release", "text")):  # one of the two would be ignored
-        with pytest.raises(ValueError, match="paper"):
-            shown(path, {**SETTINGS, "camera": camera, "prompt": prompt})
+    for camera, prompt in itertools.product(("prompt", "ray"), ("release", "text")):
+        with pytest.raises(ValueError, match="paper"):  # one of the two would be ignored
+            render.check_settings({**SETTINGS, "camera": camera, "prompt": prompt})
 
 
-def test_settings(tmp_path, tiny, tiny_pixtral):
-    """depthlm.json decides, a flag overrides it; without the file the defaults of the family of config.json, whatever
-    the folder is called; wrong values are refused."""
-    assert render.load_settings(tiny, quiet=True)["focal"] == 1000
-    assert render.load_settings(tiny_pixtral, quiet=True) == {**render.DEFAULTS, "focal": 750}
-    public = shutil.copytree(tiny_pixtral, tmp_path / "DepthLM")  # a copy of facebook/DepthLM
-    assert render.load_settings(public, quiet=True)["prompt"] == "release"
-    named = shutil.copytree(tiny, tmp_path / "my-pixtral-model")
-    assert render.load_settings(named, quiet=True)["focal"] == 1000
-    assert render.load_encoder(named).family == "qwen2_5_vl"
+def test_answer_forms():
+    """A template of the number alone, and none where an answer says other numbers before it."""
+    for task, prompt in itertools.product(render.TASKS, ("paper", "release")):
+        form = render.answer_form(task, {**SETTINGS, "prompt": prompt})
+        assert form.count("{x}") == 1 + (prompt == "release")
+    assert render.answer_form("distance", {**SETTINGS, "camera": "ray"}) is None
+    assert render.answer_form("distance", {**SETTINGS, "prompt": "text"}) is not None
+
+
+# --------------------------------------------------------------------------------------------------
+# checkpoints and their settings
+
+
+def settings_of(folder, overrides=None) -> dict:
+    return render.open_checkpoint(str(folder), overrides, quiet=True).settings
+
+
+def test_settings(tmp_path, tiny, tiny_pixtral, capsys):
+    """depthlm.json decides, a flag overrides it; without the file the defaults of the family of
+    config.json, said aloud; wrong values are refused."""
+    assert settings_of(tiny) == render.DEFAULTS and settings_of(tiny)["focal"] == 1000
+    assert settings_of(tiny_pixtral) == {**render.DEFAULTS, "focal": 750}
+    assert not capsys.readouterr().err
+    render.open_checkpoint(str(tiny_pixtral))
+    assert f"{tiny_pixtral}: no depthlm.json" in capsys.readouterr().err
+    fallback = render.open_checkpoint(str(tiny), {"marker": "dot"}, {"focal": 99}, quiet=True)
+    assert (fallback.settings["focal"], fallback.settings["marker"]) == (99, "dot")
+    named = shutil.copytree(tiny, tmp_path / "m")
     (named / "depthlm.json").write_text(json.dumps({"focal": 432, "marker": "dot"}))
-    assert render.load_settings(named)["focal"] == 432 and render.load_settings(named)["marker"] == "dot"
-    assert render.load_settings(named, {"focal": 500, "marker": None})["focal"] == 500
-    for wrong in ({"focal": -1}, {"focal": 0}, {"marker": "star"}, {"prompt": "haiku"}, {"camera": "obscura"}):
+    assert settings_of(named) == {**render.DEFAULTS, "focal": 432, "marker": "dot"}
+    assert settings_of(named, {"focal": 500, "marker": None})["focal"] == 500
+    known = render.open_checkpoint(str(named), {}, {"focal": 99})
+    assert known.settings["focal"] == 432 and not capsys.readouterr().err
+    for wrong in ({"focal": -1}, {"focal": 0}, {"marker": "star"}, {"prompt": "haiku"},
+                  {"camera": "obscura"}):
         with pytest.raises(ValueError, match=str(*wrong)):
-            render.load_settings(named, wrong)
+            settings_of(named, wrong)
+
+
+def test_names_of_folders_say_nothing(tmp_path, tiny, tiny_pixtral):
+    """Family and settings come from the files of a folder, never from the spelling of its path:
+    below .../nanoDepthLM/depthlm a Pixtral is a Pixtral, and asked in the paper's words."""
+    named = shutil.copytree(tiny, tmp_path / "my-pixtral-model")
+    assert settings_of(named)["focal"] == 1000
+    assert render.open_checkpoint(str(named), quiet=True).family.mrope
+    below = shutil.copytree(tiny_pixtral, tmp_path / "nanoDepthLM" / "depthlm" / "DepthLM")
+    opened = render.open_checkpoint(str(below), quiet=True)
+    assert opened.settings == {**render.DEFAULTS, "focal": 750} and not opened.family.mrope
+    assert opened.settings["prompt"] == "paper"
+
+
+def test_the_public_checkpoint(tiny_pixtral, monkeypatch):
+    """facebook/DepthLM has no depthlm.json: by its name on the hub it is asked as it was trained,
+    prompt "release" at focal 750; a flag overrides that, too."""
+    monkeypatch.setattr(render, "find_checkpoint", lambda name: tiny_pixtral)
+    public = settings_of("facebook/DepthLM")
+    assert public == {**render.DEFAULTS, "prompt": "release", "focal": 750}
+    assert settings_of("facebook/DepthLM", {"prompt": "paper"})["prompt"] == "paper"
+    assert settings_of("someone/DepthLM")["prompt"] == "paper"
 
 
 def test_no_checkpoint(tmp_path):
-    """A wrong path, a folder without config and an unknown architecture are told apart, each with its path."""
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "config.json").write_text('{"model_type": "gpt2"}')
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "config.json").write_text('{"model_type": ')
-    for name, say in (("missing", "no such"), ("empty", "config.json"), ("other", "gpt2"), ("broken", "config.json")):
+    """A wrong path, a folder without config and an unknown architecture are told apart, each with
+    its path."""
+    for name, config in (("empty", None), ("other", '{"model_type": "gpt2"}'),
+                         ("broken", '{"model_type": ')):
+        (tmp_path / name).mkdir()
+        if config:
+            (tmp_path / name / "config.json").write_text(config)
+    for name, say in (("missing", "no such"), ("empty", "config.json"), ("other", "gpt2"),
+                      ("broken", "config.json")):
         with pytest.raises(ValueError, match=say) as error:
-            render.load_encoder(str(tmp_path / name))
+            render.open_checkpoint(str(tmp_path / name))
         assert name in str(error.value)
 
 
+@pytest.mark.parametrize("config", [
+    {"model_type": "gpt2"}, {"model_type": "mistral3"}, {},
+    {"model_type": "llava", "vision_config": {"model_type": "clip_vision_model"}}])
+def test_unknown_family(tmp_path, config):
+    """One line that names the folder, its family, the known ones, and the way round."""
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError) as error:
+        render.open_checkpoint(str(tmp_path))
+    message = str(error.value)
+    for word in (str(tmp_path), f"'{config.get('model_type')}'", *render.FAMILIES,
+                 "--export-queries", "--predictions"):
+        assert word in message
+    assert "\n" not in message
+
+
+def test_no_chat_template(tiny, tiny_pixtral, tmp_path):
+    """Pixtral is published without one, and gets its family's; elsewhere it is missed."""
+    opened = {}
+    for source in (tiny, tiny_pixtral):
+        folder = shutil.copytree(source, tmp_path / source.name)
+        (folder / "chat_template.jinja").unlink()
+        if source is tiny:
+            with pytest.raises(ValueError, match="chat_template.json"):
+                render.open_checkpoint(str(folder), quiet=True)
+            (folder / "chat_template.json").write_text(json.dumps({"chat_template": "{{ 1 }}"}))
+        opened[source] = render.open_checkpoint(str(folder), quiet=True).tokenizer.chat_template
+    assert opened == {tiny: "{{ 1 }}", tiny_pixtral: render.FAMILIES["llava"].chat_template}
+
+
 def test_a_slip_is_no_repository(tmp_path, monkeypatch):
-    """ckpt/tpyo beside ckpt/toy is looked for here alone; a name of which nothing is here is asked from the hub."""
+    """ckpt/tpyo beside ckpt/toy is looked for here alone; a name of which nothing is here is asked
+    from the hub."""
     import huggingface_hub
     asked = []
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: asked.append(name) or str(tmp_path))
+
+    def download(name, **_):
+        asked.append(name)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "ckpt" / "toy").mkdir(parents=True)
-    with pytest.raises(ValueError, match="ckpt/tpyo: no such checkpoint folder"):
-        render.find_checkpoint("ckpt/tpyo")
-    assert render.find_checkpoint("someone/model") == str(tmp_path) and asked == ["someone/model"]
+    for slip in ("ckpt/tpyo", "ckpt/tpyo/", "./someone/model", "/someone/model", "~/model", "model",
+                 "a/b/c"):
+        with pytest.raises(ValueError, match=f"{slip}: no such checkpoint folder"):
+            render.find_checkpoint(slip)
+    assert render.find_checkpoint("someone/model") == tmp_path and asked == ["someone/model"]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # tasks
 
 
-def ask(path: Path, task: str, i: int = 0, point: int | None = None, seed: int = 0):
-    return render.TASKS[task](render.Records(path), i, np.random.default_rng(seed), point)
-
-
 def test_task_values(tmp_path):
-    """Against geometry by hand: a point 3 m ahead and 4 m to the right at the height of the camera is 5 m away."""
+    """Against geometry by hand: a point 3 m ahead and 4 m to the right at the height of the camera
+    is 5 m away."""
     path = record(tmp_path, pixel_coords=[[39.5 + 30, 29.5], [39.5, 29.5]], depth=[5.0, 2.0],
                   intrinsics=[22.5, 22.5, 39.5, 29.5, 80, 60])
     assert ask(path, "distance", point=0).value == 5.0
@@ -365,26 +656,47 @@ def test_task_values(tmp_path):
     assert ask(path, "two_point", point=1).points == [(39.5, 29.5), (69.5, 29.5)]
     for task, (low, high) in (("speed", render.TIMES), ("time", render.SPEEDS)):
         given = np.array([ask(path, task, point=0, seed=k).given for k in range(300)])
-        assert low <= given.min() < 1.2 * low and high / 1.2 < given.max() <= high and (given == given.round(1)).all()
+        assert low <= given.min() < 1.2 * low and high / 1.2 < given.max() <= high
+        assert (given == given.round(1)).all()
         assert np.mean(given < math.sqrt(low * high)) == pytest.approx(0.5, abs=0.15)
         query = ask(path, task, point=0)
-        assert query.value * query.given == pytest.approx(5.0) and str(query.given) in shown(path, SETTINGS, task=task)[1]
+        assert query.value * query.given == pytest.approx(5.0)
+        assert str(query.given) in shown(path, SETTINGS, task=task)[1]
+
+
+@pytest.mark.parametrize("value", [0.0, -1.5, math.nan, math.inf])
+def test_values_are_positive(tmp_path, monkeypatch, value):
+    """delta1 and the rewards are about ratios, so a task of other values (which side of the road?)
+    is refused where it is made, not scored as wrong for ever. A record that it does not suit is
+    another matter."""
+
+    def side(records, i, rng, point=None):
+        return render.Query("side", [records[i]], [], value)
+
+    monkeypatch.setitem(render.TASKS, "side", render.Task(side, {"paper": ("?", "{x} m")}, {}))
+    path = record(tmp_path)
+    with pytest.raises(ValueError, match="task 'side': the true value .* not a positive") as error:
+        ask(path, "side")
+    assert not isinstance(error.value, render.Unfit)
 
 
 def test_queries_are_a_function_of_the_generator(tmp_path):
     path = make_world(tmp_path, poses=True)
     for task in render.TASKS:
         a, b, c = (ask(path, task, 2, seed=seed) for seed in (3, 3, 4))
-        assert (a.value, a.points, a.given) == (b.value, b.points, b.given) != (c.value, c.points, c.given)
+        first, again, other = ((q.value, q.points, q.given) for q in (a, b, c))
+        assert first == again != other
 
 
 @pytest.mark.parametrize("crop", [None, (40, 60, 40, 60)])
 def test_two_markers(tmp_path, crop):
-    """Red at the first point, blue at the second, both on the image in any crop, each where `move` says."""
+    """Red at the first point, blue at the second, both on the image in any crop, each where `move`
+    says."""
     path = record(tmp_path, pixel_coords=[[4, 9], [72, 51]], depth=[2.0, 3.0])
     for seed in range(10):
         query = ask(path, "two_point", seed=seed)
-        (view,), question, _ = render.render(query, {**SETTINGS, "marker": "dot"}, 4, crop, np.random.default_rng(seed))
+        (view,), question, _ = render.render(query, {**SETTINGS, "marker": "dot"}, 4, crop,
+                                             np.random.default_rng(seed))
         assert question.index("red") < question.index("blue")
         for point, color in zip(query.points, render.COLORS.values()):
             y, x = np.argwhere((view.pixels == color).all(2)).mean(0)
@@ -395,7 +707,9 @@ def test_motion(tmp_path):
     """Another frame of the same scene and camera in reach; the second image is that frame's."""
     path = make_world(tmp_path, poses=True)
     records = [json.loads(line) for line in path.read_text().splitlines()]
-    records[3]["camera"], records[4]["scene"], records[5]["pose"] = "b", "garden", None
+    records[3]["camera"] = "b"
+    records[4]["scene"] = "garden"
+    records[5]["pose"] = None
     records[2]["pose"] = records[0]["pose"]  # the camera stood still between these
     write_jsonl(path, records)
     partners = {ask(path, "motion", 0, seed=k).records[1]["image"] for k in range(20)}
@@ -408,11 +722,11 @@ def test_motion(tmp_path):
     for i, say in ((5, "has no 'pose'"), (3, "same scene and camera"), (4, "line 5")):
         with pytest.raises(render.Unfit, match=say):
             ask(path, "motion", i)
-    assert render.can_ask(render.Records(path), "motion")
+    assert render.task_fits("motion", render.Records(path))
     write_jsonl(path, [{**r, "pose": [1.0]} for r in records])
     with pytest.raises(ValueError, match="16 finite numbers"):
         ask(path, "motion", 0)
-    assert not render.can_ask(render.Records(record(tmp_path)), "motion")
+    assert not render.task_fits("motion", render.Records(record(tmp_path)))
 
 
 def test_no_second_point(tmp_path):
@@ -423,23 +737,28 @@ def test_no_second_point(tmp_path):
 
 
 def test_markers_and_camera_strategies_of_other_tasks(tmp_path):
-    """What the paper defines for the distance alone is refused for the others, not dropped silently."""
+    """What the paper defines for the distance alone is refused for the others, not dropped
+    silently: when a query is rendered, and before that when a checkpoint is opened."""
     path = record(tmp_path, pixel_coords=[[4, 9], [72, 51]], depth=[2.0, 3.0])
     for change in ({"prompt": "text"}, {"camera": "prompt"}, {"camera": "ray"}):
         with pytest.raises(ValueError, match="distance"):
             shown(path, {**SETTINGS, **change}, task="axis")
+        with pytest.raises(ValueError, match="task 'time'.*distance"):
+            render.check_settings({**SETTINGS, **change, "tasks": ["distance", "time"]})
     shown(path, {**SETTINGS, "camera": "none"}, task="axis")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # parse_answer
 
 
-RAY_FORM = render.RAY_ANSWER.format(right="31", side="left", up="12", updown="below", x="{x}")
+RAY_FORM = render.TASKS["distance"].wordings["ray"][1].format(
+    right="31", side="left", up="12", updown="below", x="{x}")
+FORMS = [(task, render.answer_form(task, {**render.DEFAULTS, "prompt": prompt}))
+         for task in render.TASKS for prompt in ("paper", "release")]
 
 
-@pytest.mark.parametrize("task, form", [("distance", RAY_FORM)] + [(task, render.answer_form(task, prompt))
-                                                                   for task in render.TASKS for prompt in ("paper", "release")])
+@pytest.mark.parametrize("task, form", [("distance", RAY_FORM), *FORMS])
 def test_parse_answer_inverts_format(task, form):
     """Whatever value we write, we read."""
     for x in [*np.geomspace(0.01, 999, 400), 1.0, 10.0, 1000.0, 12345.67]:
@@ -448,47 +767,52 @@ def test_parse_answer_inverts_format(task, form):
 
 
 @pytest.mark.parametrize("task, text, value", [
-    ("speed", "2.5 m/s", 2.5), ("speed", "36 km/h", 10.0), ("speed", "10 mph", 4.4704), ("speed", "3 feet per second", 0.9144),
-    ("speed", "To be there in 4.0 seconds, 1.5 meters per second.", 1.5), ("speed", "1.2", 1.2), ("speed", "120 m/min", 2.0),
-    ("speed", "36 kilometers per hour", 10.0), ("time", "1.5 minutes", 90.0), ("time", "12 m at 2 m/s take 6 s", 6.0),
-    ("time", "250 ms", 0.25), ("time", "2 hours", 7200.0), ("time", "3 or 4", None), ("speed", "5 m or 6 m", None),
-    ("motion", "50 cm", 0.5), ("axis", "2 km", 2000.0), ("two_point", "3 feet apart", 0.9144)])
+    ("speed", "2.5 m/s", 2.5), ("speed", "36 km/h", 10.0), ("speed", "10 mph", 4.4704),
+    ("speed", "3 feet per second", 0.9144),
+    ("speed", "To be there in 4.0 seconds, 1.5 meters per second.", 1.5), ("speed", "1.2", 1.2),
+    ("speed", "120 m/min", 2.0), ("speed", "36 kilometers per hour", 10.0),
+    ("time", "1.5 minutes", 90.0), ("time", "12 m at 2 m/s take 6 s", 6.0),
+    ("time", "250 ms", 0.25), ("time", "2 hours", 7200.0), ("time", "3 or 4", None),
+    ("speed", "5 m or 6 m", None), ("motion", "50 cm", 0.5), ("axis", "2 km", 2000.0),
+    ("two_point", "3 feet apart", 0.9144)])
 def test_units_of_tasks(task, text, value):
     assert render.parse_answer(text, task) == (None if value is None else pytest.approx(value))
 
 
 @pytest.mark.parametrize("text, value", [
-    ("2.35", 2.35), ("2.35 m", 2.35), ("about 2.35m.", 2.35), ("3.", 3.0), (".5 meters", 0.5), ("5-meter", 5.0),
-    ("1e1 m", 10.0), ("2.35 Meters", 2.35),
+    ("2.35", 2.35), ("2.35 m", 2.35), ("about 2.35m.", 2.35), ("3.", 3.0), (".5 meters", 0.5),
+    ("5-meter", 5.0), ("1e1 m", 10.0), ("2.35 Meters", 2.35),
     ("-5.0 meters", -5.0), ("\u22122.5 meters", -2.5), ("10-15 meters", 15.0),
     ("200 cm", 2.0), ("150 centimeters away", 1.5), ("100 mm", 0.1), ("2 km", 2000.0),
-    ("6 feet", 1.8288), ("6 Feet", 1.8288), ("6 ft", 1.8288), ("12 inches", 0.3048), ("10 yards", 9.144),
+    ("6 feet", 1.8288), ("6 Feet", 1.8288), ("6 ft", 1.8288), ("12 inches", 0.3048),
+    ("10 yards", 9.144),
     ("The point is 2.0 meters away, I am 90% sure.", 2.0), ("I am 90% sure: 2.0 meters", 2.0),
     ("2.5, I am 90 % sure", 2.5), ("90% sure", None), ("90.5%", None), ("90.5 percent", None),
-    ("around 2.0 meters (5 steps)", 2.0), ("pixel (120, 40) is 3 m away", 3.0), ("3 and 4", None), ("2.5 or 3", None),
+    ("around 2.0 meters (5 steps)", 2.0), ("pixel (120, 40) is 3 m away", 3.0),
+    ("3 and 4", None), ("2.5 or 3", None),
     ("1,234.5 m", 1234.5), ("1,234 meters", 1234.0), ("2,5 meters", 2.5),
-    ("", None), ("   ", None), (None, None), ("no idea", None), ("two meters", None), ("meters", None),
-    ("-", None), (".", None), ("nan", None), ("nan meters", None), ("inf meters", None), ("-inf", None),
-    ("1e999 meters", None),
-    ("9" * 400 + " m", None),
+    ("", None), ("   ", None), (None, None), ("no idea", None), ("two meters", None),
+    ("meters", None), ("-", None), (".", None), ("nan", None), ("nan meters", None),
+    ("inf meters", None), ("-inf", None), ("1e999 meters", None), ("9" * 400 + " m", None),
     ("<think> 2.00 meters </think>\n\n<answer> 3.00 </answer>", 3.0),
     ("<think> 2 m </think> <answer> -3.00 </answer>", -3.0),
     ("<think> 2.00 meters </think> <answer> 300 cm </answer>", 3.0),
     ("<answer> 2.5", 2.5), ("<answer> </answer>", None),
-    ("<think> 2.00 meters </think> <answer> unknown </answer>", None), ("<think> 2.00 meters </think>", 2.0),
-    ("<answer>1</answer> no, <answer>4</answer>", 4.0), ("<answer> 2.5 meters, 90% sure </answer>", 2.5),
+    ("<think> 2.00 meters </think> <answer> unknown </answer>", None),
+    ("<think> 2.00 meters </think>", 2.0), ("<answer>1</answer> no, <answer>4</answer>", 4.0),
+    ("<answer> 2.5 meters, 90% sure </answer>", 2.5),
     ("\u05d0\x00\ufffd 2.5 m", 2.5), ("m" * 5000, None), ("(" * 5000 + "2 m", 2.0),
 ])
 def test_parse_answer(text, value):
-    """The number before the unit, converted; the answer tag before all; the sign is kept, so that -5 m is a wrong
-    answer; the last number in the text does not win."""
+    """The number before the unit, converted; the answer tag before all; the sign is kept, so that
+    -5 m is a wrong answer; the last number in the text does not win."""
     result = render.parse_answer(text)
     assert result == (None if value is None else pytest.approx(value))
 
 
 def test_parse_answer_is_quick_and_total():
-    """Random junk of the alphabet of answers never raises, never gives nan or inf, and long runs of digits take no
-    time."""
+    """Random junk of the alphabet of answers never raises, never gives nan or inf, and long runs of
+    digits take no time."""
     rng = np.random.default_rng(0)
     for _ in range(1500):
         text = "".join(rng.choice(list("0123456789.,-+e%<>/mc ft\n"), rng.integers(1, 30)))
@@ -498,7 +822,7 @@ def test_parse_answer_is_quick_and_total():
         render.parse_answer(text)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # records
 
 
@@ -509,15 +833,19 @@ def refuse(path, match, i=0, **kwargs):
 
 
 @pytest.mark.parametrize("change, match", [
-    ({"depth": [0.0]}, "depth 0.0 of point 0"), ({"depth": [-2.0]}, "-2.0"), ({"depth": [float("nan")]}, "nan"),
-    ({"depth": [float("inf")]}, "inf"), ({"depth": [1.0, 2.0]}, "1 pixel_coords but 2 depths"),
+    ({"depth": [0.0]}, "depth 0.0 of point 0"), ({"depth": [-2.0]}, "-2.0"),
+    ({"depth": [float("nan")]}, "nan"), ({"depth": [float("inf")]}, "inf"),
+    ({"depth": [1.0, 2.0]}, "1 pixel_coords but 2 depths"),
     ({"depth": ["far"]}, "depth"), ({"depth": None}, "depth"),
-    ({"pixel_coords": [[80, 30]]}, r"\[80.0, 30.0\].*outside.*80 x 60"), ({"pixel_coords": [[-1, 3]]}, "outside"),
-    ({"pixel_coords": [[3, float("nan")]]}, "outside"), ({"pixel_coords": [[1, 2, 3]]}, "pixel_coords"),
+    ({"pixel_coords": [[80, 30]]}, r"\[80.0, 30.0\].*outside.*80 x 60"),
+    ({"pixel_coords": [[-1, 3]]}, "outside"), ({"pixel_coords": [[3, float("nan")]]}, "outside"),
+    ({"pixel_coords": [[1, 2, 3]]}, "pixel_coords"),
     ({"intrinsics": [0, 70, 39.5, 29.5, 80, 60]}, "positive"),
-    ({"intrinsics": [70, -70, 39.5, 29.5, 80, 60]}, "positive"), ({"intrinsics": [70, 70, 39.5, 29.5]}, "intrinsics"),
+    ({"intrinsics": [70, -70, 39.5, 29.5, 80, 60]}, "positive"),
+    ({"intrinsics": [70, 70, 39.5, 29.5]}, "intrinsics"),
     ({"intrinsics": [70, 70, float("nan"), 29.5, 80, 60]}, "finite"),
-    ({"intrinsics": "70"}, "intrinsics"), ({"depth_type": "disparity"}, "disparity"), ({"image": 7}, "image"),
+    ({"intrinsics": "70"}, "intrinsics"), ({"depth_type": "disparity"}, "disparity"),
+    ({"image": 7}, "image"),
 ])
 def test_bad_record(tmp_path, change, match):
     """Each fault of a record is named with its file and line."""
@@ -533,13 +861,16 @@ def test_missing_key(tmp_path, key):
     good = json.loads(record(tmp_path).read_text())
     value = good.pop(key)
     moved = {**good, "image_path": value} if key == "image" else good
-    message = refuse(write_jsonl(tmp_path / "bad.jsonl", [moved]), f"'{key}' is missing")
+    path = write_jsonl(tmp_path / "bad.jsonl", [moved])
+    message = refuse(path, f"'{key}' is missing")
     assert "line 1" in message and (key != "image" or "rename 'image_path'" in message)
 
 
-@pytest.mark.parametrize("line", ['{"image": "a.png", "intrin', "[1, 2]", "null", "", "\xff\xfe\x00", "7"])
+@pytest.mark.parametrize("line", ['{"image": "a.png", "intrin', "[1, 2]", "null", "",
+                                  "\xff\xfe\x00", "7"])
 def test_malformed_line(tmp_path, line):
-    """Cut off, of another type, not text: named by file and line, and the good lines around it still open."""
+    """Cut off, of another type, not text: named by file and line, and the good lines around it
+    still open."""
     good = record(tmp_path).read_text()
     path = tmp_path / "bad.jsonl"
     path.write_bytes(good.encode() + line.encode("latin-1") + b"\n" + good.encode())
@@ -555,13 +886,14 @@ def test_no_records(tmp_path):
 
 
 def test_index(tmp_path):
-    """Made when missing, made anew when the jsonl is newer, of another size, or the index is no index; the last line
-    may lack its line feed; a read-only folder works too."""
+    """Made when missing, made anew when the jsonl is newer, of another size, or the index is no
+    index; the last line may lack its line feed; a read-only folder works too."""
     path, index = tmp_path / "a.jsonl", tmp_path / "a.idx"
     good = json.loads(record(tmp_path).read_text())
     write_jsonl(path, [{**good, "scene": "x" * k} for k in range(50)])
     records = render.Records(path)
-    assert len(records) == 50 and [len(records[i]["scene"]) for i in range(50)] == list(range(50)) and index.is_file()
+    assert len(records) == 50 and index.is_file()
+    assert [len(records[i]["scene"]) for i in range(50)] == list(range(50))
     before = index.stat().st_mtime_ns
     assert len(render.Records(path)) == 50 and index.stat().st_mtime_ns == before
     text = path.read_text()
@@ -580,9 +912,21 @@ def test_index(tmp_path):
         assert len(render.Records(path)) == 50 and render.Records(path)[3]["scene"] == "xxx"
 
 
+def test_index_that_cannot_be_written(tmp_path, monkeypatch):
+    """In a read-only folder the index stays in memory."""
+    path = record(tmp_path)
+
+    def read_only(*args):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "replace", read_only)
+    assert render.Records(path)[0]["depth"] == [2.0]
+    assert sorted(os.listdir(tmp_path)) == ["a.png", "one.jsonl"]
+
+
 def test_depth_type(tmp_path):
-    """z becomes Euclidean by the ray's length, by the record's word or by label_type over it; without a word it is
-    Euclidean. `--image-root` moves the images."""
+    """z becomes Euclidean by the ray's length, by the record's word or by label_type over it;
+    without a word it is Euclidean. `--image-root` moves the images."""
     path = record(tmp_path, pixel_coords=[[75, 3]], depth=[4.0])
     ray = math.sqrt(1 + ((75 - 39.5) / 70) ** 2 + ((3 - 29.5) / 72) ** 2)
     assert render.Records(path)[0]["depth"] == [4.0]
@@ -595,28 +939,29 @@ def test_depth_type(tmp_path):
 
 
 def test_one_label_a_record_is_enough(tmp_path):
-    """Finding 4 is one label per image: point 0 is asked, and a record without any says so (not a neighbour's
-    point)."""
-    records, rng = render.Records(record(tmp_path)), np.random.default_rng(0)
-    assert render.ask_distance(records, 0, rng).value == 2.0
+    """Finding 4 is one label per image: point 0 is asked, and a record without any says so (not a
+    neighbour's point)."""
+    assert ask(record(tmp_path), "distance").value == 2.0
     with pytest.raises(ValueError, match="line 1.*no labelled point"):
-        render.ask_distance(render.Records(record(tmp_path, pixel_coords=[], depth=[])), 0, rng)
+        ask(record(tmp_path, pixel_coords=[], depth=[]), "distance")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # images
 
 
 def test_image_modes(tmp_path):
-    """Any file becomes 8-bit RGB of the same picture: grey, 1 bit, palette, CMYK, alpha (on black), 16 and 32 bits,
-    float."""
+    """Any file becomes 8-bit RGB of the same picture: grey, 1 bit, palette, CMYK, alpha (on black),
+    16 and 32 bits, float."""
     ramp = np.linspace(0, 255, 60 * 80).reshape(60, 80).round().astype(np.uint8)
     grey, colour = Image.fromarray(ramp), noise(80, 60)
     high = Image.fromarray((ramp.astype(np.uint16) * 257))
     alpha = colour.copy()
-    alpha.putalpha(Image.fromarray(np.where(np.arange(80) < 40, 255, 0).astype(np.uint8)[None].repeat(60, 0)))
-    cases = {"grey.png": grey, "la.png": grey.convert("LA"), "rgb.png": colour, "palette.png": colour.quantize(200),
-             "one.png": grey.convert("1"), "rgba.png": alpha, "sixteen.png": high, "thirty-two.tiff": high.convert("I"),
+    left = np.where(np.arange(80) < 40, 255, 0).astype(np.uint8)[None].repeat(60, 0)
+    alpha.putalpha(Image.fromarray(left))
+    cases = {"grey.png": grey, "la.png": grey.convert("LA"), "rgb.png": colour,
+             "palette.png": colour.quantize(200), "one.png": grey.convert("1"), "rgba.png": alpha,
+             "sixteen.png": high, "thirty-two.tiff": high.convert("I"),
              "float.tiff": Image.fromarray(ramp.astype(np.float32)),
              "cmyk.jpg": colour.resize((8, 6)).resize((80, 60)).convert("CMYK")}
     for name, image in cases.items():
@@ -625,10 +970,12 @@ def test_image_modes(tmp_path):
         assert got.mode == "RGB" and got.size == (80, 60), name
         pixels = np.asarray(got).astype(int)
         if name == "rgba.png":
-            assert (pixels[:, :40] == np.asarray(colour)[:, :40]).all() and (pixels[:, 40:] == 0).all()
+            assert (pixels[:, :40] == np.asarray(colour)[:, :40]).all()
+            assert (pixels[:, 40:] == 0).all()
         elif name in ("rgb.png", "palette.png", "one.png", "cmyk.jpg"):
             tolerance = 12 if name == "cmyk.jpg" else 0
-            assert np.abs(pixels - np.asarray(image.convert("RGB")).astype(int)).mean() <= tolerance, name
+            expected = np.asarray(image.convert("RGB")).astype(int)
+            assert np.abs(pixels - expected).mean() <= tolerance, name
         else:  # the ramp, on all three channels
             assert np.abs(pixels - ramp[..., None]).max() <= 1, name
 
@@ -644,15 +991,16 @@ def test_transparent_palette(tmp_path):
 
 
 def test_exif_rotation(tmp_path):
-    """A photo from a phone held upright is stored lying: it is turned, unless the labels' size says that they were made
-    on the stored pixels."""
+    """A photo from a phone held upright is stored lying: it is turned, unless the labels' size says
+    that they were made on the stored pixels."""
     image, exif = noise(80, 60), Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees clockwise to see it upright
-    image.save(tmp_path / "phone.png", exif=exif)
+    path = tmp_path / "phone.png"
+    image.save(path, exif=exif)
     turned = np.rot90(np.asarray(image), -1)
-    assert (np.asarray(render.open_image(tmp_path / "phone.png")) == turned).all()
-    assert (np.asarray(render.open_image(tmp_path / "phone.png", (60.0, 80.0))) == turned).all()
-    assert (np.asarray(render.open_image(tmp_path / "phone.png", (80.0, 60.0))) == np.asarray(image)).all()
+    assert (np.asarray(render.open_image(path)) == turned).all()
+    assert (np.asarray(render.open_image(path, (60.0, 80.0))) == turned).all()
+    assert (np.asarray(render.open_image(path, (80.0, 60.0))) == np.asarray(image)).all()
 
 
 @pytest.mark.parametrize("fault", ["missing", "text", "cut", "empty", "folder"])
@@ -665,21 +1013,24 @@ def test_bad_image(tmp_path, fault):
     if fault == "folder":
         image.mkdir()
     elif fault != "missing":
-        image.write_bytes({"text": b"no image", "cut": data[:len(data) // 2], "empty": b""}[fault])
+        faults = {"text": b"no image", "cut": data[:len(data) // 2], "empty": b""}
+        image.write_bytes(faults[fault])
     with pytest.raises(ValueError, match="a.png"):
         shown(path, SETTINGS)
 
 
 def test_resized_image(tmp_path):
-    """Labels of 80 x 60 on an image stored at half size: intrinsics and points are scaled, so focal and marker stay
-    right."""
-    picture = Image.new("RGB", (80, 60), (90, 90, 90))
+    """Labels of 80 x 60 on an image stored at half size: intrinsics and points are scaled, so focal
+    and marker stay right."""
+    picture, settings = Image.new("RGB", (80, 60), (90, 90, 90)), {**SETTINGS, "focal": 140.0}
     path = record(tmp_path, picture, pixel_coords=[[61, 7]])
-    (full,), *_ = shown(path, {**SETTINGS, "focal": 140.0})
+    (full,), *_ = shown(path, settings)
     path = record(tmp_path, picture.resize((40, 30)), pixel_coords=[[61, 7]])
-    (half,), *_ = shown(path, {**SETTINGS, "focal": 140.0})
-    assert half.pixels.shape == full.pixels.shape and half.intrinsics == pytest.approx(full.intrinsics)
-    assert half.move(61, 7) == pytest.approx(full.move(61, 7)) and red_pixels(half.pixels) == red_pixels(full.pixels)
+    (half,), *_ = shown(path, settings)
+    assert half.pixels.shape == full.pixels.shape
+    assert half.intrinsics == pytest.approx(full.intrinsics)
+    assert half.move(61, 7) == pytest.approx(full.move(61, 7))
+    assert red_pixels(half.pixels) == red_pixels(full.pixels)
 
 
 @pytest.mark.parametrize("size", [(60, 80), (80, 40), (40, 60)])
@@ -689,63 +1040,107 @@ def test_image_of_another_shape(tmp_path, size):
         shown(record(tmp_path, noise(*size)), SETTINGS)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def test_whole_images_are_opened_once(tmp_path, monkeypatch):
+    """All points of an image that are queried in a row share one reading of it, without a former
+    point's marker; a file that changed is read anew."""
+    path, opened = record(tmp_path, pixel_coords=[[20, 30], [60, 10]], depth=[2.0, 3.0]), []
+    open_image = render.open_image
+
+    def counted(*args):
+        opened.append(args)
+        return open_image(*args)
+
+    monkeypatch.setattr(render, "open_image", counted)
+    for point in (0, 1):
+        (view,), *_ = render.render(ask(path, "distance", point=point), SETTINGS, 1)
+        assert len(red_pixels(view.pixels)) == 9
+    assert len(opened) == 1
+    Image.new("RGB", (80, 60), (9, 9, 9)).save(tmp_path / "a.png")
+    os.utime(tmp_path / "a.png", (1e9, 1e9))
+    (view,), *_ = shown(path, SETTINGS)
+    assert (view.pixels[0, 0] == 9).all() and len(opened) == 2
+
+
+# --------------------------------------------------------------------------------------------------
 # encoding: equal to transformers' own processors
 
 
-def one_image_inputs(encoder, views):
-    return render.model_inputs(render.pack([render.encode(encoder, views, "How far?")]), encoder)
+def one_image_inputs(checkpoint, views):
+    sample = render.encode(checkpoint, views, "How far?")
+    return render.model_inputs(render.pack([sample]), checkpoint)
+
+
+def open_quietly(folder: Path) -> render.Checkpoint:
+    return render.open_checkpoint(str(folder), quiet=True)
+
+
+def load(folder: Path):
+    return evaluate.load_model(open_quietly(folder), CPU, torch.float32)
 
 
 def test_pixels_equal_the_processor(family):
     """Patches and normalisation, bit for bit, several images of different sizes in one go."""
-    encoder = render.load_encoder(family)
-    views = views_for(encoder, [(3, 2), (1, 1), (4, 5), (2, 7)])
-    theirs = image_processor(family)([Image.fromarray(v.pixels) for v in views], return_tensors="pt")
-    ours = one_image_inputs(encoder, views)
+    checkpoint = open_quietly(family)
+    views = views_for(checkpoint, [(3, 2), (1, 1), (4, 5), (2, 7)])
+    images = [Image.fromarray(v.pixels) for v in views]
+    theirs = image_processor(family)(images, return_tensors="pt")
+    ours = one_image_inputs(checkpoint, views)
     assert ours["pixel_values"].dtype == theirs["pixel_values"].dtype == torch.float32
     assert torch.equal(ours["pixel_values"], theirs["pixel_values"])
-    grid = "image_sizes" if encoder.family == "llava" else "image_grid_thw"
+    grid = "image_grid_thw" if checkpoint.family.mrope else "image_sizes"
     assert ours[grid].tolist() == torch.as_tensor(theirs[grid]).tolist()
 
 
+def test_pixels_in_another_dtype(family):
+    """As transformers casts them: normalised in float32, then rounded."""
+    checkpoint = open_quietly(family)
+    batch = render.pack([render.encode(checkpoint, views_for(checkpoint, [(3, 2)]), "How far?")])
+    full = render.model_inputs(batch, checkpoint)["pixel_values"]
+    half = render.model_inputs(batch, checkpoint, dtype=torch.bfloat16)["pixel_values"]
+    assert half.dtype == torch.bfloat16 and torch.equal(half, full.bfloat16())
+
+
 def test_pixels_follow_the_folder(tiny_pixtral, tmp_path):
-    """A checkpoint that was trained on unscaled 0-255 pixels (do_rescale false, as the released training does for
-    Pixtral) is fed with such: the folder decides, not the family."""
+    """A checkpoint that was trained on unscaled 0-255 pixels (do_rescale false, as the released
+    training does for Pixtral) is fed with such: the folder decides, not the family."""
     folder = shutil.copytree(tiny_pixtral, tmp_path / "m")
     config = json.loads((folder / "preprocessor_config.json").read_text())
-    (folder / "preprocessor_config.json").write_text(json.dumps({**config, "do_rescale": False}))
-    encoder = render.load_encoder(folder)
-    views = views_for(encoder, [(3, 2)])
-    theirs = image_processor(folder)([Image.fromarray(v.pixels) for v in views], return_tensors="pt")["pixel_values"]
-    assert theirs.max() > 100 and torch.equal(one_image_inputs(encoder, views)["pixel_values"], theirs)
+    unscaled = json.dumps({**config, "do_rescale": False})
+    (folder / "preprocessor_config.json").write_text(unscaled)
+    checkpoint = open_quietly(folder)
+    views = views_for(checkpoint, [(3, 2)])
+    images = [Image.fromarray(v.pixels) for v in views]
+    theirs = image_processor(folder)(images, return_tensors="pt")["pixel_values"]
+    assert theirs.max() > 100
+    assert torch.equal(one_image_inputs(checkpoint, views)["pixel_values"], theirs)
 
 
-def expanded_prompt(encoder, question: str, sizes) -> list[int]:
-    """The chat template's text with the image token written out, as the processors of transformers do, then
-    tokenised."""
+def expanded_prompt(checkpoint, question: str, sizes) -> list[int]:
+    """The chat template's text with the image token written out, as the processors of transformers
+    do, then tokenised."""
     content = [{"type": "image"}] * len(sizes) + [{"type": "text", "text": question}]
-    text = encoder.tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
-                                                 add_generation_prompt=True)
-    token = render.FAMILIES[encoder.family]["image_token"]
+    text = checkpoint.tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+    token = checkpoint.family.image_token
     parts = text.split(token)
     assert len(parts) == len(sizes) + 1
     for k, (columns, rows) in enumerate(sizes):
         block = token * (columns * rows)
-        if encoder.family == "llava":
+        if not checkpoint.family.mrope:
             block = "[IMG_BREAK]".join([token * columns] * rows) + "[IMG_END]"
         parts[k] += block
-    return encoder.tokenizer("".join(parts), add_special_tokens=False)["input_ids"]
+    return checkpoint.tokenizer("".join(parts), add_special_tokens=False)["input_ids"]
 
 
 @pytest.mark.parametrize("sizes", [[(3, 2)], [(2, 4), (5, 3)]])
 def test_tokens_equal_the_template(family, sizes):
     """Chat template, image tokens in place and number, the answer behind."""
-    encoder = render.load_encoder(family)
-    sample = render.encode(encoder, views_for(encoder, sizes), "How far?", [7, 8, 9])
-    expected = expanded_prompt(encoder, "How far?", sizes)
-    assert sample["input_ids"].tolist() == expected + [7, 8, 9] and sample["prompt_length"] == len(expected)
-    assert (sample["input_ids"] == encoder.image_id).sum() == sum(c * r for c, r in sizes)
+    checkpoint = open_quietly(family)
+    sample = render.encode(checkpoint, views_for(checkpoint, sizes), "How far?", [7, 8, 9])
+    expected = expanded_prompt(checkpoint, "How far?", sizes)
+    assert sample["input_ids"].tolist() == expected + [7, 8, 9]
+    assert sample["prompt_length"] == len(expected)
+    assert (sample["input_ids"] == checkpoint.image_id).sum() == sum(c * r for c, r in sizes)
 
 
 @pytest.mark.parametrize("sizes", [[(3, 2)], [(2, 4), (5, 3)], [(1, 1), (1, 1)]])
@@ -753,91 +1148,99 @@ def test_tokens_equal_the_template(family, sizes):
 def test_positions_equal_get_rope_index(request, name, sizes):
     """mRoPE: our positions are those that the model computes for itself, one image and two."""
     folder = request.getfixturevalue(name)
-    encoder, model = render.load_encoder(folder), stock(folder)
-    views = views_for(encoder, sizes)
-    sample = render.encode(encoder, views, "How far?", [7, 8, 9])
-    inputs = plain_inputs(folder, encoder, sample, views)
-    theirs, _ = model.model.get_rope_index(inputs["input_ids"], mm_token_type_ids=inputs["mm_token_type_ids"],
+    checkpoint, model = open_quietly(folder), stock(folder)
+    views = views_for(checkpoint, sizes)
+    sample = render.encode(checkpoint, views, "How far?", [7, 8, 9])
+    inputs = plain_inputs(folder, checkpoint, sample, views)
+    theirs, _ = model.model.get_rope_index(inputs["input_ids"],
+                                           mm_token_type_ids=inputs["mm_token_type_ids"],
                                            image_grid_thw=inputs["image_grid_thw"])
     assert theirs[:, 0].tolist() == sample["position_ids"].tolist()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # packed attention: equal to the plain model, sample by sample
 
 
 @torch.no_grad()
-def packed_logits(model, encoder, samples: list[dict]) -> list[torch.Tensor]:
-    inputs = render.model_inputs(render.pack(samples), encoder)
+def packed_logits(model, checkpoint, samples: list[dict]) -> list[torch.Tensor]:
+    inputs = render.model_inputs(render.pack(samples), checkpoint)
     logits = model(**inputs, use_cache=False).logits[0]
     return list(logits.split([len(s["input_ids"]) for s in samples]))
 
 
-def four_samples(encoder):
-    """Images of several sizes (larger than a window of 4 x 4 patches), two images in one sample, answers of any
-    length."""
+def four_samples(checkpoint):
+    """Images of several sizes (larger than a window of 4 x 4 patches), two images in one sample,
+    answers of any length."""
     layouts = [[(5, 3)], [(2, 4), (5, 5)], [(1, 1)], [(4, 3)]]
-    views = [views_for(encoder, layout, 10 * k) for k, layout in enumerate(layouts)]
-    return views, [render.encode(encoder, v, "How far is it?"[:4 + 3 * k], list(range(20, 23 + k)))
-                   for k, v in enumerate(views)]
+    views = [views_for(checkpoint, layout, 10 * k) for k, layout in enumerate(layouts)]
+    samples = [render.encode(checkpoint, v, "How far is it?"[:4 + 3 * k], list(range(20, 23 + k)))
+               for k, v in enumerate(views)]
+    return views, samples
 
 
 def test_packed_equals_plain(family):
-    """One packed forward of four samples gives the logits of the plain model run on each alone, with its own positions,
-    masks and windows."""
-    encoder, plain = render.load_encoder(family), stock(family)
-    packed = evaluate.load_model(str(family), torch.device("cpu"), torch.float32)
-    views, samples = four_samples(encoder)
-    for sample, view, logits in zip(samples, views, packed_logits(packed, encoder, samples)):
+    """One packed forward of four samples gives the logits of the plain model run on each alone,
+    with its own positions, masks and windows."""
+    checkpoint, plain, packed = open_quietly(family), stock(family), load(family)
+    views, samples = four_samples(checkpoint)
+    for sample, view, logits in zip(samples, views, packed_logits(packed, checkpoint, samples)):
         with torch.no_grad():
-            alone = plain(**plain_inputs(family, encoder, sample, view)).logits[0]
+            alone = plain(**plain_inputs(family, checkpoint, sample, view)).logits[0]
         assert alone.std() > 0.05 and torch.allclose(logits, alone, atol=1e-5, rtol=0)
 
 
 def test_segments_do_not_leak(family):
-    """Another neighbour in the pack changes nothing in the others, to the last digit that matters; another image
-    does."""
-    encoder = render.load_encoder(family)
-    packed = evaluate.load_model(str(family), torch.device("cpu"), torch.float32)
-    _, samples = four_samples(encoder)
-    before = packed_logits(packed, encoder, samples)
-    other = render.encode(encoder, views_for(encoder, [(2, 4), (5, 5)], 99), "Quite another question?", [40] * 9)
-    after = packed_logits(packed, encoder, [samples[0], other, *samples[2:]])
+    """Another neighbour in the pack changes nothing in the others, to the last digit that matters;
+    another image does."""
+    checkpoint, packed = open_quietly(family), load(family)
+    _, samples = four_samples(checkpoint)
+    before = packed_logits(packed, checkpoint, samples)
+    other = render.encode(checkpoint, views_for(checkpoint, [(2, 4), (5, 5)], 99),
+                          "Quite another question?", [40] * 9)
+    after = packed_logits(packed, checkpoint, [samples[0], other, *samples[2:]])
     for k in (0, 2, 3):
         assert torch.allclose(before[k], after[k], atol=2e-6, rtol=0)
-    changed = render.encode(encoder, views_for(encoder, [(5, 3)], 98), "How ", [20, 21, 22])
+    changed = render.encode(checkpoint, views_for(checkpoint, [(5, 3)], 98), "How ", [20, 21, 22])
     assert changed["input_ids"].tolist() == samples[0]["input_ids"].tolist()
-    assert (packed_logits(packed, encoder, [changed])[0][-1] - before[0][-1]).abs().max() > 1e-3
+    logits = packed_logits(packed, checkpoint, [changed])[0]
+    assert (logits[-1] - before[0][-1]).abs().max() > 1e-3
 
 
 def test_windows_matter(tiny, tiny_windows):
-    """The windowed fixture is another function than the one with full attention, so its equality above says
-    something."""
-    encoder = render.load_encoder(tiny)
-    _, samples = four_samples(encoder)
-    full, windows = (packed_logits(evaluate.load_model(str(f), torch.device("cpu"), torch.float32), encoder, samples)
-                     for f in (tiny, tiny_windows))
-    assert (full[0] - windows[0]).abs().max() > 1e-3 and torch.allclose(full[2], windows[2], atol=1e-5)
+    """The windowed fixture is another function than the one with full attention, so its equality
+    above says something."""
+    checkpoint = open_quietly(tiny)
+    _, samples = four_samples(checkpoint)
+    full, windows = (packed_logits(load(folder), checkpoint, samples)
+                     for folder in (tiny, tiny_windows))
+    assert (full[0] - windows[0]).abs().max() > 1e-3
+    assert torch.allclose(full[2], windows[2], atol=1e-5)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the real Qwen2.5-VL folder: tokenizer, template, config
 
 
 @pytest.fixture(scope="module")
 def real(shared, tmp_path_factory) -> Path:
-    """The published folder with random weights: 2 narrow layers, 4 vision blocks of which one is full, real windows."""
+    """The published folder with random weights: 2 narrow layers, 4 vision blocks of which one is
+    full, real windows."""
     from transformers import AutoConfig, AutoModelForImageTextToText
-    source, folder = shared / "models" / "qwen2_5_vl_3b", tmp_path_factory.mktemp("models") / "real"
+    source = shared / "models" / "qwen2_5_vl_3b"
+    folder = tmp_path_factory.mktemp("models") / "real"
     config = AutoConfig.from_pretrained(source)
-    config.text_config.update({"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-                               "num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.08,
-                               "layer_types": config.text_config.layer_types[:2], "max_window_layers": 2})
+    config.text_config.update({
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.08,
+        "layer_types": config.text_config.layer_types[:2], "max_window_layers": 2})
     config.text_config.rope_parameters.update(mrope_section=[2, 3, 3])
-    config.vision_config.update({"hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "depth": 4,
-                                 "out_hidden_size": 32, "fullatt_block_indexes": [3], "initializer_range": 0.08})
+    config.vision_config.update({
+        "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "depth": 4,
+        "out_hidden_size": 32, "fullatt_block_indexes": [3], "initializer_range": 0.08})
     torch.manual_seed(0)
-    AutoModelForImageTextToText.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    model.save_pretrained(folder)
     for file in source.iterdir():
         if file.name != "config.json":
             shutil.copyfile(file, folder / file.name)
@@ -845,50 +1248,56 @@ def real(shared, tmp_path_factory) -> Path:
 
 
 def test_real_folder(real):
-    """Real template and vocabulary: the published prompt, digits one by one, the end-of-turn token; processor and plain
-    model agree with ours over windows of 112 px."""
-    encoder, plain = render.load_encoder(real), stock(real)
-    assert (encoder.grid, encoder.image_id, encoder.end_id) == (28, 151655, 151645)
-    views = views_for(encoder, [(9, 5)])
-    question, answer = render.QUESTIONS["distance"]["paper"], "The point is around 12.35 meters away from the camera."
-    tokens = render.answer_tokens(encoder, answer)
-    assert [encoder.tokenizer.decode([t]) for t in tokens[3:10]] == [" around", " ", "1", "2", ".", "3", "5"]
-    sample = render.encode(encoder, views, question, tokens + [encoder.end_id])
-    assert encoder.tokenizer.decode(sample["input_ids"]) == (
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>" +
-        "<|image_pad|>" * 45 + f"<|vision_end|>{question}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>")
-    inputs = plain_inputs(real, encoder, sample, views)
-    assert torch.equal(one_image_inputs(encoder, views)["pixel_values"], inputs["pixel_values"])
-    packed = evaluate.load_model(str(real), torch.device("cpu"), torch.float32)
+    """Real template and vocabulary: the published prompt, digits one by one, the end-of-turn token;
+    processor and plain model agree with ours over windows of 112 px."""
+    checkpoint, plain = open_quietly(real), stock(real)
+    assert (checkpoint.grid, checkpoint.image_id, checkpoint.end_id) == (28, 151655, 151645)
+    views = views_for(checkpoint, [(9, 5)])
+    question = question_of("distance")
+    answer = "The point is around 12.35 meters away from the camera."
+    tokens = checkpoint.tokens(answer)
+    spelled = [checkpoint.tokenizer.decode([t]) for t in tokens[3:10]]
+    assert spelled == [" around", " ", "1", "2", ".", "3", "5"]
+    sample = render.encode(checkpoint, views, question, tokens + [checkpoint.end_id])
+    assert checkpoint.tokenizer.decode(sample["input_ids"]) == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+        "<|vision_start|>" + "<|image_pad|>" * 45 + f"<|vision_end|>{question}<|im_end|>\n"
+        f"<|im_start|>assistant\n{answer}<|im_end|>")
+    inputs = plain_inputs(real, checkpoint, sample, views)
+    pixels = one_image_inputs(checkpoint, views)["pixel_values"]
+    assert torch.equal(pixels, inputs["pixel_values"])
     with torch.no_grad():
         alone = plain(**inputs).logits[0]
-    ours = packed_logits(packed, encoder, [sample, sample])
-    evaluate.ENCODERS[encoder.folder] = encoder
-    forced, numbers = evaluate.template_tokens(encoder.folder, render.answer_form("distance", "paper"))
-    assert encoder.tokenizer.decode(forced) == "The point is around " and set(numbers) >= {*tokens[5:10]}
-    assert torch.allclose(ours[0], alone, atol=1e-5, rtol=0) and torch.allclose(ours[1], alone, atol=1e-5, rtol=0)
+    ours = packed_logits(load(real), checkpoint, [sample, sample])
+    template = evaluate.get_template(checkpoint, render.answer_form("distance", render.DEFAULTS))
+    assert checkpoint.tokenizer.decode(template.start) == "The point is around "
+    assert set(template.numbers) >= {*tokens[5:10]}
+    assert torch.allclose(ours[0], alone, atol=1e-5, rtol=0)
+    assert torch.allclose(ours[1], alone, atol=1e-5, rtol=0)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the contact sheet
 
 
 def test_contact_sheet(world, tmp_path):
-    """`python render.py FILE` draws what the model sees: a picture with a marker in each tile, here six."""
+    """`python render.py FILE` draws what the model sees: a picture with a marker in each tile, here
+    six."""
     out = tmp_path / "sheet.png"
     done = run_script("render.py", world, "--focal", 200, "--n", 6, "--out", out, "--grid", 16)
     assert done.returncode == 0 and "6 samples" in done.stdout, done.stderr
     sheet = np.asarray(Image.open(out).convert("RGB")).astype(int)
     red = (sheet[..., 0] > 200) & (sheet[..., 1:].max(2) < 90)
-    thirds = [red[:, k * sheet.shape[1] // 3:(k + 1) * sheet.shape[1] // 3].any() for k in range(3)]
-    assert all(thirds) and sheet.shape[1] == 3 * 488
+    width = sheet.shape[1]
+    thirds = [red[:, k * width // 3:(k + 1) * width // 3].any() for k in range(3)]
+    assert all(thirds) and width == 3 * 488
 
 
-def test_contact_sheet_of_a_checkpoint(world, tiny_pixtral, tmp_path):
-    """--settings follows the checkpoint's focal and grid; a fault is one line and exit code 2."""
-    render.main([str(world), "--settings", str(tiny_pixtral), "--out", str(tmp_path / "a.png"), "--n", "1", "--crop",
-                 "100", "200", "100", "200", "--prompt", "release"])
-    assert (tmp_path / "a.png").is_file()
+def test_contact_sheet_of_a_checkpoint(world, tiny_pixtral, tmp_path, capsys):
+    """--checkpoint follows its focal and grid; a fault is one line and exit code 2."""
+    render.main([str(world), "--checkpoint", str(tiny_pixtral), "--out", str(tmp_path / "a.png"),
+                 "--n", "1", "--crop", "100", "200", "100", "200", "--prompt", "release"])
+    assert (tmp_path / "a.png").is_file() and "focal 750 px" in capsys.readouterr().out
     with pytest.raises(SystemExit) as stop:
         render.main([str(tmp_path / "none.jsonl")])
     assert stop.value.code == 2 and not re.search("sheet", " ".join(os.listdir(tmp_path)))
