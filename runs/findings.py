@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import evaluate  # noqa: E402
+from compare import compare  # noqa: E402
 
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447}  # Student's t, by the number of seeds; more: 2.365
 
@@ -55,7 +56,7 @@ def summarize(out: Path, labels: tuple[str, ...]) -> dict[str, dict]:
             mean, less = over_seeds(delta1), over_seeds([score(a)["delta1"] - d for a, d in zip(first, delta1)])
         else:
             mean = (delta1[0], *scores[0]["delta1_ci"])
-            found = evaluate.compare(*(evaluate.read_predictions(f[0] / "predictions.jsonl") for f in (first, seeds)))
+            found = compare(*(evaluate.read_predictions(f[0] / "predictions.jsonl") for f in (first, seeds)))
             less = (found["difference"], *found["ci"])
         rows[label] = {"delta1": delta1, "mean": mean, "less": None if label == labels[0] else less,
                        "constant": scores[0]["best_constant"]["delta1"]}

@@ -11,5 +11,4 @@ torchrun --standalone --nproc-per-node 2 train_grpo.py @runs/toy_grpo.args --res
 for run in toy_early toy_grpo; do
     python evaluate.py ckpt/$run --data data/toy/val.jsonl --queries 2000
 done
-python evaluate.py --predictions ckpt/toy_grpo/eval/predictions.jsonl --against ckpt/toy_early/eval/predictions.jsonl \
-    --out ckpt/toy_grpo/against_early
+python runs/compare.py ckpt/toy_grpo/eval/predictions.jsonl ckpt/toy_early/eval/predictions.jsonl

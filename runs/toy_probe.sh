@@ -13,9 +13,9 @@ $train --mix runs/toy_chat.jsonl:0.3 --samples 32e3 --out $out/before
 more="--model $out/before --data $new/train.jsonl --samples 9600 --lr 1e-3"
 $train $more --out $out/alone
 $train $more --mix runs/toy_chat.jsonl:0.1 --out $out/mixed
-python evaluate.py $out/before --probe runs/toy_chat.jsonl
+python runs/probe.py $out/before --questions runs/toy_chat.jsonl
 for run in alone mixed; do
-    python evaluate.py $out/$run --probe $out/before/eval/probe.jsonl
+    python runs/probe.py $out/$run --questions $out/before/eval/probe.jsonl
 done
 for run in before alone mixed; do
     python evaluate.py $out/$run --data $new/val.jsonl --queries 2000 --out $out/$run/eval_new

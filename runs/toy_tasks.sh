@@ -10,5 +10,5 @@ torchrun --standalone --nproc-per-node 2 train_sft.py @runs/toy.args --model ckp
     --tasks distance axis speed time two_point motion --samples 128e3 --lr 2e-3 --val-every 0
 python evaluate.py ckpt/toy_tasks --data data/toy/val.jsonl --queries 2000
 python evaluate.py ckpt/toy_tasks --data data/toy/val.jsonl --queries 2000 --tasks two_point --two-point geometry
-python evaluate.py --predictions ckpt/toy_tasks/eval/predictions.jsonl \
-    --against ckpt/toy_tasks/eval_geometry/predictions.jsonl --out ckpt/toy_tasks/against_geometry
+python runs/compare.py ckpt/toy_tasks/eval/predictions.jsonl \
+    ckpt/toy_tasks/eval_geometry/predictions.jsonl

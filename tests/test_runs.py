@@ -1,0 +1,323 @@
+"""The scripts of runs/: the toy world's model, plain questions, two evaluations compared, the
+table of a finding."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import compare
+import evaluate
+import probe
+import render
+import toy_model
+from conftest import ROOT, make_world, run_script, stock, write_jsonl
+
+CPU = torch.device("cpu")
+
+
+def lines_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def predictions(pred, true, **more) -> list[dict]:
+    """Four points an image."""
+    return [{"image": f"data/toy/rgb/{k // 4}.png", "pixel": [k % 4, 0], "task": "distance",
+             "true": t, "pred": p, "text": "", **more}
+            for k, (p, t) in enumerate(zip(pred, true))]
+
+
+def fails(capsys, script, *argv) -> str:
+    """Run a script; it must end with code 2 and one line, which is returned."""
+    with pytest.raises(SystemExit) as stop:
+        script.main([str(a) for a in argv])
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and message.startswith("error: ")
+    return message
+
+
+# --------------------------------------------------------------------------------------------------
+# toy_model.py
+
+
+def test_toy_model(tmp_path, capsys):
+    """A folder like any other, of the flags' size and seed; given again, it keeps what it has."""
+    folder = tmp_path / "m"
+    argv = [str(folder), "--hidden", "48", "--seed", "3"]
+    toy_model.main(argv)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["text_config"]["hidden_size"] == 48
+    checkpoint = render.open_checkpoint(str(folder), quiet=True)
+    assert checkpoint.tokens("2.35")[-2:] == [*checkpoint.tokens("3"), *checkpoint.tokens("5")]
+    evaluate.load_model(checkpoint, CPU, torch.float32)
+
+    before = (folder / "model.safetensors").read_bytes()
+    toy_model.main([*argv[:-1], "4"])
+    assert (folder / "model.safetensors").read_bytes() == before
+    toy_model.make_toy_model(tmp_path / "same", seed=3, hidden=48)
+    toy_model.make_toy_model(tmp_path / "other", seed=4, hidden=48)
+    assert (tmp_path / "same" / "model.safetensors").read_bytes() == before
+    assert (tmp_path / "other" / "model.safetensors").read_bytes() != before
+    assert "argument --hidden: 0 is not 1 or more" in (
+        run_script("runs/toy_model.py", tmp_path / "x", "--hidden", 0).stderr)
+
+
+# --------------------------------------------------------------------------------------------------
+# probe.py
+
+
+@pytest.fixture(scope="module")
+def tuned(tiny, tmp_path_factory) -> Path:
+    """The tiny model after a few steps on one answer."""
+    checkpoint = render.open_checkpoint(str(tiny), quiet=True)
+    model = evaluate.load_model(checkpoint, CPU, torch.float32)
+    answer = checkpoint.tokens("The point is near.") + [checkpoint.end_id]
+    batch = render.pack([render.encode(checkpoint, [], "How far?", answer)])
+    inputs = render.model_inputs(batch, checkpoint)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(20):
+        logits = model(**inputs, use_cache=False, logits_to_keep=batch["predict_at"]).logits[0]
+        torch.nn.functional.cross_entropy(logits, batch["targets"]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    folder = shutil.copytree(tiny, tmp_path_factory.mktemp("models") / "tuned")
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_probe(tiny, tuned, tmp_path, capsys, world):
+    """Plain text and image questions: the base model agrees with itself, another does not, and its
+    loss on the former answers is that of transformers."""
+    chats = write_jsonl(tmp_path / "chats.jsonl", [
+        {"question": "Who are you?"},
+        {"question": "What is on this image?", "image": str(world.parent / "000.png")}])
+    former = tmp_path / "0" / "probe.jsonl"
+    for k, (model, file) in enumerate(((tiny, chats), (tiny, former), (tuned, former))):
+        probe.main([str(model), "--questions", str(file), "--out", str(tmp_path / str(k)),
+                    "--max-new-tokens", "12"])
+    said = [line for line in capsys.readouterr().out.splitlines() if "questions" in line]
+    assert "written over" in fails(capsys, probe, tiny, "--questions", former,
+                                   "--out", former.parent)
+    assert "own answers" in said[0] and "1.000 answered as before, 1.000" in said[1]
+    assert "0.000 answered" in said[2]
+
+    base, again, other = (lines_of(tmp_path / str(k) / "probe.jsonl") for k in range(3))
+    assert [a["loss"] for a in base] == [a["loss"] for a in again] and "before" not in base[0]
+    for was, now in zip(base, other):
+        assert now["before"] == was["answer"] != now["answer"] and now["loss"] > was["loss"]
+    checkpoint = render.open_checkpoint(str(tiny), quiet=True)
+    tokens = checkpoint.tokens(base[0]["answer"])
+    ids = render.encode(checkpoint, [], "Who are you?", tokens)["input_ids"]
+    ids = torch.tensor(ids)[None]
+    answer = torch.arange(ids.shape[1]) >= ids.shape[1] - len(tokens)
+    theirs = stock(tuned)(input_ids=ids, labels=torch.where(answer, ids, -100)).loss.item()
+    assert other[0]["loss"] == pytest.approx(theirs, abs=1e-3)
+
+
+def test_probe_sees_the_image(tiny, tmp_path, capsys):
+    """As it is: at its own size, without a marker; another image, another loss."""
+    answer = {"question": "What is on this image?", "answer": "The point is near."}
+    losses = []
+    for k, color in enumerate(("red", "white")):
+        Image.new("RGB", (80, 60), color).save(tmp_path / "a.png")
+        chats = write_jsonl(tmp_path / "chats.jsonl", [{**answer, "image": "a.png"}])
+        probe.main([str(tiny), "--questions", str(chats), "--out", str(tmp_path / str(k)),
+                    "--max-new-tokens", "2"])
+        losses.append(lines_of(tmp_path / str(k) / "probe.jsonl")[0]["loss"])
+    assert losses[0] != losses[1]
+
+
+def test_answers_have_the_tokens_of_the_checkpoint(tiny, tmp_path, capsys):
+    """depthlm.json says how many an answer may have; the flag overrides it, and the defaults are
+    the folder's own place and 128."""
+    folder = shutil.copytree(tiny, tmp_path / "m")
+    chats = write_jsonl(tmp_path / "chats.jsonl", [{"question": "Who are you?"}])
+    lengths = []
+    for settings, flags in (({"max_new_tokens": 5}, ()), ({"max_new_tokens": 5},
+                            ("--max-new-tokens", "9")), ({}, ())):
+        (folder / "depthlm.json").write_text(json.dumps(settings))
+        probe.main([str(folder), "--questions", str(chats), *flags])
+        answer = lines_of(folder / "eval" / "probe.jsonl")[0]["answer"]
+        lengths.append(answer)
+    assert len(set(lengths)) == 3
+    assert lengths[1].startswith(lengths[0]) and lengths[2].startswith(lengths[1])
+
+
+def test_bad_questions(tiny, tmp_path, capsys):
+    """No file, no question, no image: named, and nothing is written."""
+    for line, say in (("", "holds no chat"), ('{"answer": "a"}', "line 1"), ("{", "line 1"),
+                      ('{"question": "?", "image": "none.png"}', "none.png")):
+        (tmp_path / "q.jsonl").write_text(line)
+        message = fails(capsys, probe, tiny, "--questions", tmp_path / "q.jsonl",
+                        "--out", tmp_path / "out")
+        assert say in message, message
+    assert "chats.jsonl" in fails(capsys, probe, tiny, "--questions", "chats.jsonl")
+    assert "no such checkpoint" in fails(capsys, probe, tmp_path / "none", "--questions",
+                                         ROOT / "runs" / "probe.jsonl")
+    assert not (tmp_path / "out").exists()
+
+
+# --------------------------------------------------------------------------------------------------
+# compare.py
+
+
+TRUE = [1.0, 1.0, 1.0, 1.0] * 2
+OURS = predictions([1.0, 1.1, 0.9, 3.0] * 2, TRUE)  # 6 of 8 within 25 %
+THEIRS = predictions([1.0, 0.9, 2.0, None] * 2, TRUE)  # 4 of 8
+
+
+def test_difference_on_the_same_queries():
+    """By hand: 6 of 8 against 4 of 8. Image by image the gain is always a quarter, so its interval
+    has no width, though those of the two are wide. Lines may come in another order; other queries
+    are refused."""
+    expected = {"delta1": [0.75, 0.5], "difference": 0.25, "ci": [0.25, 0.25], "n": 8}
+    assert compare.compare(OURS, THEIRS[::-1]) == expected
+    back = compare.compare(THEIRS, OURS)
+    assert (back["difference"], back["ci"]) == (-0.25, [-0.25, -0.25])
+    for change in ({"pixel": [9, 9]}, {"task": "axis"}, {"dataset": "b"}, {"given": 2.0},
+                   {"pixel2": [1, 1]}, {"true": 1.1}, {"image": "data/toy/rgb/9.png"},
+                   {"image2": "data/toy/rgb/9.png"}):
+        with pytest.raises(ValueError, match="1 of them not the same"):
+            compare.compare(OURS, [*THEIRS[:7], {**THEIRS[7], **change}])
+
+
+def test_one_image_has_no_interval():
+    assert compare.compare(OURS[:4], THEIRS[:4])["ci"] is None
+
+
+@pytest.mark.parametrize("folder", ["{cwd}/data", "/elsewhere/sets", "../x/data", "./data"])
+def test_wherever_the_data_lies(tmp_path, monkeypatch, folder):
+    """Relative or absolute paths, another machine's folder: the same queries; so too where two sets
+    of one name go by the paths of their files. Images of one name in two scenes stay two."""
+    monkeypatch.chdir(tmp_path)
+
+    def there(line: dict) -> dict:
+        image = line["image"].replace("data", folder.format(cwd=tmp_path), 1)
+        return {**line, "image": image, "image2": image}
+
+    ours = [{**line, "image2": line["image"]} for line in OURS]
+    assert compare.compare(ours, [there(line) for line in THEIRS])["n"] == 8
+    dataset = {"dataset": "data/toy/val.jsonl"}
+    parent = os.path.dirname(folder.format(cwd=tmp_path))
+    other = {"dataset": f"{parent}/data/toy/val.jsonl"}
+    found = compare.compare([{**line, **dataset} for line in ours],
+                            [{**there(line), **other} for line in THEIRS])
+    assert found["difference"] == 0.25
+    scenes = [{**line, "image": f"data/toy/{scene}/0.png"} for scene in "ab" for line in OURS[:4]]
+    with pytest.raises(ValueError, match="4 of them not the same"):
+        compare.compare(scenes, [{**line, "image": "data/toy/b/0.png"} for line in scenes])
+
+
+def test_a_set_within_a_larger_one(tmp_path, capsys):
+    """500 queries against 8,192: the smaller set decides, on whichever side it stands, and is
+    counted; two that overlap are refused."""
+    assert compare.compare(OURS, THEIRS[:4])["delta1"] == [0.75, 0.5]
+    assert compare.compare(OURS[:2], THEIRS)["delta1"] == [1.0, 1.0]
+    assert compare.compare(OURS[1:4], THEIRS)["difference"] == pytest.approx(1 / 3)
+    for ours, theirs in ((OURS[:5], THEIRS[3:]), (OURS[:3], THEIRS[2:])):
+        with pytest.raises(ValueError, match="not the same"):
+            compare.compare(ours, theirs)
+    a = write_jsonl(tmp_path / "a.jsonl", OURS)
+    b = write_jsonl(tmp_path / "b.jsonl", THEIRS[2:6])
+    compare.main([str(a), str(b)])
+    assert capsys.readouterr().out.splitlines() == [
+        f"data: delta1 0.750, of {b} 0.500, on 4 queries (the smaller of 8 and 4): +0.250, "
+        "95 % interval +0.000 to +0.500"]
+
+
+def test_compare_files(tmp_path, capsys):
+    """A line for each dataset and task that both files have; none is an error, and so are other
+    queries, with the files' names and the column's."""
+    axis = [{**line, "task": "axis", "dataset": "nyuv2"} for line in OURS]
+    a = write_jsonl(tmp_path / "a.jsonl", [*axis, *OURS, *({**line, "dataset": "c"}
+                                                           for line in OURS)])
+    b = write_jsonl(tmp_path / "b.jsonl", [*THEIRS, *axis])
+    compare.main([str(a), str(b)])
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == (f"nyuv2/axis: delta1 0.750, of {b} 0.750, on 8 queries: +0.000, 95 % interval "
+                     "+0.000 to +0.000")
+    assert second == (f"data: delta1 0.750, of {b} 0.500, on 8 queries: +0.250, 95 % interval "
+                      "+0.250 to +0.250")
+    write_jsonl(b, axis[:1])
+    compare.main([str(a), str(b)])
+    assert capsys.readouterr().out.endswith("on 1 queries (the smaller of 8 and 1): +0.000\n")
+
+    write_jsonl(b, [*axis[:7], {**axis[7], "pixel": [9, 9]}])
+    message = fails(capsys, compare, a, b)
+    assert all(word in message for word in ("a.jsonl", "b.jsonl", "nyuv2/axis", "8 and 8", "1 of"))
+    write_jsonl(b, [{**line, "dataset": "other"} for line in THEIRS])
+    assert "in common" in fails(capsys, compare, a, b)
+    assert "no such file" in fails(capsys, compare, a, tmp_path / "none.jsonl")
+
+
+def test_compare_evaluations(tmp_path, capsys):
+    """Real files of evaluate.py: one of all six tasks, one of a few queries of the same world that
+    was given by another path."""
+    data = make_world(tmp_path / "data" / "w", poses=True)
+    moved = shutil.copytree(data.parent, tmp_path / "moved" / "data" / "w") / "val.jsonl"
+    tasks = ["--tasks", *render.TASKS]
+    evaluate.main(["--constant", "2", "--data", str(data), "--queries", "40", *tasks,
+                   "--out", str(tmp_path / "a")])
+    evaluate.main(["--constant", "3", "--data", os.path.relpath(moved), "--queries", "15", *tasks,
+                   "--out", str(tmp_path / "b")])
+    capsys.readouterr()
+    compare.main([str(tmp_path / name / "predictions.jsonl") for name in "ab"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == [
+        "w", "w/axis", "w/speed", "w/time", "w/two_point", "w/motion"]
+    assert all("the smaller of 40 and 15" in line for line in lines)
+    few = lines_of(tmp_path / "b" / "predictions.jsonl")
+    true = np.array([line["true"] for line in few if line["task"] == "time"])
+    means = [evaluate.constant_delta1(value, true) for value in (2.0, 3.0)]
+    assert f"delta1 {means[0]:.3f}" in lines[3] and f" {means[1]:.3f}, on 15" in lines[3]
+
+
+# --------------------------------------------------------------------------------------------------
+# findings.py
+
+
+def test_table_of_a_finding(tmp_path):
+    """Three seeds by hand: mean 0.6, standard error 0.1 / sqrt(3), t of two degrees of freedom."""
+
+    def write(label, seed, delta1):
+        folder = tmp_path / f"{label}-{seed}" / "eval"
+        folder.mkdir(parents=True)
+        scores = {"delta1": delta1, "delta1_ci": [0.1, 0.9], "best_constant": {"delta1": 0.4}}
+        (folder / "metrics.json").write_text(json.dumps({"datasets": {"toy": scores}}))
+
+    for seed, delta1 in enumerate((0.5, 0.6, 0.7)):
+        write("a", seed, delta1)
+        write("b", seed, delta1 - 0.1)
+        write("a-wide", seed, 0.9)
+    command = [sys.executable, ROOT / "runs" / "findings.py", tmp_path / "table", "Finding 0",
+               "a", "b"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    half = 4.303 * 0.1 / 3 ** 0.5
+    rows = [[cell.strip() for cell in line.split("|")]
+            for line in (tmp_path / "table.md").read_text().splitlines() if "|" in line]
+    assert rows[2][1:5] == ["a", "0.600", f"{0.6 - half:.3f}-{0.6 + half:.3f}",
+                            "0.500 0.600 0.700"]
+    assert rows[3][2] == "0.500" and rows[3][5] == "+0.100 (+0.100 to +0.100)"
+    assert rows[4][2] == "0.400"
+    assert Image.open(tmp_path / "table.png").size[0] > 500
+    shutil.rmtree(tmp_path / "b-2")  # a variant that did not end is not one with fewer seeds
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode and "same seeds" in done.stderr
+
+
+def test_table_of_one_seed(tmp_path):
+    """The interval of a difference is over images, on the same queries."""
+    for label, lines in (("a", OURS), ("b", THEIRS)):
+        path = write_jsonl(tmp_path / f"{label}-0" / "eval" / "predictions.jsonl", lines)
+        result = evaluate.summarize(evaluate.read_predictions(path))
+        (path.parent / "metrics.json").write_text(json.dumps(result))
+    done = run_script("runs/findings.py", tmp_path / "table", "Finding 0", "a", "b")
+    assert done.returncode == 0, done.stderr
+    assert "+0.250 (+0.250 to +0.250)" in (tmp_path / "table.md").read_text()
