@@ -864,12 +864,15 @@ def file_hash(path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def weights_hash(checkpoint: Checkpoint) -> list[str]:
+    return [file_hash(path) for path in sorted(checkpoint.folder.glob("*.safetensors"))]
+
+
 def identity(args, checkpoint: Checkpoint, groups: list, dtype: torch.dtype) -> dict:
     """What an evaluation's answers depend on, by content: a copied folder or a touched file is the
     same evaluation, another label is another one."""
-    files = sorted(checkpoint.folder.glob("*.safetensors"))
     labels = {records.path: file_hash(records.path) for _, records, *_ in groups}
-    found = {"weights": [file_hash(path) for path in files], "settings": checkpoint.settings,
+    found = {"weights": weights_hash(checkpoint), "settings": checkpoint.settings,
              "dtype": str(dtype), "decode": args.decode, "two_point": args.two_point,
              "seed": args.seed, "all": args.all, "label_type": args.label_type,
              "queries": [(name, labels[records.path], task, len(pairs))

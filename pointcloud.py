@@ -1,26 +1,26 @@
 """
-A point cloud from one photo: about 10,000 pixels on an even grid, one question each (Sec. 4, Fig. 8).
+A point cloud from one photo: about 10,000 pixels on an even grid, one query each (Sec. 4, Fig. 8).
 
-    python pointcloud.py ckpt/sft_3b photo.jpg --focal 1200            # CPU or one GPU -> out/photo/
-    python pointcloud.py ckpt/sft_3b photo.jpg                         # focal length from the photo's EXIF, printed
-    python pointcloud.py ckpt/sft_3b photo.jpg --fov 65 --at 320,240   # only the distance of that pixel
-    python pointcloud.py ckpt/toy data/toy/val.jsonl --record 0        # a prepared image, with its own intrinsics
+    python pointcloud.py ckpt/sft_3b photo.jpg --photo-focal 1200     # pixels -> out/photo/
+    python pointcloud.py ckpt/sft_3b photo.jpg                        # by its EXIF data, printed
+    python pointcloud.py ckpt/sft_3b photo.jpg --fov 65 --at 320,240  # the distance of that pixel
+    python pointcloud.py ckpt/toy data/toy/val.jsonl --record 0       # a prepared image and camera
 
-Reads a checkpoint and a photo (or a jsonl record). Writes into --out: cloud.ply (binary: x, y, z, red, green, blue),
-depth.npy ((rows, columns) float32: Euclidean distance on the grid [m], NaN where the answer was no distance),
-points.npz (the cloud's pixels, depth, xyz and colors, and the intrinsics), picture.png and run.json.
+Reads a checkpoint and a photo (or a jsonl record). Writes into --out: answers.jsonl (one line a
+query), cloud.ply (binary: x, y, z, red, green, blue), depth.npy ((rows, columns) float32: Euclidean
+distance on the grid [m], NaN where the answer was no distance), points.npz (the cloud's pixels,
+depth, xyz and colors, and the intrinsics), picture.png and run.json.
 
-Camera axes: x right, y down, z forward, metres. A point is its Euclidean distance times the unit ray of its pixel;
-pixel (0, 0) is the centre of the first pixel of the upright photo. A run that was interrupted goes on when its command
-is given again.
+Camera axes: x right, y down, z forward, metres. A point is its Euclidean distance times the unit
+ray of its pixel; pixel (0, 0) is the centre of the first pixel of the upright photo. The same
+command resumes an interrupted run; with other filters it makes the cloud anew from the answers.
 """
 import argparse
-import hashlib
 import json
 import math
-import os
+import sys
 import time
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,223 +29,331 @@ from tqdm import tqdm
 
 import evaluate
 import render
-from render import fail
+from render import COUNT, NATURAL, POSITIVE, SHARE, file_path, number
 
 NUM_POINTS = 10_000  # Sec. 4, "Visualization"
 NEAREST, FARTHEST = 1e-6, 1e6  # m; a number beyond these is no distance of anything in a photo
-FILM_DIAGONAL = math.hypot(36, 24)  # mm, of a frame of 35 mm film
-HOW_FOCAL = "Give --focal PIXELS or --fov DEGREES (the horizontal one)."
-FILES, PART = ("cloud.ply", "depth.npy", "points.npz", "picture.png"), "answers.part.jsonl"
+FILM_WIDTH, FILM_HEIGHT = 36, 24  # mm, of a frame of 35 mm film
+HOW_FOCAL = "Give --photo-focal PIXELS, --fov DEGREES (the horizontal one) or --focal-35mm MM."
+FILES = ("cloud.ply", "depth.npy", "points.npz", "picture.png")
+ANSWERS = "answers.jsonl"
 PANEL = 600  # px, longer side of each image of the picture
-NEAR_TO_FAR = np.array([(128, 8, 32), (228, 60, 36), (252, 164, 52), (200, 228, 72), (64, 200, 140), (44, 124, 216),
-                        (48, 36, 120)], float)  # colours of distances, at even steps of the logarithm
+NEAR_TO_FAR = np.array([(128, 8, 32), (228, 60, 36), (252, 164, 52), (200, 228, 72),
+                        (64, 200, 140), (44, 124, 216), (48, 36, 120)], float)  # by log distance
 UNKNOWN, BACKGROUND = (110, 110, 110), (24, 24, 24)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # geometry
 
 
 def pixel_grid(width: int, height: int, count: int) -> np.ndarray:
-    """About `count` pixels spread evenly over an image, the middles of nearly square cells: (rows, columns, 2) int, x
-    and y. Rows and columns are the best compromise between that number and square cells; no pixel comes twice."""
+    """About `count` pixels spread evenly over an image, the middles of nearly square cells: (rows,
+    columns, 2) int, x and y. Rows and columns are the best compromise between that number and
+    square cells; no pixel comes twice."""
     columns = np.arange(1, min(width, count) + 1)
     rows = np.clip(np.round(count / columns), 1, height)
-    off = np.abs(np.log(columns * rows / count)) + np.abs(np.log((width / columns) / (height / rows)))
-    columns, rows = int(columns[off.argmin()]), int(rows[off.argmin()])
-    x, y = ((2 * np.arange(n) + 1) * length // (2 * n) for n, length in ((columns, width), (rows, height)))
+    off_count = np.abs(np.log(columns * rows / count))
+    off_square = np.abs(np.log((width / columns) / (height / rows)))
+    best = (off_count + off_square).argmin()
+    x, y = ((2 * np.arange(n) + 1) * length // (2 * n)
+            for n, length in ((int(columns[best]), width), (int(rows[best]), height)))
     return np.stack(np.meshgrid(x, y), -1)
 
 
 def has_neighbour(depth_m: np.ndarray, limit: float) -> np.ndarray:
-    """(rows, columns) bool: distances within a factor 1 + `limit` of one of their four neighbours, at least. The others
-    float between two surfaces, or are single wrong answers."""
+    """(rows, columns) bool: distances within a factor 1 + `limit` of at least one of their four
+    neighbours. The others float between two surfaces, or are single wrong answers."""
     logs = np.pad(np.log(depth_m), 1, constant_values=np.nan)
     around = np.stack([logs[:-2, 1:-1], logs[2:, 1:-1], logs[1:-1, :-2], logs[1:-1, 2:]])
-    return (np.abs(around - logs[1:-1, 1:-1]) <= math.log1p(limit)).any(0)  # a comparison with NaN is False
+    near = np.abs(around - logs[1:-1, 1:-1]) <= math.log1p(limit)  # never with NaN
+    return near.any(0)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the photo and its camera
 
 
+@dataclass
+class Photo:
+    """path: the file that the model is shown; image: its pixels; intrinsics (fx, fy, cx, cy, w, h)
+    [px]; source: where the focal length is from; labels: of a record, pixels (N, 2) and Euclidean
+    distances (N,) [m]."""
+    path: str
+    image: Image.Image
+    intrinsics: tuple
+    source: str
+    labels: tuple[np.ndarray, np.ndarray] | None = None
+
+
+def film_focal(film_mm: float, width: int, height: int) -> float:
+    """35 mm equivalent [mm] -> focal length [px], by the diagonal: that is how the equivalent is
+    defined (CIPA DCG-001). Film is 3:2 and most sensors are 4:3, so that the same rule by the width
+    would give 4 % less."""
+    return film_mm / math.hypot(FILM_WIDTH, FILM_HEIGHT) * math.hypot(width, height)
+
+
 def exif_focal(path: str) -> tuple[float, float, str]:
-    """fx, fy of the upright photo [px] from its EXIF data, and how they were found. Raises ValueError if it has none,
-    or if it was cropped after it was taken."""
+    """fx, fy of the upright photo [px] from its EXIF data, and how they were found. Raises
+    ValueError if it has none, or if it was cropped after it was taken."""
     with Image.open(path) as file:
         width, height = file.size  # as stored, not yet upright
         exif = file.getexif()
-    tags, turned = exif.get_ifd(ExifTags.IFD.Exif), exif.get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    tags = exif.get_ifd(ExifTags.IFD.Exif)
 
-    def number(name: str) -> float:
+    def positive(name: str) -> float:
         try:
             value = float(tags.get(ExifTags.Base[name], 0))
         except (TypeError, ValueError, ZeroDivisionError):
             return 0.0
         return value if math.isfinite(value) and value > 0 else 0.0
 
-    taken, now = (number("ExifImageWidth"), number("ExifImageHeight")), (width, height)
+    taken, now = (positive("ExifImageWidth"), positive("ExifImageHeight")), (width, height)
     if all(taken) and abs(max(taken) / min(taken) * min(now) / max(now) - 1) > 0.01:
-        raise ValueError(f"{path}: was taken at {taken[0]:g} x {taken[1]:g} and is {width} x {height}: it was cropped, "
-                         f"so the focal length of its EXIF data does not hold. {HOW_FOCAL}")
-    if film := number("FocalLengthIn35mmFilm"):
-        # By the diagonal, because that is how the equivalent is defined (CIPA DCG-001): film is 3:2 and most sensors
-        # are 4:3, so that the same rule by the width would give 4 % less.
-        focal = film / FILM_DIAGONAL * math.hypot(width, height)
-        return focal, focal, f"EXIF: {film:g} mm on 35 mm film, by the diagonal"
-    unit = {2: 25.4, 3: 10.0, 4: 1.0, 5: 0.001}.get(int(number("FocalPlaneResolutionUnit")) or 2)  # mm
-    focal_mm, x_density = number("FocalLength"), number("FocalPlaneXResolution")
-    if focal_mm and x_density and unit:
-        resized = max(now) / max(taken) if all(taken) else 1.0
-        fx, fy = (focal_mm * d / unit * resized for d in (x_density, number("FocalPlaneYResolution") or x_density))
-        fx, fy = (fy, fx) if turned else (fx, fy)  # the tags are about the sensor's axes
-        return fx, fy, f"EXIF: {focal_mm:g} mm on a sensor of {x_density / unit:.4g} px/mm"
-    raise ValueError(f"{path}: its EXIF data have no focal length that can be had in pixels. {HOW_FOCAL}")
+        raise ValueError(f"{path}: was taken at {taken[0]:g} x {taken[1]:g} and is {width} x "
+                         f"{height}: it was cropped, so the focal length of its EXIF data does not "
+                         f"hold. {HOW_FOCAL}")
+    if film_mm := positive("FocalLengthIn35mmFilm"):
+        focal = film_focal(film_mm, width, height)
+        return focal, focal, f"EXIF: {film_mm:g} mm on 35 mm film, by the diagonal"
+
+    units = {2: 25.4, 3: 10.0, 4: 1.0, 5: 0.001}  # mm
+    unit = units.get(int(positive("FocalPlaneResolutionUnit")) or 2)
+    focal_mm, density = positive("FocalLength"), positive("FocalPlaneXResolution")
+    if not (focal_mm and density and unit):
+        raise ValueError(f"{path}: its EXIF data have no focal length that can be had in pixels. "
+                         f"{HOW_FOCAL}")
+    resized = max(now) / max(taken) if all(taken) else 1.0
+    fx = focal_mm * density / unit * resized
+    fy = focal_mm * (positive("FocalPlaneYResolution") or density) / unit * resized
+    if exif.get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8):  # the tags are about the sensor
+        fx, fy = fy, fx
+    return fx, fy, f"EXIF: {focal_mm:g} mm on a sensor of {density / unit:.4g} px/mm"
 
 
-def photo_camera(path: str, size, focal: list[float] | None, fov: float | None, center) -> tuple[tuple, str]:
-    """-> intrinsics (fx, fy, cx, cy, w, h) [px] and where its focal length is from. Raises ValueError; no guessing."""
-    width, height = size
-    if focal is not None and fov is not None:
-        raise ValueError("give --focal or --fov, not both.")
-    if focal is not None:
-        if len(focal) > 2 or not all(math.isfinite(f) and f > 0 for f in focal):
-            given = " ".join(f"{f:g}" for f in focal)
-            raise ValueError(f"--focal {given}: needs a positive number of pixels, or two (fx and fy).")
-        fx, fy, source = focal[0], focal[-1], "--focal"
-    elif fov is not None:
-        if not 0 < fov < 180:
-            raise ValueError(f"--fov {fov:g}: needs the horizontal field of view in degrees, between 0 and 180.")
+def open_photo(path: str, photo_focal: list[float] | None = None, fov: float | None = None,
+               film_mm: float | None = None, center: list[float] | None = None) -> Photo:
+    """The upright photo and its camera: by its focal length [px] (or fx and fy), its horizontal
+    field of view [degrees], its 35 mm equivalent, or its EXIF data. Raises ValueError; it does not
+    guess: without the focal length the scale of the answers would mean nothing."""
+    if path.endswith(".jsonl"):
+        raise ValueError(f"{path}: say which of its records, with --record N (0 is the first).")
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such photo.")
+    image = render.open_image(path)
+    width, height = image.size
+    if photo_focal:
+        fx, fy, source = photo_focal[0], photo_focal[-1], "--photo-focal"
+    elif fov:
         fx = fy = width / 2 / math.tan(math.radians(fov) / 2)
         source = f"--fov {fov:g}"
+    elif film_mm:
+        fx = fy = film_focal(film_mm, width, height)
+        source = f"--focal-35mm {film_mm:g}"
     else:
         fx, fy, source = exif_focal(path)
     cx, cy = center or ((width - 1) / 2, (height - 1) / 2)
     check_inside("--center", cx, cy, width, height)
-    return (fx, fy, cx, cy, width, height), source
+    return Photo(path, image, (fx, fy, cx, cy, width, height), source)
 
 
-def check_inside(flag: str, x: float, y: float, width: int, height: int) -> None:
-    if not (-0.5 <= x <= width - 0.5 and -0.5 <= y <= height - 0.5):
-        raise ValueError(f"{flag} {x:g},{y:g}: is outside of the photo; x is 0 to {width - 1}, y to {height - 1}.")
-
-
-def open_record(path: str, number: int, image_root: str | None):
-    """-> image path, image, intrinsics of its pixels, and its labels: pixels (N, 2), distances (N,) [m]."""
-    records = render.Records(path, image_root)
-    if not 0 <= number < len(records):
+def open_record(path: str, number: int, image_root: str | None, label_type: str | None) -> Photo:
+    """An image of a jsonl, with the record's camera and labels."""
+    if not path.endswith(".jsonl"):
+        raise ValueError(f"{path}: --record is for a jsonl file; leave it out for a photo.")
+    records = render.Records(path, image_root, label_type)
+    if number >= len(records):
         raise ValueError(f"--record {number}: {path} has the records 0 to {len(records) - 1}.")
     record = records[number]
     image = render.open_image(record["image"], record["intrinsics"][4:])
     intrinsics, sx, sy = render.match_size(image, record["intrinsics"], record["where"])
-    return record["image"], image, intrinsics, ((record["pixel_coords"] + 0.5) * (sx, sy) - 0.5, record["depth"])
+    labels = (record["pixel_coords"] + 0.5) * (sx, sy) - 0.5, record["depth"]
+    return Photo(record["image"], image, intrinsics, "the record", labels)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# asking
+def check_inside(flag: str, x: float, y: float, width: int, height: int) -> None:
+    if not (-0.5 <= x <= width - 0.5 and -0.5 <= y <= height - 0.5):
+        raise ValueError(f"{flag} {x:g},{y:g}: is outside of the photo; x is 0 to {width - 1}, y "
+                         f"to {height - 1}.")
 
 
-def ask_pixels(model, encoder, settings: dict, path: str, intrinsics, pixels: np.ndarray, batch_size: int, workers: int,
-               max_new_tokens: int, decode: str = "greedy", first: int = 0):
-    """Ask about pixels (N, 2), from number `first` on -> yields batches of {"pixel", "pred" [m] or None, "text", ...}."""
-    record = {"image": path, "intrinsics": intrinsics, "pixel_coords": pixels, "depth": np.ones(len(pixels))}
-    records = [render.check_record(record, path)]  # evaluate.ask needs no more of Records; the depth is unused
-    pairs = [(0, k) for k in range(first, len(pixels))]
-    for _, answers, _ in evaluate.ask(model, encoder, settings, records, pairs, "distance", batch_size, workers,
-                                      max_new_tokens, decode=decode):
-        values = [render.parse_answer(answer["text"]) for answer in answers]
-        yield [{"pixel": pixel, "pred": value if value and NEAREST < value < FARTHEST else None, **answer}
-               for pixel, value, answer in zip(pixels[first:].tolist(), values, answers)]
-        first += len(answers)
+# --------------------------------------------------------------------------------------------------
+# queries
 
 
-def identity(path: str, intrinsics, grid: np.ndarray, settings: dict, folder: str, dtype, max_new_tokens: int, decode: str) -> dict:
-    """What the answers depend on: those of an interrupted run are taken up only if all of it is the same."""
-    stats = [(p.name, p.stat()) for p in sorted(Path(folder).glob("*.safetensors"))]
-    found = {"weights": [(name, s.st_size, s.st_mtime_ns) for name, s in stats],  # a checksum would read many GB
-             "image": hashlib.sha256(Path(path).read_bytes()).hexdigest(), "intrinsics": intrinsics,
-             "grid": grid.shape[:2], "settings": settings, "dtype": str(dtype), "max_new_tokens": max_new_tokens,
-             "decode": decode}
-    return json.loads(json.dumps(found))
+def query_pixels(model, checkpoint, photo: Photo, pixels: np.ndarray, batch_size: int,
+                 workers: int, decode: str):
+    """Query the model about pixels (N, 2) -> yields batches of {"pixel", "pred" [m] or None,
+    "text", ...}."""
+    record = {"image": photo.path, "intrinsics": photo.intrinsics, "pixel_coords": pixels,
+              "depth": np.ones(len(pixels))}  # the depth is unused
+    records = [render.check_record(record, photo.path)]  # a list serves as Records
+    pairs = [(0, k) for k in range(len(pixels))]
+    remaining = iter(pixels.tolist())
+    for _, answers, _ in evaluate.run_queries(model, checkpoint, records, pairs, "distance",
+                                              batch_size, workers, decode=decode):
+        batch = []
+        for answer, pixel in zip(answers, remaining):
+            value = render.parse_answer(answer["text"])
+            possible = value is not None and NEAREST < value < FARTHEST
+            batch.append({"pixel": pixel, "pred": value if possible else None, **answer})
+        yield batch
 
 
-def read_part(path: Path, asked: dict) -> dict[tuple, dict]:
-    """Answers of an interrupted run, by pixel; a line that was cut off is dropped. Raises ValueError if it asked
-    another checkpoint, about another photo, or in another way."""
-    found = {}
-    done: dict[tuple, dict] = {}
-    for number, text in enumerate(path.read_text().splitlines()):
-        try:
-            line = json.loads(text)
-            if number:
-                done[tuple(line["pixel"])] = line
-            else:
-                found = line
-        except (ValueError, KeyError, TypeError):
-            break
-    if different := [k for k in asked if found.get(k) != asked[k]]:
-        raise ValueError(f"{path}: is the beginning of another cloud (another {', '.join(different)}). Give another "
-                         "--out, or --overwrite.")
-    return done
+def read_answers(path: Path, inputs: dict) -> dict[tuple, dict]:
+    """Answers of an earlier run, by pixel. Raises ValueError if it was about anything else."""
+    if not path.exists():
+        return {}
+    lines = [line for _, line in render.read_jsonl(path, interrupted=True)]
+    found = lines[0].get("inputs", {}) if lines else {}
+    if different := [key for key in inputs if found.get(key) != inputs[key]]:
+        raise ValueError(f"{path}: holds the answers of another cloud (another "
+                         f"{', '.join(different)}). Give another --out, or --overwrite.")
+    return {tuple(line["pixel"]): line for line in lines[1:] if "pixel" in line}
 
 
-def ask_grid(ask, pixels: np.ndarray, part: Path, done: dict, asked: dict, batch_size: int) -> tuple[list[dict], str]:
-    """Ask about all pixels (N, 2) that are not `done`; answers are on disk before the next batch is asked. -> lines in
-    the order of the pixels, and what a query cost."""
-    order = [tuple(p) for p in pixels.tolist()]
-    kept = next((k for k, p in enumerate(order) if p not in done), len(order))
-    if kept < len(order):  # whole batches only: the rest is then asked in the same company as without the interruption
-        kept -= kept % batch_size
-    lines = [done[p] for p in order[:kept]]
-    evaluate.write_text(part, "".join(json.dumps(line) + "\n" for line in [asked, *lines]))
+def answer_grid(load_model, checkpoint, photo: Photo, pixels: np.ndarray, path: Path, inputs: dict,
+                done: dict, batch_size: int, workers: int, decode: str) -> tuple[list[dict], str]:
+    """Query the model about all pixels (N, 2) that are not `done`; answers are on disk before the
+    next batch begins. -> lines in the order of the pixels, and what a query took."""
+    order = [tuple(pixel) for pixel in pixels.tolist()]
+    kept = next((k for k, pixel in enumerate(order) if pixel not in done), len(order))
+    if kept == len(order):
+        return [done[pixel] for pixel in order], "answered before"
+    kept -= kept % batch_size  # the rest is batched as it is without an interruption
+    lines = [done[pixel] for pixel in order[:kept]]
+    render.write_jsonl(path, [{"inputs": inputs}, *lines])
     if kept:
-        print(f"{part}: goes on behind {kept:,} answers", flush=True)
-    times, unparsed = [time.time()], sum(line["pred"] is None for line in lines)
-    with open(part, "a") as file, tqdm(total=len(order), initial=kept, desc="queries", disable=None,
-                                         dynamic_ncols=True) as bar:
-        for batch in ask(pixels=pixels, first=kept):
+        print(f"{path}: resumes after {kept:,} answers", flush=True)
+
+    model = load_model()
+    times = [time.time()]
+    bar = tqdm(total=len(order), initial=kept, desc="queries", disable=None, dynamic_ncols=True)
+    with open(path, "a") as file, bar:
+        for batch in query_pixels(model, checkpoint, photo, pixels[kept:], batch_size, workers,
+                                  decode):
             file.write("".join(json.dumps(line) + "\n" for line in batch))
             file.flush()
             lines += batch
             times.append(time.time())
-            unparsed += sum(line["pred"] is None for line in batch)
-            bar.set_postfix(unparsed=unparsed, refresh=False)
+            bar.set_postfix(unparsed=sum(line["pred"] is None for line in lines), refresh=False)
             bar.update(len(batch))
-            if len(times) == 3 and len(lines) < len(order):  # the first batch includes starting the workers
-                cost = (times[2] - times[1]) / len(batch)
-                bar.write(f"{cost:.3g} s a query, so about {(len(order) - len(lines)) * cost / 60:.1f} minutes to go")
-    asked_now = len(order) - kept
-    return lines, f"{(times[-1] - times[0]) / asked_now:.3g} s a query" if asked_now else "no query was left"
+            left = len(order) - len(lines)
+            if len(times) == 3 and left:  # the first batch includes starting the workers
+                seconds = (times[2] - times[1]) / len(batch)
+                bar.write(f"{seconds:.3g} s a query, so about {left * seconds / 60:.1f} minutes "
+                          "to go", file=sys.stderr)
+    return lines, f"{(times[-1] - times[0]) / (len(order) - kept):.3g} s a query"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# files
+def print_pixels(lines: list[dict], intrinsics) -> None:
+    """--at: Euclidean distance and z of each pixel."""
+    for line in lines:
+        x, y = line["pixel"]
+        if line["pred"] is None:
+            print(f"{x:g},{y:g}: no distance in {line['text']!r}")
+            continue
+        z = line["pred"] / render.ray_length(x, y, intrinsics)
+        print(f"{x:g},{y:g}: {line['pred']:.2f} m from the camera, z {z:.2f} m")
 
 
-def save(path: Path, write) -> None:
-    """write(file), whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+# --------------------------------------------------------------------------------------------------
+# the cloud
+
+
+@dataclass
+class Cloud:
+    """Points on a grid. depth_m (rows, columns) with NaN; keep (rows, columns) bool: those in the
+    cloud; pixels (N, 2), xyz (N, 3) [m], colors (N, 3) uint8 and measures (N,) of these:
+    confidence, q10, q90, 0 where a greedy answer knows none."""
+    depth_m: np.ndarray
+    keep: np.ndarray
+    pixels: np.ndarray
+    xyz: np.ndarray
+    colors: np.ndarray
+    measures: dict[str, np.ndarray]
+
+
+def make_cloud(photo: Photo, grid: np.ndarray, lines: list[dict], decode: str,
+               min_confidence: float | None, edge_filter: float | None) -> Cloud:
+    """Answers on a grid (rows, columns, 2), filtered and unprojected. Raises ValueError if no point
+    is left."""
+    shape = grid.shape[:2]
+    depth_m = np.array([line["pred"] or np.nan for line in lines], np.float32).reshape(shape)
+    measures = {}
+    if decode == "median":
+        measures = {name: np.array([line.get(name, 0.0) for line in lines],
+                                   np.float32).reshape(shape)
+                    for name in ("confidence", "q10", "q90")}
+    keep = np.isfinite(depth_m)
+    if min_confidence is not None:
+        keep = keep & (measures["confidence"] >= min_confidence)
+        if not keep.any():
+            raise ValueError(f"--min-confidence {min_confidence:g}: leaves no point; the highest "
+                             f"is {measures['confidence'].max():.2f}. Give a lower one.")
+    if edge_filter is not None:
+        keep = keep & has_neighbour(depth_m, edge_filter)
+        if not keep.any():
+            raise ValueError(f"--edge-filter {edge_filter:g}: leaves no point. Give a larger "
+                             "ratio.")
+    pixels = grid[keep]
+    xyz = render.unproject(pixels, depth_m[keep], photo.intrinsics).astype(np.float32)
+    colors = np.asarray(photo.image)[pixels[:, 1], pixels[:, 0]]
+    measures = {name: values[keep] for name, values in measures.items()}
+    return Cloud(depth_m, keep, pixels, xyz, colors, measures)
+
+
+def label_error(photo: Photo, depth_m: np.ndarray) -> str | None:
+    """How the cloud compares with a record's labels, at the grid cell of each."""
+    if photo.labels is None:
+        return None
+    pixels, true = photo.labels
+    rows, columns = depth_m.shape
+    cell = (pixels + 0.5) * (columns, rows) // photo.image.size
+    x, y = np.clip(cell, 0, (columns - 1, rows - 1)).astype(int).T
+    error = np.abs(depth_m[y, x] / true - 1)
+    known = np.isfinite(error).sum()
+    if not known:
+        return None
+    return (f"against the record's labels: median error {np.nanmedian(error):.1%} at {known} "
+            "points")
 
 
 def write_ply(file, **columns: np.ndarray) -> None:
-    """A binary PLY with one vertex a row: each column (N,) a property, uint8 as uchar, anything else as float."""
-    kinds = {name: "u1" if column.dtype == np.uint8 else "<f4" for name, column in columns.items()}
+    """A binary PLY with one vertex a row: each column (N,) a property, uint8 as uchar, anything
+    else as float."""
+    kinds = {name: "u1" if column.dtype == np.uint8 else "<f4"
+             for name, column in columns.items()}
     vertices = np.empty(len(columns["x"]), list(kinds.items()))
+    header = ["ply", "format binary_little_endian 1.0",
+              "comment metres; camera axes x right, y down, z forward",
+              f"element vertex {len(vertices)}"]
     for name, column in columns.items():
         vertices[name] = column
-    properties = "".join(f"property {'uchar' if kind == 'u1' else 'float'} {name}\n" for name, kind in kinds.items())
-    file.write(("ply\nformat binary_little_endian 1.0\ncomment metres; camera axes x right, y down, z forward\n"
-                f"element vertex {len(vertices)}\n{properties}end_header\n").encode())
+        kind = "uchar" if kinds[name] == "u1" else "float"
+        header.append(f"property {kind} {name}")
+    file.write("\n".join([*header, "end_header\n"]).encode())
     file.write(vertices.tobytes())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def write_cloud(out: Path, photo: Photo, cloud: Cloud, drawn: Image.Image) -> None:
+    """The files of the cloud, each whole or not at all."""
+    x, y, z = cloud.xyz.T
+    red, green, blue = cloud.colors.T
+    writers = {
+        "depth.npy": lambda file: np.save(file, cloud.depth_m),
+        "points.npz": lambda file: np.savez(
+            file, pixels=cloud.pixels, depth=cloud.depth_m[cloud.keep], xyz=cloud.xyz,
+            colors=cloud.colors, intrinsics=photo.intrinsics, **cloud.measures),
+        "picture.png": lambda file: drawn.save(file, "PNG"),
+        "cloud.ply": lambda file: write_ply(file, x=x, y=y, z=z, red=red, green=green, blue=blue,
+                                            **cloud.measures)}
+    for name, write in writers.items():
+        with render.replacing(out / name) as temporary, open(temporary, "wb") as file:
+            write(file)
+
+
+# --------------------------------------------------------------------------------------------------
 # the picture
 
 
@@ -253,8 +361,8 @@ def colorize(depth_m: np.ndarray, near: float, far: float) -> np.ndarray:
     """Distances (...) -> colours (..., 3) uint8 from near (red) to far (blue); NaN is grey."""
     known = np.isfinite(depth_m)
     t = np.log(np.where(known, depth_m, near) / near) / math.log(far / near)
-    steps = np.linspace(0, 1, len(NEAR_TO_FAR))
-    colors = np.stack([np.interp(t, steps, channel) for channel in NEAR_TO_FAR.T], -1)
+    stops = np.linspace(0, 1, len(NEAR_TO_FAR))
+    colors = np.stack([np.interp(t, stops, channel) for channel in NEAR_TO_FAR.T], -1)
     return np.where(known[..., None], colors, UNKNOWN).round().astype(np.uint8)
 
 
@@ -272,45 +380,63 @@ def legend(height: int, near: float, far: float) -> Image.Image:
     return image
 
 
-def draw_cloud(xyz: np.ndarray, colors: np.ndarray, side: np.ndarray, size, yaw: float, pitch: float) -> Image.Image:
-    """The cloud as seen from `yaw` degrees to the right and `pitch` upwards (0, 0: as the camera did), in parallel
-    projection. Points are squares of `side` (N,) metres; nearer ones hide others. Colours (N, 3) uint8, size (w, h)."""
+def view_rotation(yaw: float, pitch: float) -> np.ndarray:
+    """(3, 3): a view from `yaw` degrees to the right and `pitch` upwards."""
+    a, b = math.radians(yaw), math.radians(pitch)
+    around = [[math.cos(a), 0, math.sin(a)], [0, 1, 0], [-math.sin(a), 0, math.cos(a)]]
+    above = [[1, 0, 0], [0, math.cos(b), -math.sin(b)], [0, math.sin(b), math.cos(b)]]
+    return np.array(above) @ np.array(around)
+
+
+def draw_cloud(xyz: np.ndarray, colors: np.ndarray, side: np.ndarray, size, yaw: float,
+               pitch: float) -> Image.Image:
+    """The cloud as seen from `yaw` degrees to the right and `pitch` upwards (0, 0: as the camera
+    did), in parallel projection. Points are squares of `side` (N,) metres; nearer ones hide others.
+    Colours (N, 3) uint8, size (w, h)."""
     width, height = size
-    (sin_a, cos_a), (sin_b, cos_b) = ((math.sin(math.radians(a)), math.cos(math.radians(a))) for a in (yaw, pitch))
-    around = np.array([[cos_a, 0, sin_a], [0, 1, 0], [-sin_a, 0, cos_a]])
-    above = np.array([[1, 0, 0], [0, cos_b, -sin_b], [0, sin_b, cos_b]])
-    turned = xyz @ (above @ around).T
+    turned = xyz @ view_rotation(yaw, pitch).T
     low, high = np.quantile(turned[:, :2], (0.01, 0.99), 0)  # outliers may leave the frame
     scale = 0.92 * min((width, height) / np.maximum(high - low, side.max()))  # px a metre
-    x, y = np.floor((turned[:, :2] - (low + high) / 2) * scale + (width / 2, height / 2)).clip(-1e6, 1e6).astype(int).T
+    x, y = (turned[:, :2] - (low + high) / 2).T * scale
+    x, y = (np.floor(v + length / 2).clip(-1e6, 1e6).astype(int)
+            for v, length in ((x, width), (y, height)))
     half = np.ceil(np.clip(side * scale, 1, 31) / 2 - 0.5).astype(int)
     cells, points = [], []
-    for dx in range(-half.max(), half.max() + 1):
-        for dy in range(-half.max(), half.max() + 1):
-            ok = (half >= max(abs(dx), abs(dy))) & (0 <= x + dx) & (x + dx < width) & (0 <= y + dy) & (y + dy < height)
-            points.append(np.flatnonzero(ok))
-            cells.append((y + dy)[ok] * width + (x + dx)[ok])
+    offsets = range(-half.max(), half.max() + 1)
+    for dx in offsets:
+        for dy in offsets:
+            u, v = x + dx, y + dy
+            inside = (half >= max(abs(dx), abs(dy))) & (0 <= u) & (u < width) & (0 <= v) \
+                & (v < height)
+            points.append(np.flatnonzero(inside))
+            cells.append(v[inside] * width + u[inside])
     cells, points = np.concatenate(cells), np.concatenate(points)
-    order = np.argsort(-turned[points, 2], kind="stable")  # far to near: what is assigned last to a pixel, stays
+    # far to near: what is assigned last to a pixel, stays
+    order = np.argsort(-turned[points, 2], kind="stable")
     canvas = np.full((height * width, 3), BACKGROUND, np.uint8)
     canvas[cells[order]] = colors[points[order]]
     return Image.fromarray(canvas.reshape(height, width, 3))
 
 
-def picture(photo: Image.Image, depth_m: np.ndarray, xyz: np.ndarray, colors: np.ndarray, side: np.ndarray,
-            note: str) -> Image.Image:
-    """The photo, its depth (rows, columns) in colours with a legend, and the cloud from two sides, a note below."""
-    width, height = (max(round(n * PANEL / max(photo.size)), 160) for n in photo.size)
-    near, far = np.nanquantile(depth_m, (0.01, 0.99))
+def draw_picture(photo: Photo, cloud: Cloud, note: str) -> Image.Image:
+    """The photo, its depth in colours with a legend, and the cloud from two sides, a note below."""
+    rows, columns = cloud.depth_m.shape
+    fx, fy, _, _, w, h = photo.intrinsics
+    width, height = size = [max(round(n * PANEL / max(w, h)), 160) for n in (w, h)]
+    near, far = np.nanquantile(cloud.depth_m, (0.01, 0.99))
     far = max(far, 1.01 * near)
-    low = xyz[:, 1] > 0
-    low = low if low.mean() > 0.2 else np.ones(len(xyz), bool)
-    panels = {"photo": photo.resize((width, height), Image.Resampling.LANCZOS),
-              "Euclidean distance from the camera": Image.fromarray(colorize(depth_m, near, far)).resize(
-                  (width, height), Image.Resampling.NEAREST),
-              "the cloud from the upper right": draw_cloud(xyz, colors, side, (width, height), 30, 20),
-              "from above; without what is higher than the camera, such as a ceiling": draw_cloud(
-                  xyz[low], colors[low], side[low], (width, height), 0, 45)}
+    # wider than the grid's cells, so that slanted surfaces have no gaps
+    side = 1.8 * cloud.xyz[:, 2] * max(w / columns / fx, h / rows / fy)
+    low = cloud.xyz[:, 1] > 0
+    if low.mean() <= 0.2:
+        low = np.ones_like(low)
+    depth = Image.fromarray(colorize(cloud.depth_m, near, far))
+    panels = {
+        "photo": photo.image.resize(size, Image.Resampling.LANCZOS),
+        "Euclidean distance from the camera": depth.resize(size, Image.Resampling.NEAREST),
+        "the cloud from the upper right": draw_cloud(cloud.xyz, cloud.colors, side, size, 30, 20),
+        "from above; without what is higher than the camera, such as a ceiling": draw_cloud(
+            cloud.xyz[low], cloud.colors[low], side[low], size, 0, 45)}
     sheet = Image.new("RGB", (2 * width + 104, 2 * height + 72), "white")
     draw = ImageDraw.Draw(sheet)
     for k, (title, panel) in enumerate(panels.items()):
@@ -322,10 +448,11 @@ def picture(photo: Image.Image, depth_m: np.ndarray, xyz: np.ndarray, colors: np
     return sheet
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def pixel(text: str) -> tuple[float, float]:
+    """An argparse type: X,Y."""
     try:
         x, y = map(float, text.split(","))
     except ValueError:
@@ -334,170 +461,122 @@ def pixel(text: str) -> tuple[float, float]:
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     fromfile_prefix_chars="@", conflict_handler="resolve")
-    parser.convert_arg_line_to_args = lambda line: line.split("#")[0].split()
-    flag = parser.add_argument
-    # I/O
-    flag("checkpoint", help="model folder or hub name")
-    flag("photo", help="an image; or a jsonl file, with --record")
-    flag("--record", type=int, metavar="N", help="this record of the jsonl (0 is the first), with its intrinsics")
-    flag("--image-root", help="folder of the images, if not the jsonl's own")
-    flag("--out", help="folder of the results; default: out/<photo name>")
-    flag("--overwrite", action="store_true", help="replace the cloud that is in --out")
-    # what is asked
-    flag("--points", type=int, default=NUM_POINTS, help="queries, as nearly as an even grid allows (Sec. 4)")
-    flag("--at", type=pixel, nargs="+", metavar="X,Y", help="print the distance of these pixels, and make no cloud")
-    flag("--edge-filter", type=float, metavar="R", help="leave out of the cloud what differs by more than the ratio R "
-         "(such as 0.1) from all four neighbours on the grid")
-    flag("--decode", choices=("greedy", "median"), default="greedy", help="median: of the distribution over numbers, with "
-         "confidence, q10 and q90 in points.npz and cloud.ply")
-    flag("--min-confidence", type=float, metavar="P", help="leave points out of which the model puts less than P of its "
-         "probability within 25 %% of the median (0 to 1; needs --decode median)")
+    parser = render.make_parser(__doc__)
+    parser.add_argument("checkpoint", help="model folder or hub name")
+    parser.add_argument("photo", type=file_path, help="an image; or a jsonl file, with --record")
+
+    flag = parser.add_argument_group("files").add_argument
+    flag("--out", type=file_path, help="folder of the results; default: out/<photo name>")
+    flag("--overwrite", action="store_true", help="drop the answers that are in --out")
+    flag("--record", type=NATURAL, metavar="N",
+         help="this record of the jsonl (0 is the first), with its camera; default: a photo")
+    render.add_record_flags(flag)
+
+    camera = parser.add_argument_group("the photo's camera (default: its EXIF data)")
+    flag = camera.add_mutually_exclusive_group().add_argument
+    flag("--photo-focal", type=POSITIVE, nargs="+", metavar="PX",
+         help="its focal length, px; or fx fy")
+    flag("--fov", type=number(float, 1, 160), metavar="DEGREES", help="horizontal field of view")
+    flag("--focal-35mm", type=POSITIVE, metavar="MM", help="35 mm equivalent focal length")
+    camera.add_argument("--center", type=float, nargs=2, metavar=("CX", "CY"),
+                        help="principal point, px; default: the photo's centre")
+
+    flag = parser.add_argument_group("queries").add_argument
+    flag("--points", type=COUNT, default=NUM_POINTS,
+         help="queries, as nearly as an even grid allows (Sec. 4)")
+    flag("--at", type=pixel, nargs="+", metavar="X,Y",
+         help="print the distance of these pixels, and make no cloud; default: a cloud")
+    flag("--edge-filter", type=POSITIVE, metavar="R",
+         help="leave out of the cloud what differs by more than the ratio R (such as 0.1) from all "
+         "four neighbours on the grid; default: keep all")
+    flag("--min-confidence", type=SHARE, metavar="P",
+         help="leave points out of which the model puts less than P of its probability within "
+         "25 %% of the median; needs --decode median; default: keep all")
     render.add_settings_flags(parser)
-    # the photo's camera: --focal is the photo's own here, so the model's has another name
-    flag("--unified-focal", dest="focal", type=float, help="unified focal length, px (Sec. 3.4)")
-    flag("--focal", dest="photo_focal", type=float, nargs="+", metavar="F", help="photo's focal length, px (or fx fy)")
-    flag("--fov", type=float, help="horizontal field of view of the photo, degrees")
-    flag("--center", type=float, nargs=2, metavar=("CX", "CY"), help="principal point, px; default: the photo's centre")
-    # decoding, system
-    flag("--max-new-tokens", type=int, default=64)
-    flag("--batch-size", type=int, default=32)
-    flag("--workers", type=int, default=min(4, (os.cpu_count() or 2) - 1), help="processes that prepare images")
-    flag("--device", default="auto")
-    flag("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
-    return parser.parse_args(argv)
+    evaluate.add_decoding_flags(parser.add_argument_group("decoding, system").add_argument)
+    args = parser.parse_args(argv)
+    if args.min_confidence is not None and args.decode != "median":
+        parser.error("--min-confidence: needs --decode median; greedy answers have no confidence")
+    if args.photo_focal and len(args.photo_focal) > 2:
+        parser.error("--photo-focal: needs one number of pixels, or two (fx and fy)")
+    if args.record is not None and (args.photo_focal or args.fov or args.focal_35mm or args.center):
+        parser.error("--record brings its own camera: leave --photo-focal, --fov, --focal-35mm and "
+                     "--center out")
+    return args
 
 
-def open_input(args) -> tuple:
-    """-> image path, image, intrinsics, source of the focal length, labels (pixels, distances) or None. Prints it."""
-    labels = None
-    if args.record is not None:
-        if args.photo_focal or args.fov is not None or args.center:
-            raise ValueError("--record brings its own camera: leave --focal, --fov and --center out.")
-        if not args.photo.endswith(".jsonl"):
-            raise ValueError(f"{args.photo}: --record is for a jsonl file; leave it out for a photo.")
-        source = "the record"
-        path, image, intrinsics, labels = open_record(args.photo, args.record, args.image_root)
-    elif args.photo.endswith(".jsonl"):
-        raise ValueError(f"{args.photo}: say which of its records, with --record N (0 is the first).")
-    elif not Path(args.photo).is_file():
-        raise ValueError(f"{args.photo}: no such photo.")
-    else:
-        path, image = args.photo, render.open_image(args.photo)
-        intrinsics, source = photo_camera(path, image.size, args.photo_focal, args.fov, args.center)
-    print("{}: {} x {} px, focal {:.1f} {:.1f} px ({}), center {:g} {:g}".format(
-        path, *image.size, *intrinsics[:2], source, *intrinsics[2:4]), flush=True)
-    return path, image, intrinsics, source, labels
+def run(args: argparse.Namespace, out: Path, photo: Photo, checkpoint, device, dtype) -> None:
+    """Query the grid, or read what was answered before, and write all files."""
+    width, height = photo.image.size
+    grid = pixel_grid(width, height, args.points)
+    rows, columns = grid.shape[:2]
+    print(f"{columns} x {rows} = {rows * columns:,} queries on an even grid ({args.points:,} were "
+          f"wanted), one every {width / columns:.3g} x {height / rows:.3g} px", flush=True)
+    inputs = {"weights": evaluate.weights_hash(checkpoint), "settings": checkpoint.settings,
+              "dtype": str(dtype), "decode": args.decode, "grid": grid.shape[:2],
+              "image": evaluate.file_hash(photo.path), "intrinsics": photo.intrinsics}
+    inputs = json.loads(json.dumps(inputs))
+    if args.overwrite:
+        (out / ANSWERS).unlink(missing_ok=True)
+    elif not (out / ANSWERS).exists():
+        there = [name for name in FILES if (out / name).exists()]
+        if there:
+            raise ValueError(f"{out}: holds a cloud of an unknown photo ({', '.join(there)}). Give "
+                             "another --out, or --overwrite.")
+    done = read_answers(out / ANSWERS, inputs)
+    render.write_json(out / "run.json", render.run_info(args, inputs=inputs))
 
-
-def make_cloud(args, out: Path, inputs: tuple, ask, asked: dict, grid: np.ndarray, done: dict) -> None:
-    """Ask about the grid, write all files, print what was found. Raises ValueError if nothing is left to write."""
-    path, image, intrinsics, source, labels = inputs
-    (rows, columns), (width, height), (fx, fy) = grid.shape[:2], image.size, intrinsics[:2]
-    lines, cost = ask_grid(ask, grid.reshape(-1, 2), out / PART, done, asked, args.batch_size)
-    depth_m = np.array([line["pred"] or np.nan for line in lines], np.float32).reshape(rows, columns)
-    keep = known = np.isfinite(depth_m)
-    if not known.any():
-        (out / PART).unlink()
-        raise ValueError(f"{args.checkpoint}: none of its {len(lines):,} answers is a distance (the first: "
-                         f"{lines[0]['text']!r}). Was it trained for the prompt '{asked['settings']['prompt']}'?")
-    # 0 where a greedy fallback knows no interval
-    measures = {name: np.array([line.get(name, 0.0) for line in lines], np.float32).reshape(rows, columns)
-                for name in ("confidence", "q10", "q90") if args.decode == "median"}
-    if args.min_confidence is not None:
-        keep = known & (measures["confidence"] >= args.min_confidence)
-        if not keep.any():
-            raise ValueError(f"--min-confidence {args.min_confidence:g}: leaves no point; the highest is "
-                             f"{measures['confidence'].max():.2f}. Give a lower one, and go on.")
-    if args.edge_filter is not None:
-        keep = keep & has_neighbour(depth_m, args.edge_filter)
-        if not keep.any():
-            raise ValueError(f"--edge-filter {args.edge_filter:g}: leaves no point. Give a larger ratio, and go on.")
-    pixels = grid[keep]
-    xyz = render.unproject(pixels, depth_m[keep], intrinsics).astype(np.float32)
-    colors = np.asarray(image)[pixels[:, 1], pixels[:, 0]]
-    note = (f"{len(xyz):,} points, {(~known).sum():,} of {len(lines):,} answers were no distance, "
-            f"focal {fx:.1f} {fy:.1f} px ({source})")
-    side = 1.8 * xyz[:, 2] * max(width / columns / fx, height / rows / fy)  # so that slanted surfaces have no gaps
-    drawn = picture(image, depth_m, xyz, colors, side, note)
-    save(out / "depth.npy", lambda file: np.save(file, depth_m))
-    measures = {name: values[keep] for name, values in measures.items()}
-    save(out / "points.npz", lambda file: np.savez(file, pixels=pixels, depth=depth_m[keep], xyz=xyz, colors=colors,
-                                                   intrinsics=intrinsics, **measures))
-    save(out / "picture.png", lambda file: drawn.save(file, "PNG"))
-    save(out / "cloud.ply", lambda file: write_ply(file, **dict(zip("xyz", xyz.T)),
-                                                   **dict(zip(("red", "green", "blue"), colors.T)), **measures))
-    result = {"checkpoint": args.checkpoint, "photo": str(path), "focal_source": source, "queries": len(lines),
-              "unparsed": int((~known).sum()), "points": len(xyz), "edge_filter": args.edge_filter, "min_confidence": args.min_confidence, **asked}
-    evaluate.write_text(out / "run.json", json.dumps(result, indent=2) + "\n")
-    (out / PART).unlink()
+    lines, cost = answer_grid(lambda: evaluate.load_model(checkpoint, device, dtype), checkpoint,
+                              photo, grid.reshape(-1, 2), out / ANSWERS, inputs, done,
+                              args.batch_size, args.workers, args.decode)
+    unparsed = sum(line["pred"] is None for line in lines)
+    if unparsed == len(lines):
+        (out / ANSWERS).unlink()
+        raise ValueError(f"{checkpoint.name}: none of its {len(lines):,} answers is a distance "
+                         f"(the first: {lines[0]['text']!r}). Was it trained for the prompt "
+                         f"'{checkpoint.settings['prompt']}'?")
+    cloud = make_cloud(photo, grid, lines, args.decode, args.min_confidence, args.edge_filter)
+    fx, fy = photo.intrinsics[:2]
+    note = (f"{len(cloud.xyz):,} points, {unparsed:,} of {len(lines):,} answers were no distance, "
+            f"focal {fx:.1f} {fy:.1f} px ({photo.source})")
+    write_cloud(out, photo, cloud, draw_picture(photo, cloud, note))
     print(f"{note}; {cost}")
-    if labels is not None:
-        x, y = np.clip((labels[0] + 0.5) * (columns, rows) // (width, height), 0, (columns - 1, rows - 1)).astype(int).T
-        error = np.abs(depth_m[y, x] / labels[1] - 1)
-        if (n := np.isfinite(error).sum()):
-            print(f"against the record's labels: median error {np.nanmedian(error):.1%} at {n} points")
+    if (error := label_error(photo, cloud.depth_m)):
+        print(error)
     print(", ".join(str(out / name) for name in FILES))
 
 
+@render.command
 def main(argv=None) -> None:
     args = parse_args(argv)
-    try:
-        for name in ("points", "batch_size", "max_new_tokens"):
-            if getattr(args, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: needs at least 1.")
-        if args.min_confidence is not None and args.decode != "median":
-            raise ValueError("--min-confidence: needs --decode median; greedy answers have no confidence.")
-        if args.edge_filter is not None and not (math.isfinite(args.edge_filter) and args.edge_filter > 0):
-            raise ValueError(f"--edge-filter {args.edge_filter:g}: needs a positive ratio, such as 0.1.")
-        inputs = path, image, intrinsics, *_ = open_input(args)
-        for x, y in args.at or ():
-            check_inside("--at", x, y, *image.size)
-        name = Path(args.photo).stem if args.record is None else f"{evaluate.dataset_name(args.photo)}-{args.record}"
+    if args.record is None:
+        photo = open_photo(args.photo, args.photo_focal, args.fov, args.focal_35mm, args.center)
+        name = Path(args.photo).stem
+    else:
+        photo = open_record(args.photo, args.record, args.image_root, args.label_type)
+        name = f"{evaluate.dataset_names([args.photo])[0]}-{args.record}"
+    width, height = photo.image.size
+    fx, fy, cx, cy = photo.intrinsics[:4]
+    print(f"{photo.path}: {width} x {height} px, focal {fx:.1f} {fy:.1f} px ({photo.source}), "
+          f"center {cx:g} {cy:g}", flush=True)
+    for x, y in args.at or ():
+        check_inside("--at", x, y, width, height)
+
+    checkpoint = render.open_checkpoint(args.checkpoint, render.given_settings(args))
+    device = evaluate.pick_device(args.device)
+    dtype = evaluate.pick_dtype(args.dtype, device)
+    if not args.at:
         out = Path(args.out or Path("out") / name)
-        there = [f for f in FILES if (out / f).exists()]
-        if there and not (args.at or args.overwrite or (out / PART).exists()):  # a part: replacing them was allowed
-            raise ValueError(f"{out}: holds a cloud already ({', '.join(there)}). Give another --out, or --overwrite.")
-
-        settings = render.load_settings(args.checkpoint, render.given_settings(args))
-        encoder = render.load_encoder(args.checkpoint)
-        device = evaluate.pick_device(args.device)
-        dtype = evaluate.pick_dtype(args.dtype, device)
-        grid = pixel_grid(*image.size, args.points)
-        if not args.at:
-            (rows, columns), (width, height) = grid.shape[:2], image.size
-            print(f"{columns} x {rows} = {rows * columns:,} queries on an even grid ({args.points:,} were wanted), one "
-                  f"every {width / columns:.3g} x {height / rows:.3g} px", flush=True)
-            asked = identity(path, intrinsics, grid, settings, encoder.folder, dtype, args.max_new_tokens, args.decode)
-            done = {}
-            if (out / PART).exists():
-                try:
-                    done = read_part(out / PART, asked)
-                except ValueError:
-                    if not args.overwrite:
-                        raise
-            out.mkdir(parents=True, exist_ok=True)
-
-        model = evaluate.load_model(args.checkpoint, device, dtype)
-        ask = partial(ask_pixels, model, encoder, settings, str(path), intrinsics, batch_size=args.batch_size,
-                      workers=0 if args.at else args.workers, max_new_tokens=args.max_new_tokens, decode=args.decode)
-        if not args.at:
-            return make_cloud(args, out, inputs, ask, asked, grid, done)
-        lines = [line for batch in ask(pixels=np.array(args.at)) for line in batch]
-        for (x, y), line in zip(args.at, lines):
-            z = line["pred"] and line["pred"] / render.ray_length(x, y, intrinsics)
-            print(f"{x:g},{y:g}: " + (f"{line['pred']:.2f} m from the camera, z {z:.2f} m" if z else
-                                      f"no distance in {line['text']!r}"))
-        if not any(line["pred"] for line in lines):
-            raise ValueError(f"{args.checkpoint}: none of its answers is a distance. Was it trained for the prompt "
-                             f"'{settings['prompt']}'?")
-    except (ValueError, OSError) as e:
-        fail(e)
-    except (KeyboardInterrupt, RuntimeError) as e:
-        if isinstance(e, RuntimeError) and "DataLoader worker" not in str(e):
-            raise
-        fail("interrupted, or a worker was ended. Give the same command again to go on.")  # workers get a Ctrl-C, too
+        with render.lock_folder(out):
+            return run(args, out, photo, checkpoint, device, dtype)
+    model = evaluate.load_model(checkpoint, device, dtype)
+    batches = query_pixels(model, checkpoint, photo, np.array(args.at), args.batch_size, 0,
+                           args.decode)
+    lines = [line for batch in batches for line in batch]
+    print_pixels(lines, photo.intrinsics)
+    if all(line["pred"] is None for line in lines):
+        raise ValueError(f"{checkpoint.name}: none of its answers is a distance. Was it trained "
+                         f"for the prompt '{checkpoint.settings['prompt']}'?")
 
 
 if __name__ == "__main__":

@@ -679,10 +679,11 @@ class Run:
     bad: int  # samples that could not be read so far
 
 
-def start_run(args: argparse.Namespace, out: Path, rank: int, world: int, device: torch.device,
-              batch: int, fallback: dict | None = None) -> Run:
-    """Open everything, and resume if there is a state. batch: samples (prompts) an optimizer step;
-    fallback: settings for a model without a depthlm.json."""
+def start_run(args: argparse.Namespace, rank: int, world: int, device: torch.device, batch: int,
+              what: str = "samples", fallback: dict | None = None) -> Run:
+    """Open everything, and resume if there is a state. batch: how many an optimizer step, and of
+    what; fallback: settings for a model without a depthlm.json."""
+    out = Path(args.out)
     steps, dtype = args.samples // batch, evaluate.pick_dtype(args.dtype, device)
     if batch % world:
         raise ValueError(f"--batch {args.batch}: {batch} do not divide among {world} processes.")
@@ -711,8 +712,8 @@ def start_run(args: argparse.Namespace, out: Path, rank: int, world: int, device
         parameters = sum(p.numel() for p in model.parameters())
         images = sum(len(records) for records, _ in datasets)
         print(f"{parameters / 1e6:.2f} M parameters, {world} x {device.type} "
-              f"{str(dtype).removeprefix('torch.')}, {steps} steps of {batch}, {len(datasets)} "
-              f"file(s) with {images} images, from step {first}", flush=True)
+              f"{str(dtype).removeprefix('torch.')}, {steps} steps of {batch} {what}, "
+              f"{len(datasets)} file(s) with {images} images, from step {first}", flush=True)
     if state and first >= last:  # its model may have been lost since
         save_model(model, checkpoint.folder, out, checkpoint.settings, dtype)
     return run
@@ -778,9 +779,8 @@ def images_to_see(datasets: list[tuple[Records, float]], samples: int, points: i
 
 def train(args: argparse.Namespace, rank: int, world: int, device: torch.device) -> None:
     # ---------------------------------------------------------------------------------------- setup
-    out, share = Path(args.out), args.batch // world
-    run = start_run(args, out, rank, world, device, args.batch)
-    model, optimizer, checkpoint = run.model, run.optimizer, run.checkpoint
+    run = start_run(args, rank, world, device, args.batch)
+    model, optimizer, checkpoint, out = run.model, run.optimizer, run.checkpoint, run.out
 
     # ----------------------------------------------------------------------------------------- data
     images = None
@@ -795,7 +795,7 @@ def train(args: argparse.Namespace, rank: int, world: int, device: torch.device)
         batch_sampler=batch_indices(run.first, run.last, args.batch, args.micro_batch, rank, world),
         collate_fn=partial(collate, filler=blank_sample(checkpoint) if chats else None),
         pin_memory=device.type == "cuda"))
-    micro_steps = -(-share // args.micro_batch)
+    micro_steps = -(-(args.batch // world) // args.micro_batch)
 
     # ----------------------------------------------------------------------------------------- loop
     bar = tqdm(total=run.steps, initial=run.first, dynamic_ncols=True,
