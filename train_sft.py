@@ -44,8 +44,7 @@ from tqdm import tqdm
 
 import evaluate
 import render
-from render import (COUNT, FAMILIES, NATURAL, POSITIVE, SHARE, TASKS, Checkpoint, Records,
-                    file_path, number)
+from render import COUNT, FAMILIES, NATURAL, POSITIVE, TASKS, Checkpoint, Records, file_path
 
 DATASETS = {"argoverse2": 1, "waymo": 1, "nuscenes": 1, "scannetpp": 1, "taskonomy": 1, "hm3d": 1,
             "matterport3d": 0.1}  # Sec. 4: the mixture and its weights
@@ -608,10 +607,10 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     flag("--micro-batch", type=COUNT, default=4, help="samples in one forward pass on one rank")
     flag("--lr", type=POSITIVE, default=5.2e-5, help="learning rate after the warm-up")
     flag("--schedule", choices=("cosine", "constant"), default="cosine", help="of the lr")
-    flag("--warmup", type=SHARE, default=0.1, help="share of the steps")
+    flag("--warmup", type=render.SHARE, default=0.1, help="share of the steps")
     flag("--clip", type=POSITIVE, default=0.1, help="gradient norm")
-    flag("--betas", type=number(float, 0, 1), nargs=2, default=[0.9, 0.999], help="of AdamW")
-    flag("--weight-decay", type=number(float, 0), default=0.0, help="of AdamW")
+    flag("--betas", type=render.number(float, 0, 1), nargs=2, default=[0.9, 0.999], help="of AdamW")
+    flag("--weight-decay", type=render.number(float, 0), default=0.0, help="of AdamW")
 
     flag = parser.add_argument_group("system").add_argument
     flag("--dtype", choices=("auto", "bfloat16", "float32"), default="auto",

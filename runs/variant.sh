@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# One variant of a finding, for finding.sh: train it and score it. Given again, both go on where they were, or say that
-# another command was there.
+# One variant of a finding, for finding.sh: train it and score it. Given again, both resume, or say
+# that the folder holds another command's result.
 #   bash runs/variant.sh OUT VAL.jsonl SCRIPT [FLAG ...]
 set -euo pipefail
 out=$1 val=$2
