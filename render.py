@@ -777,7 +777,7 @@ def task_fits(task: str, records: Records, tries: int = 64) -> bool:
 
 DEFAULTS = {"focal": 1000, "marker": "arrow", "marker_size": 5, "prompt": "paper",
             "camera": "unify", "tasks": ["distance"], "max_new_tokens": 128}
-PROMPTS = ("paper", "release", "text")
+PROMPTS = tuple(name for name in TASKS["distance"].wordings if name not in ("camera", "ray"))
 CAMERAS = ("unify", "none", "prompt", "ray")  # Sec. 3.3, App. A.5
 
 
