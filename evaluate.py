@@ -30,6 +30,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import render
@@ -49,13 +50,15 @@ except ImportError:
 
 
 def attend(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None,
-           segments=None, **kwargs):
+           max_length_q=None, segments=None, longest=None, **kwargs):
     """Attention of all layers, text and vision. query (B, heads, T, d) -> (B, T, heads, d), None.
 
-    Packed (B = 1): tokens see their own segment only; the vision tower gives `cu_seq_lens_q`, the
-    text `segments`, both (n + 1,) starts. Otherwise: a bool `attention_mask` (B, 1, T, K), as
-    decoding and GRPO's tree rows have."""
-    starts = segments if cu_seq_lens_q is None else cu_seq_lens_q
+    Packed (B = 1): tokens see their own segment only; the vision tower gives `cu_seq_lens_q` and
+    `max_length_q`, the text `segments` and `longest`: starts (n + 1,), and the longest length.
+    Otherwise: an `attention_mask` (B, 1, T, K) of 0 and -inf, as decoding and tree rows have."""
+    starts = segments
+    if cu_seq_lens_q is not None:
+        starts, longest = cu_seq_lens_q, max_length_q
     places = kwargs.get("position_ids")
     patches = attention_mask is None and places is not None and places.shape[-1] == 2
     if starts is None and patches:
@@ -63,22 +66,44 @@ def attend(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_
         begins = (places == 0).all(-1).nonzero()[:, 0]
         starts = F.pad(begins, (0, 1), value=len(places))
     if starts is None:
-        out = F.scaled_dot_product_attention(query, key, value, attention_mask, scale=scaling,
-                                             enable_gqa=True)
-        return out.transpose(1, 2), None
+        return masked_attention(query, key, value, attention_mask, scaling).transpose(1, 2), None
 
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (S, heads, d)
-    half = query.dtype in (torch.float16, torch.bfloat16)
-    if query.is_cuda and half and varlen_attn is not None:
-        return flash_segments(q, k, v, starts, scaling, module.is_causal)[None], None
+    fits = query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] % 8 == 0
+    if query.is_cuda and fits and varlen_attn is not None:
+        return flash_segments(q, k, v, starts, longest, scaling, module.is_causal)[None], None
     return batched_segments(q, k, v, starts, scaling, module.is_causal)[None], None
 
 
-def flash_segments(q, k, v, starts, scaling, causal: bool) -> torch.Tensor:
+def masked_attention(query, key, value, mask, scaling) -> torch.Tensor:
+    """On a GPU without cuDNN, which builds a plan for each new shape, half a second long, and each
+    decoding step is one; and with expanded heads, for which alone a fused kernel takes a mask."""
+    if not query.is_cuda:
+        return F.scaled_dot_product_attention(query, key, value, mask, scale=scaling,
+                                              enable_gqa=True)
+    key, value = (expand_heads(x, query.shape[1], 1) for x in (key, value))
+    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        return F.scaled_dot_product_attention(query, key, value, mask, scale=scaling)
+
+
+def expand_heads(x: torch.Tensor, heads: int, axis: int) -> torch.Tensor:
+    """Grouped heads, each repeated for the queries that share it."""
+    return x if x.shape[axis] == heads else x.repeat_interleave(heads // x.shape[axis], axis)
+
+
+def additive_mask(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """bool (B, N, K) -> (B, 1, N, K) of 0 and -inf, once for all layers. Its rows are aligned to 8
+    numbers, or a fused kernel would copy it in each layer."""
+    mask = visible.new_zeros((*visible.shape[:2], -(-visible.shape[2] // 8) * 8), dtype=dtype)
+    mask = mask[:, None, :, :visible.shape[2]]
+    return mask.masked_fill_(~visible[:, None], -math.inf)
+
+
+def flash_segments(q, k, v, starts, longest: int | None, scaling, causal: bool) -> torch.Tensor:
     """(S, heads, d) each -> (S, heads, d), by the variable-length kernel."""
-    if k.shape[1] != q.shape[1]:
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    longest = int((starts[1:] - starts[:-1]).max())
+    k, v = (expand_heads(x, q.shape[1], 1) for x in (k, v))
+    if longest is None:  # a synchronisation, in each layer
+        longest = int((starts[1:] - starts[:-1]).max())
     starts = starts.to(torch.int32)
     flags = {}
     if "scale" in VARLEN_FLAGS:  # else 1 / sqrt(d), which is what all families use
@@ -108,15 +133,47 @@ def batched_segments(q, k, v, starts, scaling, causal: bool) -> torch.Tensor:
     return torch.cat(outs)[torch.argsort(torch.cat(order))]
 
 
-def pack_attention(model):
-    """Make a transformers model run `attend`. The name holds "flash" because that is how the vision
-    towers decide to hand over segment starts instead of looping over windows in Python; it is set
-    after construction because transformers would look up such a name on the hub."""
+def prepare_model(model, dtype: torch.dtype):
+    """Make a transformers model run `attend` and the faster forms below, in which it computes the
+    same. The name holds "flash" because that is how the vision towers decide to hand over segment
+    starts instead of looping over windows in Python; it is set after construction because
+    transformers would look up such a name on the hub."""
     from transformers import AttentionInterface
     AttentionInterface.register("packed_flash", attend)
     for config in (model.config, model.config.text_config, model.config.vision_config):
         config._attn_implementation_internal = "packed_flash"
+    for module in model.modules():
+        for ending, forward in FASTER.items():
+            if type(module).__name__.endswith(ending):
+                module.forward = forward.__get__(module)
+    model.compute_dtype = dtype
     return model
+
+
+def patch_product(self, patches):
+    """A convolution whose kernel is as large as its input is one matrix product."""
+    weight = self.proj.weight
+    return F.linear(patches.to(weight.dtype), weight.flatten(1), self.proj.bias)
+
+
+def rms_norm(self, x):
+    return F.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)
+
+
+def aligned_mlp(self, x):
+    """Qwen2.5-VL's vision MLP is 3,420 wide: no multiple of 8, so no fast matrix product on a GPU.
+    Zeros make it 3,456."""
+    pad = -self.gate_proj.out_features % 64
+    if not pad or not x.is_cuda:
+        return type(self).forward(self, x)
+    gate, up = (F.linear(x, F.pad(p.weight, (0, 0, 0, pad)), F.pad(p.bias, (0, pad)))
+                for p in (self.gate_proj, self.up_proj))
+    down = self.down_proj
+    return F.linear(self.act_fn(gate) * up, F.pad(down.weight, (0, pad)), down.bias)
+
+
+# class names of transformers, in Qwen2.5-VL and Qwen3-VL, by their endings
+FASTER = {"VisionPatchEmbed": patch_product, "RMSNorm": rms_norm, "2_5_VLMLP": aligned_mlp}
 
 
 def pick_device(device: str = "auto") -> torch.device:
@@ -138,6 +195,7 @@ def setup_distributed(device: str = "auto", **options) -> tuple[int, int, torch.
     device = pick_device(device)
     backend = "gloo"
     if device.type == "cuda":
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     if "RANK" not in os.environ:
@@ -156,7 +214,7 @@ def load_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype)
     except OSError as e:
         reason = str(e).splitlines()[0]
         raise ValueError(f"{checkpoint.name}: cannot be loaded ({reason}).") from None
-    return pack_attention(model).to(device).eval()
+    return prepare_model(model, dtype).to(device).eval()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -180,7 +238,7 @@ def prefill(model, checkpoint: Checkpoint, samples: list[dict], draft: list[int]
     an answer."""
     from transformers import DynamicCache
     rows = [append_tokens(sample, draft) for sample in samples]
-    inputs = render.model_inputs(render.pack(rows), checkpoint, model.device, model.dtype)
+    inputs = render.model_inputs(render.pack(rows), checkpoint, model.device, model.compute_dtype)
     starts = inputs["segments"].long()
     ends, lengths = starts[1:], starts[1:] - starts[:-1]
     keep = ends[:, None] - 1 + torch.arange(-len(draft), 1, device=ends.device)
@@ -215,8 +273,8 @@ def decode_step(model, checkpoint: Checkpoint, prefix: Prefix, tokens, position,
     in seen (B, N, K + N). The new keys and values join the cache. -> logits (B, N, V)."""
     if checkpoint.family.mrope:
         position = position.expand(3, -1, -1)
-    return model(input_ids=tokens, attention_mask=seen[:, None], position_ids=position,
-                 past_key_values=prefix.cache, use_cache=True).logits
+    return model(input_ids=tokens, attention_mask=additive_mask(seen, model.compute_dtype),
+                 position_ids=position, past_key_values=prefix.cache, use_cache=True).logits
 
 
 # --------------------------------------------------------------------------------------------------

@@ -158,6 +158,11 @@ def command(main: Callable) -> Callable:
             return main(argv)
         except (ValueError, OSError) as e:
             fail(e)
+        except RuntimeError as e:
+            if type(e).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+                raise
+            fail(f"the GPU has not enough memory ({str(e).splitlines()[0]}). Lower --micro-batch or "
+                 "--batch-size; in training also --reshard (several GPUs), --checkpointing.")
         except KeyboardInterrupt:
             fail("interrupted. Give the same command again to resume.", 130)
 
@@ -1170,7 +1175,7 @@ def encode(checkpoint: Checkpoint, views: list[View], question: str,
 
 def pack(samples: list[dict]) -> dict:
     """Samples one after another in one row, not padded: input_ids (1, S), position_ids (3 or 1, 1,
-    S), segments (n + 1,) where each sample starts; and for the loss, targets: the answer tokens,
+    S), segments (n + 1,) where each sample starts, longest: of them; and for the loss, targets: the answer tokens,
     predict_at: the position that predicts each."""
     import torch
     starts = np.concatenate([[0], np.cumsum([len(s["input_ids"]) for s in samples])])
@@ -1190,6 +1195,7 @@ def pack(samples: list[dict]) -> dict:
     return {"input_ids": torch.from_numpy(ids)[None],
             "position_ids": torch.from_numpy(positions)[:, None],
             "segments": torch.from_numpy(starts.astype(np.int32)),
+            "longest": int(np.diff(starts).max()),
             "pixels": torch.from_numpy(pixels) if len(pixels) else None,
             "sizes": [size for s in samples for size in s["sizes"]],
             "predict_at": torch.from_numpy(answers - 1), "targets": torch.from_numpy(ids[answers])}
@@ -1202,6 +1208,7 @@ def model_inputs(batch: dict, checkpoint: Checkpoint, device="cpu", dtype=None) 
     import torch
     inputs = {k: batch[k].to(device, non_blocking=True)
               for k in ("input_ids", "position_ids", "segments")}
+    inputs["longest"] = batch["longest"]
     if not checkpoint.family.mrope:
         inputs["position_ids"] = inputs["position_ids"][0]
     if batch["pixels"] is None:

@@ -231,9 +231,9 @@ def group_advantages(rewards: torch.Tensor, kind: str = "std") -> torch.Tensor:
 
 
 def tree_mask(padding: torch.Tensor, prompt: int, group_size: int, length: int) -> torch.Tensor:
-    """padding (B,): how many of the first `prompt` columns are padding -> (B, 1, S, S) bool, S =
-    prompt + group_size * length: a token sees the prompt and its own answer up to itself, never
-    another answer, never padding."""
+    """padding (B,): how many of the first `prompt` columns are padding -> (B, S, S) bool, S = prompt
+    + group_size * length: a token sees the prompt and its own answer up to itself, never another
+    answer, never padding."""
     device = padding.device
     branch = torch.arange(1, group_size + 1, device=device).repeat_interleave(length)
     branch = torch.cat([torch.zeros(prompt, device=device), branch])
@@ -241,14 +241,14 @@ def tree_mask(padding: torch.Tensor, prompt: int, group_size: int, length: int) 
     real = torch.arange(len(branch), device=device) >= padding[:, None]  # (B, S)
     # padding sees itself: a softmax over nothing is NaN
     itself = torch.eye(len(branch), dtype=torch.bool, device=device)
-    return (tree & real[:, None] | itself)[:, None]
+    return tree & real[:, None] | itself
 
 
-def tree_rows(checkpoint: Checkpoint, samples: list[dict],
-              tokens: torch.Tensor) -> tuple[dict, torch.Tensor]:
-    """B prompts and their answers (B, G, L) -> arguments of the model, and the columns (G * L,)
-    that predict the answers' tokens: the same in every row, since the padding is on the left. The
-    last token of an answer predicts nothing and is not fed."""
+def tree_rows(checkpoint: Checkpoint, samples: list[dict], tokens: torch.Tensor,
+              dtype: torch.dtype) -> tuple[dict, torch.Tensor]:
+    """B prompts and their answers (B, G, L) -> arguments of the model, computing in `dtype`, and
+    the columns (G * L,) that predict the answers' tokens: the same in every row, since the padding
+    is on the left. The last token of an answer predicts nothing and is not fed."""
     rows, group_size, length = tokens.shape
     device, mrope = tokens.device, checkpoint.family.mrope
     lengths = [len(sample["input_ids"]) for sample in samples]
@@ -266,12 +266,13 @@ def tree_rows(checkpoint: Checkpoint, samples: list[dict],
     columns = torch.arange(length) + (length - 1) * torch.arange(group_size)[:, None] + prompt - 1
     columns[:, 0] = prompt - 1  # the first token of each is predicted by the prompt's last
     padding = torch.tensor([prompt - n for n in lengths], device=device)
-    inputs = render.model_inputs(render.pack(samples), checkpoint, device)
-    del inputs["segments"]  # rows, not packed
+    inputs = render.model_inputs(render.pack(samples), checkpoint, device, dtype)
+    del inputs["segments"], inputs["longest"]  # rows, not packed
     inputs["input_ids"] = torch.cat([torch.from_numpy(ids).to(tokens),
                                      tokens[:, :, :-1].flatten(1)], 1)
     inputs["position_ids"] = (positions if mrope else positions[0]).to(device)
-    inputs["attention_mask"] = tree_mask(padding, prompt, group_size, length - 1)
+    visible = tree_mask(padding, prompt, group_size, length - 1)
+    inputs["attention_mask"] = evaluate.additive_mask(visible, dtype)
     return inputs, columns.flatten().to(device)
 
 
@@ -279,9 +280,7 @@ def answer_logps(model, checkpoint: Checkpoint, samples: list[dict], tokens: tor
                  temperature: float) -> torch.Tensor:
     """Log probabilities (B, G, L) of the answers' tokens, with gradient: one forward, each image
     encoded once."""
-    inputs, columns = tree_rows(checkpoint, samples, tokens)
-    if "pixel_values" in inputs:
-        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    inputs, columns = tree_rows(checkpoint, samples, tokens, model.compute_dtype)
     logits = model(**inputs, use_cache=False, logits_to_keep=columns).logits
     policy = log_policy(logits.unflatten(1, tokens.shape[1:]), temperature,
                         banned_tokens(model, checkpoint))
@@ -364,7 +363,7 @@ def train(args: argparse.Namespace, rank: int, world: int, device: torch.device)
     settings = checkpoint.settings
     reference = None
     if args.kl_coef > 0:  # always the model that the run started from, also when it is resumed
-        reference = train_sft.shard_model(checkpoint.folder, device, run.dtype)
+        reference = train_sft.shard_model(checkpoint.folder, device, run.dtype, master=run.dtype)
         reference.eval().requires_grad_(False)
 
     # ----------------------------------------------------------------------------------------- data
@@ -415,7 +414,7 @@ def train(args: argparse.Namespace, rank: int, world: int, device: torch.device)
         tokens, = train_sft.sum_over_ranks([rollout.mask.sum().item()], device)
         sums = torch.zeros(4, dtype=torch.float64, device=device)
         for micro_step, rows in enumerate(micro_batches, 1):
-            train_sft.accumulate_gradients(model, micro_step == len(micro_batches))
+            train_sft.begin_micro_step(model, micro_step == len(micro_batches), args.reshard)
             part, prompts_of_part = rollout.part(rows), samples[rows]
             reference_logps = None
             if reference is not None:
@@ -436,7 +435,10 @@ def train(args: argparse.Namespace, rank: int, world: int, device: torch.device)
         optimizer.zero_grad(set_to_none=True)
         done = time.time()
 
-        # logp_gap: |log p in the rollout - log p in the update| is rounding, or something is wrong
+        # |log p in the rollout - log p in the update| is rounding, or something is wrong
+        if gap > 0.1 and rank == 0:
+            tqdm.write(f"step {step + 1}: WARNING: logp_gap {gap:.2f}: the update scores answers "
+                       "under another distribution than they were drawn from")
         means = log_means(checkpoint, rollout, scores)
         shown = (step + 1) % args.log_every == 0
         answer = one_answer(step, samples, texts, scores, advantages) if shown else {}

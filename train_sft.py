@@ -53,7 +53,7 @@ BAD_SHARE = 0.01  # a run stops when more of its samples than this cannot be rea
 SHARD_BYTES = 4 << 30  # of one safetensors file; also all that rank 0 holds at once while saving
 # what may differ when a run is resumed
 FREE_FLAGS = {"resume", "out", "workers", "micro_batch", "rollout_batch", "checkpointing",
-              "reshard", "log_every", "save_every", "stop_after", "val", "val_every",
+              "reshard", "compile", "log_every", "save_every", "stop_after", "val", "val_every",
               "val_queries", "val_batch"}
 
 
@@ -211,23 +211,30 @@ def layers_of(model) -> tuple[list, list]:
 
 
 def shard_model(folder: Path, device: torch.device, dtype: torch.dtype, reshard: bool = True,
-                checkpointing: bool = False):
+                checkpointing: bool = False, compile: bool = False,
+                master: torch.dtype = torch.float32):
     """Build the model without memory, shard it (each vision block, each decoder layer, the root),
     and fill each rank's own slices from the safetensors files: no rank ever holds all of it.
-    Parameters are fp32, compute is `dtype`."""
+    Parameters are `master`, compute is `dtype`."""
     from transformers import AutoConfig, AutoModelForImageTextToText
     with torch.device("meta"):
         config = AutoConfig.from_pretrained(folder)
-        model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
-    evaluate.pack_attention(model)
+        model = AutoModelForImageTextToText.from_config(config, dtype=master)
+    evaluate.prepare_model(model, dtype)
     vision, text = layers_of(model)
     if checkpointing:
         for layer in vision + text:
             layer.gradient_checkpointing = True
-            layer._gradient_checkpointing_func = partial(run_checkpointed, use_reentrant=False)
+            layer._gradient_checkpointing_func = partial(run_checkpointed, use_reentrant=False,
+                                                         preserve_rng_state=False)
+    if compile:
+        for layer in vision + text:
+            layer.compile(dynamic=True)
 
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    # inputs stay as they are: the vision tower's rotations are fp32, as they are in evaluation
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32,
+                                  cast_forward_inputs=False)
     for layer in vision + text:
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
@@ -306,7 +313,7 @@ def gathered(model, reshard: bool):
 def answer_loss(model, checkpoint: Checkpoint, batch: dict, device) -> torch.Tensor:
     """Sum of the cross entropy of the answer tokens; only their positions get logits."""
     # paper: the released code also trains on the question; here the answer and its end of turn
-    inputs = render.model_inputs(batch, checkpoint, device, model.dtype)
+    inputs = render.model_inputs(batch, checkpoint, device, model.compute_dtype)
     predict_at, targets = batch["predict_at"].to(device), batch["targets"].to(device)
     logits = model(**inputs, use_cache=False, logits_to_keep=predict_at).logits[0]
     return F.cross_entropy(logits.float(), targets, reduction="sum")
@@ -318,10 +325,12 @@ def sum_over_ranks(values: list[float], device) -> list[float]:
     return total.tolist()
 
 
-def accumulate_gradients(model, last_micro_step: bool) -> None:
-    """FSDP reduces gradients over the ranks in the last micro-step only."""
-    model.set_requires_gradient_sync(last_micro_step)
-    model.set_is_last_backward(last_micro_step)
+def begin_micro_step(model, last: bool, reshard: bool) -> None:
+    """Weights stay gathered and gradients unreduced until the last micro-step; with `reshard`, for
+    models whose whole fp32 gradients would not fit, neither does."""
+    model.set_requires_gradient_sync(last or reshard)
+    model.set_reshard_after_backward(last or reshard)
+    model.set_is_last_backward(last)
 
 
 def clip_gradients(model, limit: float) -> float:
@@ -618,7 +627,10 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     flag("--checkpointing", action=on_off, default=True,
          help="activation checkpointing: less memory, a third more compute")
     flag("--reshard", action=on_off, default=False,
-         help="free gathered weights after each forward: less memory, more traffic")
+         help="free gathered weights after each forward, reduce gradients in each micro-batch: "
+         "less memory, more traffic")
+    flag("--compile", action=on_off, default=False,
+         help="torch.compile each layer: minutes at the start, fewer and larger kernels")
 
     flag = parser.add_argument_group("logging, validation").add_argument
     flag("--log-every", type=COUNT, default=10, help="steps a printed line; log.jsonl has each")
@@ -697,7 +709,8 @@ def start_run(args: argparse.Namespace, rank: int, world: int, device: torch.dev
         open_run(args, out, world)
     dist.barrier()
 
-    model = shard_model(checkpoint.folder, device, dtype, args.reshard, args.checkpointing)
+    model = shard_model(checkpoint.folder, device, dtype, args.reshard, args.checkpointing,
+                        args.compile)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=tuple(args.betas),
                                   weight_decay=args.weight_decay, fused=True)
     model.train()
@@ -789,12 +802,13 @@ def train(args: argparse.Namespace, rank: int, world: int, device: torch.device)
     chats = read_chats(chats) if chats else []
     samples = Samples(run.datasets, run.tasks, checkpoint, args.crop, args.seed, images=images,
                       chats=(chats, chat_share))
+    micro_steps = -(-(args.batch // world) // args.micro_batch)
+    ahead = 1 + -(-micro_steps // args.workers) if args.workers else None  # a step, and one each
     loader = iter(torch.utils.data.DataLoader(
-        samples, num_workers=args.workers, prefetch_factor=4 if args.workers else None,
+        samples, num_workers=args.workers, prefetch_factor=ahead,
         batch_sampler=batch_indices(run.first, run.last, args.batch, args.micro_batch, rank, world),
         collate_fn=partial(collate, filler=blank_sample(checkpoint) if chats else None),
         pin_memory=device.type == "cuda"))
-    micro_steps = -(-(args.batch // world) // args.micro_batch)
 
     # ----------------------------------------------------------------------------------------- loop
     bar = tqdm(total=run.steps, initial=run.first, dynamic_ncols=True,
@@ -814,7 +828,7 @@ def train(args: argparse.Namespace, rank: int, world: int, device: torch.device)
         report_bad([m for b in batches for m in b["bad"]], run.bad, (step + 1) * args.batch)
         loss_sum = torch.zeros((), device=device)
         for micro_step, batch in enumerate(batches, 1):
-            accumulate_gradients(model, last_micro_step=micro_step == micro_steps)
+            begin_micro_step(model, micro_step == micro_steps, args.reshard)
             loss = answer_loss(model, checkpoint, batch, device)
             (loss * (world / tokens)).backward()  # FSDP averages the gradients of the ranks
             loss_sum += loss.detach()
