@@ -19,6 +19,7 @@ import math
 import os
 import re
 import sys
+import time
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -1040,15 +1041,19 @@ def evaluate_checkpoint(args, checkpoint: Checkpoint, out: Path) -> list[dict] |
             query_model(args, checkpoint, groups, out, rank, world, device, dtype)
             dist.barrier()
             if rank == 0:
-                join_parts(out)
+                join_parts(out, sum(len(pairs) for *_, pairs in groups))
         elif rank == 0:
             print(f"{out}: was evaluated before; its answers are scored again (--overwrite "
                   "queries the model anew)")
     return read_predictions(finished) if rank == 0 else None
 
 
-def join_parts(out: Path) -> None:
+def join_parts(out: Path, total: int) -> None:
+    """Make predictions.jsonl. Raises ValueError if an answer is missing."""
     done = read_parts(out)
+    if len(done) < total:
+        raise ValueError(f"{out}: has {len(done)} of {total} answers, though all ranks have ended. "
+                         "Give an --out that all of them share.")
     render.write_jsonl(out / "predictions.jsonl", [done[number] for number in sorted(done)])
     for path in out.glob("predictions.part-*.jsonl"):
         path.unlink()
@@ -1071,7 +1076,7 @@ def query_model(args, checkpoint: Checkpoint, groups: list, out: Path, rank: int
     bar = tqdm(total=total, initial=total - left, desc="queries", dynamic_ncols=True,
                disable=rank > 0 or not sys.stderr.isatty())
     dist.barrier()  # all have read the parts before there are new ones
-    part = out / f"predictions.part-{rank}-of-{world}-{os.getpid()}.jsonl"
+    part = out / f"predictions.part-{rank}-of-{world}-{time.time_ns()}.jsonl"
     with bar, open(part, "w") as file:
         for name, records, task, items in todo:
             numbers = iter([number for number, _ in items])

@@ -32,7 +32,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.checkpoint.api import CheckpointException
@@ -392,7 +392,11 @@ def save_model(model, source: Path, out: Path, settings: dict, dtype: torch.dtyp
     def flush():
         if shard and rank == 0:
             path = out / f".part-{len(parts) + 1}.safetensors"
-            save_file(shard, path, metadata={"format": "pt"})
+            try:
+                save_file(shard, path, metadata={"format": "pt"})
+            except SafetensorError as e:
+                path.unlink(missing_ok=True)
+                raise save_failed(path, e) from None
             parts.append((path, list(shard)))
         shard.clear()
 
@@ -429,25 +433,30 @@ def copy_model_files(source: Path, out: Path, dtype: torch.dtype) -> None:
 
 
 def publish_weights(parts: list[tuple[Path, list[str]]], out: Path) -> None:
-    """Give written files their names, then drop those of the model before."""
-    stale = set(out.glob("model*.safetensors"))
-    index = out / "model.safetensors.index.json"
+    """Give written files their names, then drop those of the model before, and what a kill left."""
+    index, current = out / "model.safetensors.index.json", []
     if len(parts) == 1:
-        parts[0][0].replace(out / "model.safetensors")
-        stale.discard(out / "model.safetensors")
+        current.append(parts[0][0].replace(out / "model.safetensors"))
         index.unlink(missing_ok=True)
     else:
         weight_map, total = {}, 0
-        stamp = time.strftime("%Y%m%d%H%M%S")
+        stamp = time.time_ns()  # never a name of the model before
         for k, (part, names) in enumerate(parts, 1):
-            path = out / f"model-{stamp}-{k:05d}-of-{len(parts):05d}.safetensors"
-            part.replace(path)
-            stale.discard(path)
-            weight_map |= dict.fromkeys(names, path.name)
-            total += path.stat().st_size
+            name = f"model-{stamp}-{k:05d}-of-{len(parts):05d}.safetensors"
+            current.append(part.replace(out / name))
+            weight_map |= dict.fromkeys(names, name)
+            total += current[-1].stat().st_size
         render.write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    for path in stale:
-        path.unlink()
+    for path in [*out.glob("model*.safetensors"), *out.glob(".part-*.safetensors")]:
+        if path not in current:
+            path.unlink()
+
+
+def save_failed(path: Path, error: Exception) -> ValueError:
+    free = shutil.disk_usage(path.parent).free / 2**20
+    return ValueError(f"{path}: could not be written with {free:.0f} MiB free on the disk "
+                      f"({type(error).__name__}). What was saved before is whole: make room and "
+                      "give the command again with --resume.")
 
 
 def training_state(model, optimizer) -> dict:
@@ -468,11 +477,8 @@ def save_resume(model, optimizer, out: Path, step: int, bad: int) -> None:
     try:
         dcp.save(training_state(model, optimizer), checkpoint_id=temporary)
     except (CheckpointException, RuntimeError) as e:  # a full disk, above all
-        free = shutil.disk_usage(out).free / 2**20
         shutil.rmtree(temporary, ignore_errors=True)
-        raise ValueError(f"{temporary}: could not be written with {free:.0f} MiB free on the disk "
-                         f"({type(e).__name__}). The state before is whole: make room and give the "
-                         "command again with --resume.") from None
+        raise save_failed(temporary, e) from None
     dist.barrier()
     if dist.get_rank() == 0:
         temporary.rename(folder)
@@ -572,12 +578,12 @@ def weighted(default: float, high: float = math.inf):
             weight = float(weight)
         except ValueError:
             return file_path(text), default
-        if not name or Path(text).is_file():
-            return file_path(text), default
+        if Path(text).is_file():
+            return text, default
         if not 0 < weight < high:
             limit = f"between 0 and {high:g}" if high < math.inf else "positive and finite"
             raise argparse.ArgumentTypeError(f"{text}: what follows ':' has to be {limit}")
-        return name, weight
+        return file_path(name), weight
 
     return parse
 
@@ -716,7 +722,7 @@ def start_run(args: argparse.Namespace, rank: int, world: int, device: torch.dev
     model.train()
     state = load_resume(model, optimizer, out) if args.resume else None
     first, bad = (state["step"], state["bad"]) if state else (0, 0)
-    last = min(steps, args.stop_after or steps)
+    last = max(first, min(steps, args.stop_after or steps))
     run = Run(out, rank, world, device, dtype, checkpoint, datasets, tasks, validation, model,
               optimizer, steps, first, last, bad)
     if rank == 0:

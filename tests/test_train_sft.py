@@ -1,4 +1,6 @@
-"""train_sft.py: the loss, the schedule, sharding, resuming, the files, and what it says when something is wrong."""
+"""train_sft.py: samples, loss, schedule, sharding, the model folder, resuming after a kill at any
+moment, flags, and what it says when something is wrong."""
+import argparse
 import json
 import math
 import os
@@ -6,24 +8,25 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, make_world, plain_inputs, run_script, stock, write_jsonl
-from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import evaluate
 import render
 import train_sft
+from conftest import ROOT, make_world, plain_inputs, run_script, stock, write_jsonl
 
-SETTINGS = {**render.DEFAULTS, "focal": 100, "tasks": ["distance"]}
-FLAGS = ["--model", "tiny", "--tiny", "hidden=48", "--focal", 100, "--crop", 56, 112, 56, 112, "--batch", 8, "--micro-batch", 3,
-         "--samples", 80, "--lr", 2e-3, "--workers", 0, "--log-every", 1, "--val-every", 0, "--save-every", 100,
+CPU = torch.device("cpu")
+CROP = (56, 112, 56, 112)
+# ten steps of 8 samples
+FLAGS = ["--focal", 100, "--crop", *CROP, "--batch", 8, "--micro-batch", 3, "--samples", 80,
+         "--lr", 2e-3, "--workers", 0, "--log-every", 1, "--val-every", 0, "--save-every", 100,
          "--dtype", "float32"]
 
 
@@ -31,147 +34,199 @@ FLAGS = ["--model", "tiny", "--tiny", "hidden=48", "--focal", 100, "--crop", 56,
 def distances(tmp_path_factory) -> Path:
     """The small world with distances from 0.05 to 130 m, so that answers differ in length."""
     path = make_world(tmp_path_factory.mktemp("data") / "far")
-    records = [json.loads(line) for line in path.read_text().splitlines()]
+    records = lines_of(path)
     rng = np.random.default_rng(0)
     for record in records:
-        record["depth"] = np.exp(rng.uniform(np.log(0.05), np.log(130), len(record["depth"]))).round(4).tolist()
+        logs = rng.uniform(np.log(0.05), np.log(130), len(record["depth"]))
+        record["depth"] = np.exp(logs).round(4).tolist()
     return write_jsonl(path.with_name("train.jsonl"), records)
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture
 def one_process():
-    train_sft.setup_distributed()
+    evaluate.setup_distributed()
     yield
     dist.destroy_process_group()
 
 
-def samples_of(tiny, path, seed=0):
-    encoder = render.load_encoder(str(tiny))
-    datasets = train_sft.open_datasets([str(path)])
-    return encoder, train_sft.Samples(datasets, {"distance": 1.0}, SETTINGS, encoder, (56, 112, 56, 112), seed)
+def lines_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def sharded(tiny, **options):
-    return train_sft.shard_model(str(tiny), torch.device("cpu"), torch.float32, **options)
-
-
-def gradients(model) -> dict:
-    return {n: p.grad.full_tensor().clone() for n, p in model.named_parameters()}
+def log_of(out: Path) -> list[dict]:
+    return lines_of(out / "log.jsonl")
 
 
 def losses(out: Path) -> list[float]:
-    return [line["loss"] for line in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if "loss" in line]
+    return [line["loss"] for line in log_of(out) if "loss" in line]
 
 
-def weights(out: Path) -> dict:
-    return load_file(out / "model.safetensors")
+def weights(folder: Path) -> dict:
+    """Those that a reader of the folder finds, in one file or in several."""
+    tensors = {}
+    for name, file in train_sft.weight_files(folder).items():
+        with safe_open(folder / file, "pt") as opened:
+            tensors[name] = opened.get_tensor(name)
+    return tensors
 
 
-def train(out, data, *more, processes=0):
-    done = run_script("train_sft.py", "--out", out, "--data", data, *FLAGS, *more, processes=processes)
+def equal(one: dict, two: dict) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def command(model, data, out, *more) -> list[str]:
+    return list(map(str, ["--model", model, "--data", data, "--out", out, *FLAGS, *more]))
+
+
+def train(model, data, out, *more, processes=0) -> None:
+    argv = command(model, data, out, *more)
+    if not processes:
+        return train_sft.main(argv)
+    done = run_script("train_sft.py", *argv, processes=processes)
     assert done.returncode == 0, done.stderr[-2000:]
-    return done
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def refused(capsys, argv) -> str:
+    """The last line of a call that ends with code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        train_sft.main(list(map(str, argv)))
+    assert stop.value.code == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def samples_of(tiny, path, seed=0):
+    checkpoint = render.open_checkpoint(str(tiny), {"focal": 100}, quiet=True)
+    datasets = [(render.Records(path), 1.0)]
+    return checkpoint, train_sft.Samples(datasets, {"distance": 1.0}, checkpoint, CROP, seed)
+
+
+def sharded(folder, dtype=torch.float32, **options):
+    return train_sft.shard_model(folder, CPU, dtype, **options)
+
+
+# --------------------------------------------------------------------------------------------------
 # the loss
 
 
-def test_loss_is_that_of_transformers_on_the_answer(tiny, distances):
-    encoder, samples = samples_of(tiny, distances)
+def test_loss_is_that_of_transformers_on_the_answer(tiny, distances, one_process):
+    checkpoint, samples = samples_of(tiny, distances)
     batch = [samples[i] for i in range(6)]
-    assert len({len(s["input_ids"]) - s["prompt_length"] for s in batch}) > 1  # answers of different lengths
+    assert len({len(s["input_ids"]) - s["prompt_length"] for s in batch}) > 1  # of several lengths
     model = sharded(tiny)
-    ours = train_sft.answer_loss(model, encoder, train_sft.collate(batch), torch.device("cpu")).item()
+    ours = train_sft.answer_loss(model, checkpoint, train_sft.collate(batch), CPU).item()
+
     theirs, tokens, plain = 0.0, 0, stock(tiny)
-    for s in batch:
-        views = [render.View(unpatch(p, size, encoder), (1,) * 6, (1, 1), (0, 0)) for p, size in zip(s["pixels"], s["sizes"])]
-        inputs = plain_inputs(tiny, encoder, s, views)
+    for sample in batch:
+        images = [unpatch(p, size, checkpoint)
+                  for p, size in zip(sample["pixels"], sample["sizes"])]
+        views = [render.View(image, (1,) * 6, (1, 1), (0, 0)) for image in images]
+        inputs = plain_inputs(tiny, checkpoint, sample, views)
         labels = inputs["input_ids"].clone()
-        labels[:, :s["prompt_length"]] = -100
+        labels[:, :sample["prompt_length"]] = -100
         count = int((labels != -100).sum())
         theirs += plain(**inputs, labels=labels).loss.item() * count
         tokens += count
-        assert labels[0, -1] == encoder.end_id  # the end of the turn is learned too
+        assert labels[0, -1] == checkpoint.end_id  # the end of the turn is learned too
     assert ours / tokens == pytest.approx(theirs / tokens, abs=1e-5)
 
 
-def unpatch(patches, size, encoder):
-    (h, w), p, m = size, encoder.patch, encoder.merge
+def unpatch(patches, size, checkpoint):
+    (h, w), p, m = size, checkpoint.patch, checkpoint.merge
     blocks = patches.reshape(h // m, w // m, m, m, 3, p, p).transpose(0, 2, 5, 1, 3, 6, 4)
     return blocks.reshape(h * p, w * p, 3)
 
 
 def test_packed_equals_padded(tiny, distances):
-    """The same samples in one packed row and in a left-padded batch of the plain model: same logits at the answers."""
-    encoder, samples = samples_of(tiny, distances)
+    """The same samples in one packed row and in a left-padded batch of the plain model: same logits
+    at the answers."""
+    checkpoint, samples = samples_of(tiny, distances)
     batch = [samples[i] for i in range(5)]
     packed = train_sft.collate(batch)
-    inputs = render.model_inputs(packed, encoder)
-    model = evaluate.load_model(str(tiny), torch.device("cpu"), torch.float32)
+    inputs = render.model_inputs(packed, checkpoint)
+    model = evaluate.load_model(checkpoint, CPU, torch.float32)
     ours = model(**inputs, logits_to_keep=packed["predict_at"]).logits[0]
+
     longest = max(len(s["input_ids"]) for s in batch)
     ids = torch.zeros(len(batch), longest, dtype=torch.long)
-    mask, positions = torch.zeros_like(ids), torch.zeros(3, len(batch), longest, dtype=torch.long)
-    for b, s in enumerate(batch):
-        n = len(s["input_ids"])
-        ids[b, -n:], mask[b, -n:] = torch.tensor(s["input_ids"]), 1
-        positions[:, b, -n:] = torch.tensor(s["position_ids"])
-    logits = stock(tiny)(input_ids=ids, attention_mask=mask, position_ids=positions, pixel_values=inputs["pixel_values"],
+    mask = torch.zeros_like(ids)
+    positions = torch.zeros(3, len(batch), longest, dtype=torch.long)
+    for b, sample in enumerate(batch):
+        n = len(sample["input_ids"])
+        ids[b, -n:] = torch.tensor(sample["input_ids"])
+        mask[b, -n:] = 1
+        positions[:, b, -n:] = torch.tensor(sample["position_ids"])
+    logits = stock(tiny)(input_ids=ids, attention_mask=mask, position_ids=positions,
+                         pixel_values=inputs["pixel_values"],
                          image_grid_thw=inputs["image_grid_thw"]).logits
-    theirs = torch.cat([logits[b, longest - (len(s["input_ids"]) - s["prompt_length"]) - 1:longest - 1]
-                        for b, s in enumerate(batch)])
-    assert torch.allclose(ours, theirs, atol=1e-5)
+    theirs = []
+    for b, sample in enumerate(batch):
+        answer = len(sample["input_ids"]) - sample["prompt_length"]
+        theirs.append(logits[b, longest - answer - 1:longest - 1])
+    assert torch.allclose(ours, torch.cat(theirs), atol=1e-5)
 
 
-def test_only_answers_get_logits(tiny, distances):
-    encoder, samples = samples_of(tiny, distances)
+def test_only_answers_get_logits(tiny, distances, one_process):
+    checkpoint, samples = samples_of(tiny, distances)
     batch = train_sft.collate([samples[i] for i in range(4)])
     model, rows = sharded(tiny), []
-    model.lm_head.register_forward_hook(lambda module, inputs, output: rows.append(output.shape))
-    train_sft.answer_loss(model, encoder, batch, torch.device("cpu"))
+    model.lm_head.register_forward_hook(lambda module, inputs, out: rows.append(out.shape))
+    train_sft.answer_loss(model, checkpoint, batch, CPU)
     assert rows[0][1] == len(batch["targets"]) < batch["input_ids"].shape[1] / 2
 
 
-def test_gradient_does_not_depend_on_the_micro_batch_or_on_checkpointing(tiny, distances):
-    encoder, samples = samples_of(tiny, distances)
-    all_samples, results = [samples[i] for i in range(6)], []
-    for sizes, checkpointing in (([6], False), ([1, 2, 3], False), ([6], True)):
-        model = sharded(tiny, checkpointing=checkpointing)
-        model.train()
-        parts = np.split(np.arange(6), np.cumsum(sizes)[:-1])
-        batches = [train_sft.collate([all_samples[i] for i in part]) for part in parts]
+def gradients_of_a_step(monkeypatch, *argv) -> list[torch.Tensor]:
+    """Those that the optimizer gets in the first step of a run, gathered."""
+    found = []
 
-        class Keep:  # an optimizer that only looks
-            def step(self):
-                results.append(gradients(model))
+    class Watched(torch.optim.AdamW):
+        def step(self):
+            found.append([p.grad.full_tensor().clone() for p in self.param_groups[0]["params"]])
+            super().step()
 
-            def zero_grad(self, set_to_none):
-                pass
-        train_sft.train_step(model, Keep(), encoder, batches, 1e9, torch.device("cpu"))
-    for other in results[1:]:
-        assert all(torch.allclose(results[0][n], other[n], rtol=1e-4, atol=1e-6) for n in other)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim, "AdamW", Watched)
+        train(*argv, "--samples", 8, "--clip", 1e9)
+    return found[0]
 
 
-def test_bfloat16_computes_over_float32_master_weights(tiny, distances):
-    encoder, samples = samples_of(tiny, distances)
-    model = train_sft.shard_model(str(tiny), torch.device("cpu"), torch.bfloat16)
-    seen = []
-    model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append((module.weight.dtype, output.dtype)))
-    loss = train_sft.answer_loss(model, encoder, train_sft.collate([samples[0]]), torch.device("cpu"))
+def test_gradient_does_not_depend_on_the_micro_batch_or_on_checkpointing(tiny, distances, tmp_path,
+                                                                         monkeypatch):
+    plain = ["--micro-batch", 8, "--no-checkpointing"]
+    one = gradients_of_a_step(monkeypatch, tiny, distances, tmp_path / "one", *plain)
+    assert max(gradient.abs().max() for gradient in one) > 1e-3
+    for k, more in enumerate((["--micro-batch", 3], ["--micro-batch", 1], ["--checkpointing"])):
+        out = tmp_path / str(k)
+        other = gradients_of_a_step(monkeypatch, tiny, distances, out, *plain, *more)
+        assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(one, other))
+        assert losses(out) == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+
+
+def test_bfloat16_computes_over_float32_master_weights(tiny, distances, one_process):
+    checkpoint, samples = samples_of(tiny, distances)
+    model, seen = sharded(tiny, torch.bfloat16), []
+
+    def look(module, inputs, output):
+        seen.append((module.weight.dtype, output.dtype))
+
+    model.lm_head.register_forward_hook(look)
+    loss = train_sft.answer_loss(model, checkpoint, train_sft.collate([samples[0]]), CPU)
     loss.backward()
     assert seen == [(torch.bfloat16, torch.bfloat16)] and loss.dtype == torch.float32
-    assert {p.dtype for p in model.parameters()} == {torch.float32} == {p.grad.dtype for p in model.parameters()}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # schedule and sampling
 
 
 def test_learning_rate():
     lr = [train_sft.get_lr(s, 100, 1.0, 0.1, "cosine") for s in range(100)]
-    assert lr[0] == pytest.approx(1 / 11) and lr[10] == 1.0 and lr[55] == pytest.approx(0.5) and 0 < lr[99] < 1e-3
-    assert all(a < b for a, b in zip(lr[:10], lr[1:11])) and all(a > b for a, b in zip(lr[10:], lr[11:]))
+    assert lr[0] == pytest.approx(1 / 11) and lr[10] == 1.0
+    assert lr[55] == pytest.approx(0.5) and 0 < lr[99] < 1e-3
+    assert all(a < b for a, b in zip(lr[:10], lr[1:11]))
+    assert all(a > b for a, b in zip(lr[10:], lr[11:]))
     assert train_sft.get_lr(0, 100, 1.0, 0.0, "cosine") == 1.0
     assert {train_sft.get_lr(s, 100, 1.0, 0.0, "constant") for s in range(100)} == {1.0}
 
@@ -180,23 +235,29 @@ def test_global_batch_is_the_same_for_any_number_of_processes():
     def of(world, micro, first=0):
         steps = [[] for _ in range(3)]
         for rank in range(world):
-            flat = [i for part in train_sft.batch_indices(first, 3, 12, micro, rank, world) for i in part]
+            parts = train_sft.batch_indices(first, 3, 12, micro, rank, world)
+            flat = [i for part in parts for i in part]
             for k in range(3 - first):
                 steps[first + k] += flat[k * 12 // world:(k + 1) * 12 // world]
         return steps
-    assert of(1, 5) == of(2, 4) == of(3, 12) == of(4, 1) == [list(range(12 * k, 12 * k + 12)) for k in range(3)]
+
+    whole = [list(range(12 * k, 12 * k + 12)) for k in range(3)]
+    assert of(1, 5) == of(2, 4) == of(3, 12) == of(4, 1) == whole
     assert of(2, 4, first=2)[2] == of(1, 5)[2]  # a later start draws the same
 
 
 def test_samples_are_a_pure_function_of_seed_and_number(tiny, distances):
     _, samples = samples_of(tiny, distances)
     for i in (7, 3, 7):
-        assert all(np.array_equal(samples[i][k], samples_of(tiny, distances)[1][i][k]) for k in ("input_ids", "position_ids"))
-    assert not all(np.array_equal(samples[i]["input_ids"], samples_of(tiny, distances, seed=1)[1][i]["input_ids"])
+        again = samples_of(tiny, distances)[1][i]
+        assert all(np.array_equal(samples[i][key], again[key])
+                   for key in ("input_ids", "position_ids"))
+    _, others = samples_of(tiny, distances, seed=1)
+    assert not all(np.array_equal(samples[i]["input_ids"], others[i]["input_ids"])
                    for i in range(4))
 
 
-def density_of(tiny, path, images: int, samples: int) -> list[tuple]:
+def places(tiny, path, images: int, samples: int) -> list[tuple]:
     """(record, point) of each sample when `images` images share them."""
     _, dataset = samples_of(tiny, path)
     dataset.images = images
@@ -204,12 +265,13 @@ def density_of(tiny, path, images: int, samples: int) -> list[tuple]:
 
 
 def test_points_per_image(tiny, tmp_path):
-    """Fig. 5: at the same number of samples 1 point of 24 images, 4 of 6, 8 of 3: each image just so often, its points
-    all different, each image before any second point; a function of the seed and the number; the crops differ."""
+    """Fig. 5: at the same number of samples 1 point of 24 images, 4 of 6, 8 of 3: each image the
+    same number of times, its points all different, each image before any second point; a function
+    of the seed and the number; the crops differ."""
     path = make_world(tmp_path, images=24, points=8)
     for k in (1, 4, 8):
-        drawn = density_of(tiny, path, 24 // k, 24)
-        assert len(set(drawn)) == 24 and drawn == density_of(tiny, path, 24 // k, 24)
+        drawn = places(tiny, path, 24 // k, 24)
+        assert len(set(drawn)) == 24 and drawn == places(tiny, path, 24 // k, 24)
         counts = {record: sum(r == record for r, _ in drawn) for record, _ in drawn}
         assert len(counts) == 24 // k and set(counts.values()) == {k}
         assert len({record for record, _ in drawn[:24 // k]}) == 24 // k
@@ -219,148 +281,232 @@ def test_points_per_image(tiny, tmp_path):
     assert len(set(map(str, sizes))) > 1 and all(not dataset[i]["bad"] for i in range(24))
 
 
-def test_points_per_image_need_images(distances):
-    datasets = train_sft.open_datasets([str(distances)])
+def test_points_per_image_need_images(tiny, distances, tmp_path, capsys):
+    datasets = [(render.Records(distances), 1.0)]
     assert train_sft.images_to_see(datasets, 60, 10) == 6
-    for points, say in ((1, "has 6"), (100, "0 images"), (0, "0 images"), (-1, "0 images")):
+    for points, say in ((1, "has 6"), (100, "0 images")):
         with pytest.raises(ValueError, match=say):
             train_sft.images_to_see(datasets, 60, points)
+    argv = command(tiny, distances, tmp_path / "run", "--points-per-image")
+    assert "--points-per-image 1: 80 samples are 80 images" in refused(capsys, [*argv, 1])
+    for number in (0, -1):
+        assert f"--points-per-image: {number} is not 1 or more" in refused(capsys, [*argv, number])
 
 
 def test_tasks_by_weight_and_of_the_files_that_fit(tiny, distances, tmp_path):
-    """Equal shares of the tasks; motion comes from the file with poses alone, and is no bad sample elsewhere; where no
-    file has any it is refused at the start."""
-    encoder = render.load_encoder(str(tiny))
+    """Equal shares of the tasks; motion comes from the file with poses alone, and is no bad sample
+    elsewhere; where no file has any it is refused at the start."""
+    checkpoint, _ = samples_of(tiny, distances)
     posed = make_world(tmp_path, poses=True)
-    records = [json.loads(line) for line in posed.read_text().splitlines()]
+    records = lines_of(posed)
     records[0]["pose"] = None  # neither is one frame without a pose
     write_jsonl(posed, records)
-    datasets = train_sft.open_datasets([str(distances), str(posed)])
+    datasets = [(render.Records(path), 1.0) for path in (distances, posed)]
     tasks = dict.fromkeys(render.TASKS, 1.0)
-    dataset = train_sft.Samples(datasets, tasks, SETTINGS, encoder, (56, 112, 56, 112), 0)
+    dataset = train_sft.Samples(datasets, tasks, checkpoint, CROP, 0)
     drawn = [dataset[i] for i in range(240)]
-    assert not any(s["bad"] for s in drawn)
+    assert not any(sample["bad"] for sample in drawn)
     for task in tasks:
-        mine = [s for s in drawn if s["task"] == task]
-        assert 20 < len(mine) < 65 and all(len(s["sizes"]) == (2 if task == "motion" else 1) for s in mine)
+        images = [len(sample["sizes"]) for sample in drawn if sample["task"] == task]
+        assert 20 < len(images) < 65 and set(images) == {2 if task == "motion" else 1}
     with pytest.raises(ValueError, match="motion.*pose"):
-        train_sft.Samples(datasets[:1], tasks, SETTINGS, encoder, (56, 112, 56, 112), 0)
+        train_sft.Samples(datasets[:1], tasks, checkpoint, CROP, 0)
 
 
-def test_dataset_weights(tiny, distances, world):
-    datasets = train_sft.open_datasets([f"{distances}:1", f"{world}:0.1"])
-    assert [w for _, w in datasets] == [1.0, 0.1]
-    draws = [train_sft.draw(np.random.default_rng(i), [w for _, w in datasets]) for i in range(4000)]
+def test_datasets_are_drawn_by_weight():
+    draws = [train_sft.draw_index(np.random.default_rng(i), [1.0, 0.1]) for i in range(4000)]
+    assert set(draws) == {0, 1}
     assert np.mean(draws) == pytest.approx(0.1 / 1.1, abs=0.015)
-    for bad in ("0", "-1", "nan"):
-        with pytest.raises(ValueError, match="weight"):
-            train_sft.open_datasets([f"{distances}:{bad}"])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # sharded, saved, opened
 
 
-def test_sharded_model_is_the_plain_one(tiny):
-    plain = evaluate.load_model(str(tiny), torch.device("cpu"), torch.float32)
+def test_sharded_model_is_the_plain_one(tiny, one_process):
+    checkpoint = render.open_checkpoint(str(tiny), quiet=True)
+    plain = evaluate.load_model(checkpoint, CPU, torch.float32)
     ours = sharded(tiny)
-    for (name, a), (_, b) in zip(plain.named_parameters(), ours.named_parameters(), strict=True):
+    for (name, a), b in zip(plain.named_parameters(), ours.parameters(), strict=True):
         assert torch.equal(a, b.full_tensor()), name
-    for (name, a), (_, b) in zip(plain.named_buffers(), ours.named_buffers(), strict=True):
+    for (name, a), b in zip(plain.named_buffers(), ours.buffers(), strict=True):
         assert torch.equal(a, b), name  # rotary frequencies, which are in no file
     assert ours.lm_head.weight is ours.model.language_model.embed_tokens.weight  # still tied
 
 
-@pytest.mark.parametrize("family", ["tiny", "tiny_qwen3", "tiny_pixtral"])
-def test_saved_folder_opens_with_plain_transformers(family, request, tmp_path, monkeypatch):
-    folder = request.getfixturevalue(family)
+@pytest.mark.parametrize("name", ["tiny", "tiny_qwen3", "tiny_pixtral"])
+def test_saved_folder_opens_with_plain_transformers(name, request, tmp_path, monkeypatch,
+                                                    one_process):
+    folder = request.getfixturevalue(name)
+    settings = {**render.DEFAULTS, "focal": 100}
     monkeypatch.setattr(train_sft, "SHARD_BYTES", 100_000)  # several files
     model = sharded(folder)
-    train_sft.save_model(model, str(folder), tmp_path, SETTINGS, torch.float32)
+    train_sft.save_model(model, folder, tmp_path, settings, torch.float32)
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] > 0
-    again = stock(tmp_path)
-    for (name, a), b in zip(again.named_parameters(), model.parameters(), strict=True):
+    for (name, a), b in zip(stock(tmp_path).named_parameters(), model.parameters(), strict=True):
         assert torch.equal(a, b.full_tensor()), name
-    assert render.load_settings(str(tmp_path)) == SETTINGS
-    assert render.load_encoder(str(tmp_path)).grid == render.load_encoder(str(folder)).grid
+    opened = render.open_checkpoint(str(tmp_path), quiet=True)
+    assert opened.settings == settings
+    assert opened.grid == render.open_checkpoint(str(folder), quiet=True).grid
+
     monkeypatch.setattr(train_sft, "SHARD_BYTES", 4 << 30)
-    train_sft.save_model(model, str(folder), tmp_path, SETTINGS, torch.bfloat16)  # over the old files: none is left behind
+    # over the old files: none is left
+    train_sft.save_model(model, folder, tmp_path, settings, torch.bfloat16)
     assert [p.name for p in tmp_path.glob("model*")] == ["model.safetensors"]
     assert {v.dtype for v in weights(tmp_path).values()} == {torch.bfloat16}
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_weights_load_under_the_names_of_the_hub(tiny, tmp_path):
+def test_weights_load_under_the_names_of_the_hub(tiny, tmp_path, one_process):
     """Published Qwen2.5-VL files call the tower visual.* and the text model.*."""
     shutil.copytree(tiny, tmp_path, dirs_exist_ok=True)
-    old = weights(tiny)
-    names = {n: n.replace("model.visual.", "visual.").replace("model.language_model.", "model.") for n in old}
-    save_file({names[n]: v for n, v in old.items()}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    found = {}
+    for name, value in weights(tiny).items():
+        name = name.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
+        found[name] = value
+    save_file(found, tmp_path / "model.safetensors", metadata={"format": "pt"})
     ours = sharded(tmp_path)
     assert torch.equal(ours.model.visual.merger.mlp[0].weight.full_tensor(),
-                       next(v for n, v in old.items() if n.endswith("visual.merger.mlp.0.weight")))
-    broken = {k: v for k, v in weights(tmp_path).items() if "merger.ln_q" not in k}
+                       found["visual.merger.mlp.0.weight"])
+    broken = {name: value for name, value in found.items() if "merger.ln_q" not in name}
     save_file(broken, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="merger.ln_q.*download"):
         sharded(tmp_path)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # whole runs
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory, distances):
-    """An uninterrupted run of ten steps."""
-    out = tmp_path_factory.mktemp("runs") / "whole"
-    train(out, distances)
+def reference(tiny, distances, tmp_path_factory) -> Path:
+    """An uninterrupted run of ten steps; beside it step_4, step_8 and step_10.safetensors."""
+    out, save_run = tmp_path_factory.mktemp("runs") / "whole", train_sft.save_run
+
+    def save_and_copy(run, step):
+        save_run(run, step)
+        shutil.copy(out / "model.safetensors", out.with_name(f"step_{step}.safetensors"))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_sft, "save_run", save_and_copy)
+        train(tiny, distances, out, "--save-every", 4)
     return out
 
 
-def test_two_processes_give_the_same_losses_and_weights(reference, distances, tmp_path):
-    train(tmp_path / "two", distances, "--reshard", "--workers", 1, "--checkpointing", processes=2)
+def weights_at(reference: Path, step: int) -> dict:
+    return load_file(reference.with_name(f"step_{step}.safetensors"))
+
+
+def test_two_processes_give_the_same_losses_and_weights(tiny, reference, distances, tmp_path):
+    out = tmp_path / "two"
+    train(tiny, distances, out, "--reshard", "--workers", 1, "--checkpointing", processes=2)
     assert len(losses(reference)) == 10
-    assert losses(tmp_path / "two") == pytest.approx(losses(reference), abs=1e-5)
-    two, one = weights(tmp_path / "two"), weights(reference)
-    assert all(torch.allclose(two[n], one[n], atol=1e-5) for n in one)
+    assert losses(out) == pytest.approx(losses(reference), abs=1e-5)
+    two, one = weights(out), weights(reference)
+    assert all(torch.allclose(two[name], one[name], atol=1e-5) for name in one)
 
 
-def test_resumed_equals_uninterrupted(reference, distances, tmp_path):
+def test_resumed_equals_uninterrupted(tiny, reference, distances, tmp_path, capsys):
     """Bit for bit with another number of workers; to rounding with another number of processes."""
-    train(tmp_path / "run", distances, "--stop-after", 4)
-    shutil.copytree(tmp_path / "run", tmp_path / "two")
-    train(tmp_path / "run", distances, "--resume", "--workers", 2)
-    assert all(torch.equal(weights(tmp_path / "run")[n], w) for n, w in weights(reference).items())
+    out = tmp_path / "run"
+    train(tiny, distances, out, "--stop-after", 4)
+    shutil.copytree(out, tmp_path / "two")
+    train(tiny, distances, out, "--resume", "--workers", 2)
+    assert equal(weights(out), weights(reference))
     keys = ("step", "loss", "grad_norm", "lr", "tokens")
-    logs = [[{k: json.loads(line)[k] for k in keys} for line in (out / "log.jsonl").read_text().splitlines()]
-            for out in (tmp_path / "run", reference)]
-    assert logs[0] == logs[1]
-    train(tmp_path / "two", distances, "--resume", processes=2)
+    ours, theirs = ([{key: line[key] for key in keys} for line in log_of(folder)]
+                    for folder in (out, reference))
+    assert ours == theirs
+    train(tiny, distances, tmp_path / "two", "--resume", processes=2)
     assert losses(tmp_path / "two") == pytest.approx(losses(reference), abs=1e-5)
-    again = train(tmp_path / "run", distances, "--resume")  # a finished run: nothing to do, nothing harmed
-    assert "from step 10" in again.stdout and len(losses(tmp_path / "run")) == 10
+
+    # a finished run: nothing to do, nothing harmed
+    capsys.readouterr()
+    train(tiny, distances, out, "--resume")
+    assert "from step 10" in capsys.readouterr().out and len(losses(out)) == 10
 
 
-def test_a_resumed_run_keeps_its_flags(distances, tmp_path):
-    """What would change what is learned is refused by name; what only changes how it runs is not."""
+def test_a_finished_run_has_its_model(tiny, reference, distances, tmp_path, capsys):
+    """It is written again when it was lost; an earlier --stop-after does not call it younger."""
+    out = shutil.copytree(reference, tmp_path / "run")
+    (out / "model.safetensors").unlink()
+    train(tiny, distances, out, "--resume")
+    assert equal(weights(out), weights(reference))
+    capsys.readouterr()
+    train(tiny, distances, out, "--resume", "--stop-after", 2)
+    assert equal(weights(out), weights(reference)) and len(losses(out)) == 10
+    assert "step 10 of 10" in capsys.readouterr().out
+
+
+# a run that ends at once, with nothing cleaned up, before a call of a function with a word in its
+# arguments: the `count`-th such call
+KILL = """
+import os, sys
+root, shard_bytes, function, word, count, *argv = sys.argv[1:]
+sys.path.insert(0, root)
+import train_sft
+train_sft.SHARD_BYTES = int(shard_bytes)
+*path, name = function.split(".")
+owner, calls = train_sft, []
+for part in path:
+    owner = getattr(owner, part)
+function = getattr(owner, name)
+def deadly(*args, **kwargs):
+    calls.extend([1] * (word in str(args)))
+    if len(calls) == int(count):
+        os._exit(9)
+    return function(*args, **kwargs)
+setattr(owner, name, deadly)
+train_sft.main(argv)
+"""
+SEVERAL_FILES = 100_000  # bytes a file
+KILLS = {
+    # before call number ... of function, with a word in its arguments -> steps of model and state
+    "before the model": ("save_model", "", 2, 4, 4),
+    "its files are written, not named": ("publish_weights", "", 2, 4, 4),
+    "one of its files is named": ("render.write_json", "index.json", 2, 4, 4),
+    "between model and state": ("save_resume", "", 2, 8, 4),
+    "within the state": ("dcp.save", "", 2, 8, 4),
+    "before state.json names it": ("render.write_json", "state.json", 2, 8, 4),
+    "while the old state is deleted": ("shutil.rmtree", "step_00000004'", 3, 8, 8),
+    "in the last save": ("save_resume", "", 3, 10, 8)}
+
+
+@pytest.mark.parametrize("moment", KILLS)
+def test_killed_while_saving(tiny, reference, distances, tmp_path, capsys, moment):
+    """At each moment the folder holds a whole model, none older than the state; resumed, it ends in
+    the model of the uninterrupted run, bit for bit, and leaves nothing else behind."""
+    function, word, count, model_step, state_step = KILLS[moment]
     out = tmp_path / "run"
-    (out).mkdir()
-    (out / "run.json").write_text("{}")  # a start that failed does not block its folder
-    train(out, distances, "--stop-after", 1)
-    for flag, value in (("--lr", "3"), ("--marker", "dot"), ("--samples", "160")):
-        fails("--out", out, "--data", distances, *FLAGS, flag, value, "--resume", message=f"was begun with {flag}")
-    assert json.loads((out / "depthlm.json").read_text())["marker"] == "arrow"
-    train(out, distances, "--resume", "--micro-batch", 8, "--save-every", 5)
+    shard_bytes = SEVERAL_FILES if "files" in moment else 4 << 30
+    argv = command(tiny, distances, out, "--save-every", 4)
+    script = [sys.executable, "-c", KILL, ROOT, shard_bytes, function, word, count, *argv]
+    killed = subprocess.run(list(map(str, script)), capture_output=True, text=True, timeout=300)
+    assert killed.returncode == 9, killed.stderr[-2000:]
+    assert equal(weights(out), weights_at(reference, model_step))
+    state = json.loads((out / "resume" / "state.json").read_text())
+    assert state["step"] == state_step and (out / "resume" / state["folder"]).is_dir()
+
+    capsys.readouterr()
+    train(tiny, distances, out, "--save-every", 4, "--resume")
+    said = capsys.readouterr().out
+    assert f"from step {state_step}" in said and "step 10 of 10" in said
+    assert equal(weights(out), weights(reference))
+    assert [line["step"] for line in log_of(out)] == list(range(1, 11))
+    assert sorted(p.name for p in (out / "resume").iterdir()) == ["state.json", "step_00000010"]
+    assert sorted(p.name for p in out.glob("*safetensors*")) == ["model.safetensors"]
 
 
-def test_killed_at_any_moment_it_can_be_resumed(reference, distances, tmp_path):
-    """kill -9 three times: while a state is being written, and at two other moments; the result is that of one run."""
+def test_killed_at_any_moment_it_can_be_resumed(tiny, reference, distances, tmp_path):
+    """kill -9 three times, once while a state is being written; the result is that of one run."""
     out = tmp_path / "run"
-    command = [sys.executable, str(ROOT / "train_sft.py"), "--out", out, "--data", distances, *FLAGS, "--save-every", "1", "--resume"]
+    script = [sys.executable, ROOT / "train_sft.py",
+              *command(tiny, distances, out, "--save-every", 1, "--resume")]
     for kill_in_save in (True, False, False):
-        process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        process = subprocess.Popen(list(map(str, script)), stdout=subprocess.PIPE,
+                                   stderr=subprocess.DEVNULL, text=True)
         while process.poll() is None:
             if kill_in_save and list(out.glob("resume/.step_*")):
                 break
@@ -370,121 +516,274 @@ def test_killed_at_any_moment_it_can_be_resumed(reference, distances, tmp_path):
         process.send_signal(signal.SIGKILL)
         process.wait()
         process.stdout.close()
-    train(out, distances, "--resume", "--save-every", 1)
-    assert all(torch.equal(weights(out)[n], w) for n, w in weights(reference).items())
-    assert [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()] == list(range(1, 11))
+    train(tiny, distances, out, "--resume", "--save-every", 1)
+    assert equal(weights(out), weights(reference))
+    assert [line["step"] for line in log_of(out)] == list(range(1, 11))
     assert sorted(p.name for p in (out / "resume").iterdir()) == ["state.json", "step_00000010"]
 
 
-def test_validation_is_evaluate(distances, tmp_path, world):
+def test_a_second_run_in_the_same_folder_is_refused(tiny, reference, distances, tmp_path, capsys):
+    """With --resume or without; the first is unharmed."""
     out = tmp_path / "run"
-    train(out, distances, "--samples", 16, "--val", world, "--val-every", 2, "--val-queries", 20, processes=2)
-    logged = [json.loads(line)["val"] for line in (out / "log.jsonl").read_text().splitlines() if "val" in line]
-    done = run_script("evaluate.py", out, "--data", world, "--queries", 20, "--out", tmp_path / "eval")
-    assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "eval" / "metrics.json").read_text())["datasets"]["world"]
-    assert logged[-1]["world"]["delta1"] == pytest.approx(found["delta1"], abs=1e-6)
-    assert logged[-1]["world"]["unparsed"] == found["unparsed"] and found["n"] == 20
+    script = [sys.executable, ROOT / "train_sft.py", *command(tiny, distances, out)]
+    first = subprocess.Popen(list(map(str, script)), stdout=subprocess.PIPE, text=True)
+    while not first.stdout.readline().startswith("step 1/"):
+        assert first.poll() is None
+    first.send_signal(signal.SIGSTOP)
+    try:
+        for more in ([], ["--resume"]):
+            message = refused(capsys, command(tiny, distances, out, *more))
+            assert message.startswith(f"error: {out}: another run is at work in it")
+    finally:
+        first.send_signal(signal.SIGCONT)
+    first.communicate(timeout=300)
+    assert first.returncode == 0 and equal(weights(out), weights(reference))
+    assert losses(out) == losses(reference)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# recipes and errors
+def test_a_resumed_run_keeps_its_flags(tiny, distances, tmp_path, capsys):
+    """What would change what is learned is refused by name; what only changes how it runs is
+    not."""
+    out = tmp_path / "run"
+    train(tiny, distances, out, "--stop-after", 1)
+    for flag, value in (("--lr", "3"), ("--marker", "dot"), ("--samples", "160")):
+        argv = command(tiny, distances, out, flag, value, "--resume")
+        assert f"was begun with {flag}" in refused(capsys, argv)
+    assert json.loads((out / "depthlm.json").read_text())["marker"] == "arrow"
+    train(tiny, distances, out, "--resume", "--micro-batch", 8, "--save-every", 5)
 
 
-def table5(path=None):
-    args = train_sft.parse_args([f"@{ROOT / 'runs' / path}"] if path else [])
-    return {k: getattr(args, k) for k in ("samples", "batch", "lr", "schedule", "warmup", "clip", "focal", "crop", "checkpointing")}
+def test_a_start_that_failed_does_not_block_its_folder(tiny, distances, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert "motion" in refused(capsys, command(tiny, distances, out, "--tasks", "motion"))
+    assert sorted(p.name for p in out.iterdir()) == [".lock", "run.json"]
+    train(tiny, distances, out, "--samples", 8)
+    assert len(losses(out)) == 1
 
 
-def test_all_tasks_train_and_are_scored(tmp_path):
-    """Six tasks with equal weights, four points of each image, validated; the folder knows its tasks, and evaluate.py
-    asks them without a flag."""
+# --------------------------------------------------------------------------------------------------
+# validation, tasks, chats
+
+
+def test_validation_is_evaluate(tiny, distances, tmp_path, world):
+    out = tmp_path / "run"
+    train(tiny, distances, out, "--samples", 16, "--val", world, "--val-every", 2,
+          "--val-queries", 20, processes=2)
+    logged = [line["val"] for line in log_of(out) if "val" in line][-1]["world"]
+    evaluate.main(list(map(str, [out, "--data", world, "--queries", 20, "--workers", 0])))
+    metrics = json.loads((out / "eval" / "metrics.json").read_text())
+    found = metrics["datasets"]["world"]
+    assert logged["delta1"] == pytest.approx(found["delta1"], abs=1e-6)
+    assert logged["unparsed"] == found["unparsed"] and logged["n"] == found["n"] == 20
+
+
+def test_validation_files_beside_the_training_files(world, tmp_path):
+    """Where a folder's name has a colon, too, with a weight or without; each folder once."""
+    colon, plain = (shutil.copytree(world.parent, tmp_path / name / "room")
+                    for name in ("col:on", "plain"))
+    for folder in (colon, plain):
+        shutil.copy(folder / "val.jsonl", folder / "train.jsonl")
+    shutil.copy(plain / "val.jsonl", plain / "more.jsonl")
+    args = train_sft.parse_args(["--data", f"{colon}/train.jsonl", f"{plain}/train.jsonl:0.5",
+                                 f"{plain}/more.jsonl"])
+    assert [weight for _, weight in args.data] == [1.0, 0.5, 1.0]
+    opened = train_sft.open_validation(args, args.data)
+    assert [records.path for _, records, _ in opened] == [f"{colon}/val.jsonl",
+                                                          f"{plain}/val.jsonl"]
+    for more, found in ((["--val"], 0), (["--val-every", "0"], 0), (["--val", str(world)], 1)):
+        args = train_sft.parse_args(["--data", f"{plain}/train.jsonl", *more])
+        assert len(train_sft.open_validation(args, args.data)) == found
+
+
+def test_two_validation_sets_of_one_name_are_both_logged(tiny, distances, tmp_path):
+    near = make_world(tmp_path / "near" / "room", images=2)
+    far = make_world(tmp_path / "far" / "room", images=3)
+    out = tmp_path / "run"
+    train(tiny, distances, out, "--samples", 8, "--val", near, far, "--val-every", 1)
+    scores = log_of(out)[-1]["val"]
+    assert {name: score["n"] for name, score in scores.items()} == {str(near): 16, str(far): 24}
+
+
+def test_all_tasks_train_and_are_scored(tiny, tmp_path):
+    """Six tasks with equal weights, four points of each image, validated; the folder knows its
+    tasks, and evaluate.py queries them without a flag."""
     data = make_world(tmp_path / "data" / "posed", 8, 8, poses=True)
     out = tmp_path / "run"
-    train(out, data, "--tasks", *render.TASKS, "--val", data, "--val-every", 4, "--val-queries", 4, "--samples", 32,
-          "--points-per-image", 4)
+    train(tiny, data, out, "--tasks", *render.TASKS, "--val", data, "--val-every", 4,
+          "--val-queries", 4, "--samples", 32, "--points-per-image", 4)
     assert json.loads((out / "depthlm.json").read_text())["tasks"] == list(render.TASKS)
-    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    log = log_of(out)
     assert log[-1]["val"]["posed"]["n"] > 20 and not any(line.get("bad") for line in log)
-    evaluate.main([str(out), "--data", str(data), "--queries", "6", "--workers", "0", "--max-new-tokens", "4"])
-    assert list(json.loads((out / "eval" / "metrics.json").read_text())["tasks"]) == list(render.TASKS)
+    evaluate.main([str(out), "--data", str(data), "--queries", "6", "--workers", "0",
+                   "--max-new-tokens", "4"])
+    metrics = json.loads((out / "eval" / "metrics.json").read_text())
+    assert list(metrics["tasks"]) == list(render.TASKS)
+
+
+def height(records, i, rng, point=None):
+    """A new task: how far a point is from the camera's horizontal plane [m]."""
+    query = render.distance(records, i, rng, point)
+    record = query.records[0]
+    xyz = render.unproject(np.array(query.points[0]), query.value, record["intrinsics"])
+    return render.replace(query, task="height", value=0.01 + abs(float(xyz[1])))
+
+
+HEIGHT = render.Task(height, {"paper": (
+    "How many meters is this point above or below the camera?",
+    "The point is around {x} meters off the height of the camera.")}, render.METERS)
+
+
+def test_a_task_is_one_row(tiny, distances, world, tmp_path, monkeypatch, capsys):
+    """A new row of TASKS is a task that --tasks knows, that is trained, validated and scored."""
+    out = tmp_path / "run"
+    more = ["--tasks", "height", "distance:0.5", "--val", world, "--val-every", 10,
+            "--val-queries", 4]
+    argv = command(tiny, distances, out, *more)
+    assert "height is no task" in refused(capsys, argv)
+
+    monkeypatch.setitem(render.TASKS, "height", HEIGHT)
+    train_sft.main(argv)
+    log = log_of(out)
+    assert log[-1]["val"]["world"]["n"] == 8 and log[8]["loss"] < log[0]["loss"]
+    assert json.loads((out / "depthlm.json").read_text())["tasks"] == ["height", "distance"]
+    evaluate.main(list(map(str, [out, "--data", world, "--queries", 5, "--workers", 0])))
+    lines = lines_of(out / "eval" / "predictions.jsonl")
+    assert {line["task"] for line in lines} == {"height", "distance"}
+    records = render.Records(world)
+    for line in lines:
+        if line["task"] == "height":
+            i = int(Path(line["image"]).stem)
+            true = height(records, i, None, point_of(records[i], line["pixel"])).value
+            assert line["true"] == pytest.approx(true, abs=1e-4)
+
+
+def point_of(record: dict, pixel: list) -> int:
+    return record["pixel_coords"].tolist().index(pixel)
+
+
+def test_a_task_needs_positive_values(tiny, distances, tmp_path, monkeypatch, capsys):
+    """delta1 and the rewards are about ratios: a signed task ends the run, with the reason."""
+    def signed(records, i, rng, point=None):
+        query = height(records, i, rng, point)
+        return render.replace(query, value=-query.value)
+
+    monkeypatch.setitem(render.TASKS, "height", render.replace(HEIGHT, make=signed))
+    argv = command(tiny, distances, tmp_path / "run", "--tasks", "height")
+    message = refused(capsys, argv)
+    assert "task 'height': the true value -" in message and "not a positive number" in message
 
 
 def test_chat_is_mixed_in(tiny, distances, tmp_path):
-    """The share of --mix, text-only samples and images among them; without it not one draw changes."""
-    chats = write_jsonl(tmp_path / "chat.jsonl", [
+    """The share of --mix, text-only samples and images among them."""
+    path = write_jsonl(tmp_path / "chat.jsonl", [
         {"question": "Who are you?", "answer": "A model."},
         {"question": "Which?", "answer": "That.", "image": str(distances.parent / "000.png")}])
-    encoder, plain = samples_of(tiny, distances)
-    assert train_sft.open_mix(f"{chats}:0.25")[1] == 0.25 and train_sft.open_mix(str(chats))[1] == train_sft.MIX_SHARE
-    mixed = train_sft.Samples(plain.fitting["distance"], plain.tasks, SETTINGS, encoder, plain.crop, 0,
-                              chats=train_sft.open_mix(f"{chats}:0.25"))
+    args = train_sft.parse_args(["--mix", f"{path}:0.25"])
+    assert args.mix == (str(path), 0.25)
+    assert train_sft.parse_args(["--mix", str(path)]).mix == (str(path), train_sft.MIX_SHARE)
+    assert train_sft.parse_args([]).mix == (None, 0.0)
+
+    checkpoint, plain = samples_of(tiny, distances)
+    chats = train_sft.read_chats(str(path)), 0.25
+    mixed = train_sft.Samples(plain.fitting["distance"], plain.tasks, checkpoint, plain.crop, 0,
+                              chats=chats)
     drawn = [mixed[i] for i in range(200)]
-    talk = [s for s in drawn if s["task"] == "chat"]
-    assert 30 < len(talk) < 70 and {len(s["sizes"]) for s in talk} == {0, 1} and not any(s["bad"] for s in drawn)
-    texts = {encoder.tokenizer.decode(s["input_ids"][s["prompt_length"]:]) for s in talk}
+    talk = [sample for sample in drawn if sample["task"] == "chat"]
+    assert 30 < len(talk) < 70 and not any(sample["bad"] for sample in drawn)
+    assert {len(sample["sizes"]) for sample in talk} == {0, 1}
+    texts = {checkpoint.tokenizer.decode(sample["input_ids"][sample["prompt_length"]:])
+             for sample in talk}
     assert texts == {"A model.<|im_end|>", "That.<|im_end|>"}
-    for spec in (f"{chats}:0", f"{chats}:1", f"{chats}:x"):
-        with pytest.raises(ValueError, match="share"):
-            train_sft.open_mix(spec)
+
+
+def test_bad_chats(tmp_path):
+    path = tmp_path / "chat.jsonl"
+    for share in ("0", "1", "nan", "-0.1"):
+        with pytest.raises(argparse.ArgumentTypeError, match="between 0 and 1"):
+            train_sft.weighted(train_sft.MIX_SHARE, 1)(f"{path}:{share}")
     for line, say in (("{", "line 1"), ('{"question": "Who?"}', "answer"), ("", "holds no")):
-        (tmp_path / "bad.jsonl").write_text(line)
+        path.write_text(line)
         with pytest.raises(ValueError, match=say):
-            train_sft.open_mix(str(tmp_path / "bad.jsonl"))
+            train_sft.read_chats(str(path))
     with pytest.raises(ValueError, match="no such file"):
-        train_sft.open_mix("nowhere.jsonl")
+        train_sft.read_chats("nowhere.jsonl")
 
 
-def test_text_only_micro_batches_on_two_processes(distances, tmp_path):
-    """One process with images, the other with text alone: all of them run the vision tower, so nothing hangs; the image
-    that is added for that says nothing."""
-    chats = write_jsonl(tmp_path / "chat.jsonl", [{"question": "Who are you?", "answer": "A model."}])
+def test_text_only_micro_batches_on_two_processes(tiny, distances, tmp_path):
+    """One process with images, the other with text alone: all of them run the vision tower, so
+    nothing hangs; the image that is added for that changes nothing."""
+    chats = write_jsonl(tmp_path / "chat.jsonl", [{"question": "Who are you?",
+                                                   "answer": "A model."}])
     for processes in (0, 2):
-        train(tmp_path / str(processes), distances, "--mix", f"{chats}:0.6", "--micro-batch", 1, "--samples", 24,
-              processes=processes)
+        train(tiny, distances, tmp_path / str(processes), "--mix", f"{chats}:0.6",
+              "--micro-batch", 1, "--samples", 24, processes=processes)
     one, two = (losses(tmp_path / str(n)) for n in (0, 2))
     assert one == pytest.approx(two, abs=2e-4)
 
 
-SEEN = [{"camera": camera} for camera in ("unify", "none", "prompt", "ray")] + [
-    {"prompt": "release"}, {"prompt": "text"}, {"marker": "cross", "marker_size": 9, "focal": 80.0}]
+SEEN = [*({"camera": camera} for camera in render.CAMERAS), {"prompt": "release"},
+        {"prompt": "text"}, {"marker": "cross", "marker_size": 9, "focal": 80.0}]
 
 
 @pytest.mark.parametrize("change", SEEN, ids=lambda c: "-".join(map(str, c.values())))
-def test_what_was_trained_is_what_is_asked(change, distances, tmp_path, monkeypatch):
-    """Each camera strategy, prompt, marker and focal length goes into depthlm.json; evaluate.py and pointcloud.py show
-    the model the same, pixel for pixel and word for word, without being told."""
+def test_what_was_trained_is_what_is_queried(change, tiny, distances, tmp_path, monkeypatch):
+    """Each camera strategy, prompt, marker and focal length goes into depthlm.json; evaluate.py and
+    pointcloud.py show the model the same, pixel for pixel and word for word, without being told."""
     import pointcloud
-    out, shown = tmp_path / "run", []
-    flags = [word for key, value in change.items() for word in (f"--{key.replace('_', '-')}", value)]
-    train(out, distances, *flags, "--samples", 8)
+    out, shown, encode = tmp_path / "run", [], render.encode
+    flags = [word for key, value in change.items()
+             for word in (f"--{key.replace('_', '-')}", value)]
+    train(tiny, distances, out, *flags, "--samples", 8)
     stored = json.loads((out / "depthlm.json").read_text())
-    assert {k: stored[k] for k in change} == change
-    query = evaluate.make_query(render.Records(distances), "distance", (0, 0))
-    views, question, _ = render.render(query, {**SETTINGS, **change}, 28)
-    encode = render.encode
-    monkeypatch.setattr(render, "encode", lambda e, v, q, *a: shown.append((v[0].pixels, q)) or encode(e, v, q, *a))
-    evaluate.main([str(out), "--data", str(distances), "--all", "--workers", "0", "--max-new-tokens", "2"])
+    assert {key: stored[key] for key in change} == change
+    query = evaluate.query_of(render.Records(distances), "distance", (0, 0))
+    settings = {**render.DEFAULTS, "focal": 100, **change}
+    views, question, _ = render.render(query, settings, 28)
+
+    def look(checkpoint, views, question, *answer):
+        shown.append((views[0].pixels, question))
+        return encode(checkpoint, views, question, *answer)
+
+    monkeypatch.setattr(render, "encode", look)
+    evaluate.main([str(out), "--data", str(distances), "--all", "--workers", "0",
+                   "--max-new-tokens", "2"])
     fx, fy, cx, cy, *_ = query.records[0]["intrinsics"]
     x, y = query.points[0]
     with pytest.raises(SystemExit):  # hardly trained: it says no distance
-        pointcloud.main([str(out), query.records[0]["image"], "--at", f"{x:g},{y:g}", "--focal", str(fx), str(fy),
-                         "--center", str(cx), str(cy), "--max-new-tokens", "2"])
+        pointcloud.main([str(out), query.records[0]["image"], "--at", f"{x:g},{y:g}",
+                         "--photo-focal", str(fx), str(fy), "--center", str(cx), str(cy),
+                         "--max-new-tokens", "2"])
     for pixels, text in (shown[0], shown[-1]):
         assert (pixels == views[0].pixels).all() and text == question
 
 
+# --------------------------------------------------------------------------------------------------
+# recipes, flags and errors
+
+
+def table5(recipe=None):
+    args = train_sft.parse_args([f"@{ROOT / 'runs' / recipe}"] if recipe else [])
+    return {key: getattr(args, key) for key in (
+        "samples", "batch", "lr", "schedule", "warmup", "clip", "focal", "crop", "checkpointing")}
+
+
 def test_recipes_hold_the_values_of_table_5():
-    shared = {"schedule": "cosine", "warmup": 0.1, "crop": [1000, 1400, 700, 1200], "checkpointing": True}
-    assert table5("sft_3b.args") == {**shared, "samples": 35e6, "batch": 1280, "lr": 5.2e-5, "clip": 0.1, "focal": 1000}
-    assert table5("sft_7b.args") == {**shared, "samples": 60e6, "batch": 1280, "lr": 1.0e-4, "clip": 0.5, "focal": 1000}
-    assert table5("sft_pixtral_12b.args") == {**shared, "samples": 23e6, "batch": 384, "lr": 5.6e-5, "clip": 1.0, "focal": 750}
-    assert table5() == {**table5("sft_3b.args"), "focal": None}  # None: the family's default, 1000
+    shared = {"schedule": "cosine", "warmup": 0.1, "crop": [1000, 1400, 700, 1200],
+              "checkpointing": True}
+    assert table5("sft_3b.args") == {**shared, "samples": 35e6, "batch": 1280, "lr": 5.2e-5,
+                                     "clip": 0.1, "focal": 1000}
+    assert table5("sft_7b.args") == {**shared, "samples": 60e6, "batch": 1280, "lr": 1.0e-4,
+                                     "clip": 0.5, "focal": 1000}
+    assert table5("sft_pixtral_12b.args") == {**shared, "samples": 23e6, "batch": 384,
+                                              "lr": 5.6e-5, "clip": 1.0, "focal": 750}
+    # None: the family's default, 1000
+    assert table5() == {**table5("sft_3b.args"), "focal": None}
     overridden = train_sft.parse_args([f"@{ROOT / 'runs' / 'sft_3b.args'}", "--lr", "1e-4"])
     assert overridden.lr == 1e-4
 
 
-def test_default_data_is_the_mixture_and_says_what_is_missing(tmp_path, monkeypatch, capsys, distances):
+def test_default_data_is_the_mixture_and_says_what_is_missing(tmp_path, monkeypatch, capsys,
+                                                              distances):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="no training data"):
         train_sft.default_data()
@@ -492,55 +791,128 @@ def test_default_data_is_the_mixture_and_says_what_is_missing(tmp_path, monkeypa
         (tmp_path / "data" / name).mkdir(parents=True)
         shutil.copy(distances, tmp_path / "data" / name / "train.jsonl")
     capsys.readouterr()
-    assert train_sft.default_data() == ["data/waymo/train.jsonl:1.0", "data/matterport3d/train.jsonl:0.1"]
+    assert train_sft.default_data() == [("data/waymo/train.jsonl", 1),
+                                        ("data/matterport3d/train.jsonl", 0.1)]
     assert "argoverse2" in capsys.readouterr().err
 
 
-def test_unreadable_images_are_replaced_and_counted_but_not_many(tiny, distances, tmp_path):
-    folder = tmp_path / "data"
-    shutil.copytree(distances.parent, folder)
+@pytest.mark.parametrize("text, expected", [
+    ("a.jsonl", ("a.jsonl", 1.0)), ("a.jsonl:0.1", ("a.jsonl", 0.1)),
+    ("C:/x/train.jsonl", ("C:/x/train.jsonl", 1.0)),
+    ("C:/x/train.jsonl:0.5", ("C:/x/train.jsonl", 0.5)),
+    ("col:on/room/train.jsonl", ("col:on/room/train.jsonl", 1.0)),
+    ("col:on/room/train.jsonl:2", ("col:on/room/train.jsonl", 2.0)),
+    ("there:0.5", ("there:0.5", 1.0)), ("there:0.5:0.1", ("there:0.5", 0.1)),
+    ("absent:0.5", ("absent", 0.5))])
+def test_weights_of_files(text, expected, tmp_path, monkeypatch):
+    """What is behind the last colon is a weight if it is a number, and no file is called so."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there:0.5").touch()
+    assert train_sft.weighted(1.0)(text) == expected
+
+
+@pytest.mark.parametrize("text", ["a.jsonl:0", "a.jsonl:-1", "a.jsonl:nan", "a.jsonl:inf", "",
+                                  " ", ":1"])
+def test_bad_weights_of_files(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="positive and finite|empty path"):
+        train_sft.weighted(1.0)(text)
+
+
+def test_weights_of_tasks():
+    args = train_sft.parse_args(["--tasks", "distance", "speed:0.5"])
+    assert args.tasks == [("distance", 1.0), ("speed", 0.5)]
+
+
+@pytest.mark.parametrize("flag, value, message", [
+    ("--batch", 0, "0 is not 1 or more"), ("--batch", 1.5, "1.5 is not a whole number"),
+    ("--samples", 0, "0 is not 1 or more"), ("--samples", "many", "invalid number value: 'many'"),
+    ("--micro-batch", 0, "0 is not 1 or more"), ("--lr", "nan", "nan is not greater than 0"),
+    ("--lr", "inf", "inf is not greater than 0"), ("--lr", 0, "0 is not greater than 0"),
+    ("--warmup", 2, "2 is not 0 or more and at most 1"), ("--clip", -1, "-1 is not greater than 0"),
+    ("--seed", -1, "-1 is not 0 or more"), ("--stop-after", 0, "0 is not 1 or more"),
+    ("--save-every", 0, "0 is not 1 or more"), ("--log-every", 0, "0 is not 1 or more"),
+    ("--val-every", -1, "-1 is not 0 or more"), ("--workers", -1, "-1 is not 0 or more"),
+    ("--focal", 0, "0 is not greater than 0"), ("--out", "", "is an empty path"),
+    ("--data", "a.jsonl:0", "a.jsonl:0: what follows ':' has to be positive and finite"),
+    ("--data", "", "is an empty path"), ("--tasks", "smell", "smell is no task; there are dist"),
+    ("--tasks", "distance:0", "distance:0: what follows ':' has to be positive and finite"),
+    ("--mix", "chat.jsonl:2", "chat.jsonl:2: what follows ':' has to be between 0 and 1")])
+def test_bad_flags(capsys, flag, value, message):
+    """One line behind argparse's usage, with the flag's name, and exit code 2."""
+    line = refused(capsys, ["--data", "a.jsonl", flag, value])
+    assert f"error: argument {flag}: {message}" in line
+
+
+def test_errors_are_one_line(tiny, distances, reference, tmp_path, capsys):
+    line = refused(capsys, command(tiny, distances, reference))
+    assert "exists and is not empty" in line and "--resume" in line
+    for more, message in (
+            (["--model", tmp_path / "nowhere"], "no such checkpoint"),
+            (["--data", tmp_path / "empty.jsonl"], "empty.jsonl: holds no record"),
+            (["--data", tmp_path / "none.jsonl"], "none.jsonl: no such file"),
+            (["--samples", 7], "--samples 7: less than one batch of 8"),
+            (["--val", tmp_path / "none.jsonl", "--val-every", 1], "none.jsonl: no such file")):
+        (tmp_path / "empty.jsonl").write_text("")
+        line = refused(capsys, command(tiny, distances, tmp_path / "run", *more))
+        assert line.startswith("error: ") and message in line
+        assert [p.name for p in (tmp_path / "run").iterdir()] == [".lock"]  # nothing begun
+
+
+def test_batch_divides_among_the_processes(tiny, distances, tmp_path):
+    argv = command(tiny, distances, tmp_path / "run", "--batch", 5)
+    done = run_script("train_sft.py", *argv, processes=2)
+    assert done.returncode and "--batch 5: 5 do not divide among 2 processes" in done.stderr
+
+
+def test_not_finite_stops_before_the_weights_are_ruined(tiny, distances, tmp_path, capsys):
+    out = tmp_path / "run"
+    line = refused(capsys, command(tiny, distances, out, "--lr", 1e30, "--schedule", "constant",
+                                   "--warmup", 0, "--save-every", 1))
+    assert "not finite" in line and "--lr" in line
+    assert all(torch.isfinite(value).all() for value in weights(out).values())
+
+
+def test_unreadable_images_are_replaced_and_counted_but_not_many(tiny, distances, tmp_path,
+                                                                 capsys):
+    folder = shutil.copytree(distances.parent, tmp_path / "data")
     (folder / "002.png").write_bytes(b"not an image")
-    encoder, samples = samples_of(tiny, folder / "train.jsonl")
+    _, samples = samples_of(tiny, folder / "train.jsonl")
     batch = train_sft.collate([samples[i] for i in range(30)])
-    assert 0 < len(batch["bad"]) < 20 and "002.png" in batch["bad"][0] and len(batch["segments"]) == 31
-    done = run_script("train_sft.py", "--out", tmp_path / "run", "--data", folder / "train.jsonl", *FLAGS)
-    assert done.returncode == 2 and "more than 1%" in done.stderr and "002.png" in done.stderr and "Traceback" not in done.stderr
+    assert 0 < len(batch["bad"]) < 20 and "002.png" in batch["bad"][0]
+    assert len(batch["segments"]) == 31
+    argv = command(tiny, folder / "train.jsonl", tmp_path / "run")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        train_sft.main(argv)
+    skipped, line = capsys.readouterr().err.strip().splitlines()[-2:]
+    assert stop.value.code == 2 and "more than 1%" in line
+    assert skipped.startswith("skipped: ") and "002.png" in skipped
 
 
-def fails(*command, message, cwd=None):
-    done = run_script("train_sft.py", *command, cwd=cwd)
-    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr[-1500:]
-
-
-def test_errors_are_one_line(tmp_path, distances, reference):
-    fails("--out", reference, "--data", distances, *FLAGS, message="--resume")
-    fails("--out", tmp_path / "a", "--data", distances, *FLAGS, "--model", tmp_path / "nowhere", message="no such checkpoint")
-    (tmp_path / "empty.jsonl").write_text("")
-    fails("--out", tmp_path / "b", "--data", tmp_path / "empty.jsonl", *FLAGS, message="empty.jsonl: holds no record")
-    assert not (tmp_path / "b").exists()  # nothing begun
-    (tmp_path / "c" / "base").mkdir(parents=True)  # what a start that failed after make_tiny leaves is no obstacle
-    (tmp_path / "c" / "run.json").write_text("{}")
-    fails("--out", tmp_path / "c", "--data", distances, *FLAGS, "--tasks", "motion", message="motion")
-
-
-@pytest.mark.skipif(os.geteuid() != 0 or not sys.platform.startswith("linux"), reason="mounts a small tmpfs")
-def test_a_full_disk_leaves_the_last_state(distances, tmp_path):
+@pytest.mark.skipif(os.geteuid() != 0 or not sys.platform.startswith("linux"),
+                    reason="mounts a small tmpfs")
+@pytest.mark.parametrize("free", [300_000, 3_000_000], ids=["model", "state"])
+def test_a_full_disk_leaves_the_last_state(tiny, distances, tmp_path, capsys, free):
+    """The model does not fit, or the model does and the state does not."""
     small = tmp_path / "small"
     small.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=9m", "tmpfs", small], capture_output=True).returncode:
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", small],
+                             capture_output=True)
+    if mounted.returncode:
         pytest.skip("may not mount")
     try:
         out = small / "run"
-        train(out, distances, "--stop-after", 2)
+        train(tiny, distances, out, "--stop-after", 2)
         before = (out / "resume" / "state.json").read_text()
         filler = small / "filler"
-        free = shutil.disk_usage(small).free
-        filler.write_bytes(b"0" * max(0, free - 300_000))
-        done = run_script("train_sft.py", "--out", out, "--data", distances, *FLAGS, "--resume")
-        assert done.returncode == 2 and "MiB free" in done.stderr and "Traceback" not in done.stderr, done.stderr[-1500:]
+        filler.write_bytes(bytes(shutil.disk_usage(small).free - free))
+        line = refused(capsys, command(tiny, distances, out, "--resume"))
+        assert line.startswith("error: ") and "MiB free" in line
         assert (out / "resume" / "state.json").read_text() == before
+        assert weights(out)  # a whole model
         filler.unlink()
-        train(out, distances, "--resume")
+        train(tiny, distances, out, "--resume")
         assert math.isfinite(losses(out)[-1]) and len(losses(out)) == 10
+        assert sorted(p.name for p in out.glob("*safetensors*")) == ["model.safetensors"]
     finally:
         subprocess.run(["umount", small])
