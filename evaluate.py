@@ -219,67 +219,7 @@ def load_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype)
 
 
 # --------------------------------------------------------------------------------------------------
-# the model: a prefill, and steps of branches behind it
-
-
-@dataclass
-class Prefix:
-    """Rows after their prefill. cache: keys and values (B, heads, P, d) a layer; seen (B, P) bool:
-    which of them count; position (B,): the next token's; logits (B, F + 1, V): after the prompt,
-    and after each drafted token."""
-    cache: object
-    seen: torch.Tensor
-    position: torch.Tensor
-    logits: torch.Tensor
-
-
-def prefill(model, checkpoint: Checkpoint, samples: list[dict], draft: list[int] = ()) -> Prefix:
-    """Prompts of any sizes and the `draft` tokens behind each, in one packed forward, nothing
-    padded; their keys and values are laid out as rows afterwards. samples: of render.encode without
-    an answer."""
-    from transformers import DynamicCache
-    rows = [append_tokens(sample, draft) for sample in samples]
-    inputs = render.model_inputs(render.pack(rows), checkpoint, model.device, model.compute_dtype)
-    starts = inputs["segments"].long()
-    ends, lengths = starts[1:], starts[1:] - starts[:-1]
-    keep = ends[:, None] - 1 + torch.arange(-len(draft), 1, device=ends.device)
-    packed = DynamicCache()
-    logits = model(**inputs, past_key_values=packed, use_cache=True,
-                   logits_to_keep=keep.flatten()).logits[0]
-
-    column = torch.arange(int(lengths.max()), device=ends.device)
-    seen = column < lengths[:, None]
-    index = (starts[:-1, None] + column).clamp(max=int(starts[-1]) - 1)
-    cache = DynamicCache()
-    for i, layer in enumerate(packed.layers):
-        keys, values = (x[0][:, index].transpose(0, 1) for x in (layer.keys, layer.values))
-        cache.update(keys, values, i)
-    position = [int(row["position_ids"].max()) + 1 for row in rows]
-    return Prefix(cache, seen, torch.tensor(position, device=ends.device),
-                  logits.view(len(rows), len(draft) + 1, -1))
-
-
-def append_tokens(sample: dict, tokens: list[int]) -> dict:
-    """The sample with tokens behind it, at the positions that follow."""
-    positions = sample["position_ids"]
-    places = positions.max() + 1 + np.arange(len(tokens))
-    places = np.broadcast_to(places, (len(positions), len(tokens)))
-    ids = np.concatenate([sample["input_ids"], np.asarray(tokens, int)])
-    return {**sample, "input_ids": ids, "position_ids": np.concatenate([positions, places], 1)}
-
-
-def decode_step(model, checkpoint: Checkpoint, prefix: Prefix, tokens, position,
-                seen) -> torch.Tensor:
-    """Feed tokens (B, N) at positions (B, N); token n sees the cached columns and new tokens marked
-    in seen (B, N, K + N). The new keys and values join the cache. -> logits (B, N, V)."""
-    if checkpoint.family.mrope:
-        position = position.expand(3, -1, -1)
-    return model(input_ids=tokens, attention_mask=additive_mask(seen, model.compute_dtype),
-                 position_ids=position, past_key_values=prefix.cache, use_cache=True).logits
-
-
-# --------------------------------------------------------------------------------------------------
-# greedy answers: speculative decoding with the answer template as the draft
+# the model: a prefill of prompts and drafts, and steps of branches behind it
 
 
 @dataclass
@@ -308,6 +248,72 @@ def get_template(checkpoint: Checkpoint, form: str | None) -> Template:
     return checkpoint.templates[form]
 
 
+@dataclass
+class Prefix:
+    """Rows after their prefill. cache: keys and values (B, heads, P, d) a layer; seen (B, P) bool:
+    which of them count; position (B,): the next token's; logits (B, F + 1, V): after the prompt,
+    and after each drafted token."""
+    cache: object
+    seen: torch.Tensor
+    position: torch.Tensor
+    logits: torch.Tensor
+
+
+def pack_prompts(checkpoint: Checkpoint, samples: list[dict], form: str | None = None) -> dict:
+    """Samples (render.encode without an answer), the template's start behind each, packed in one
+    row; position (B,): the next token's. Made by loader workers."""
+    template = get_template(checkpoint, form)
+    rows = [append_tokens(sample, template.start) for sample in samples]
+    position = [int(row["position_ids"].max()) + 1 for row in rows]
+    return {**render.pack(rows), "position": torch.tensor(position), "template": template}
+
+
+def prefill(model, checkpoint: Checkpoint, batch: dict) -> Prefix:
+    """Packed prompts of any sizes in one forward, nothing padded; their keys and values are laid
+    out as rows afterwards."""
+    from transformers import DynamicCache
+    inputs = render.model_inputs(batch, checkpoint, model.device, model.compute_dtype)
+    starts, drafted = inputs["segments"].long(), len(batch["template"].start)
+    ends, lengths = starts[1:], starts[1:] - starts[:-1]
+    keep = ends[:, None] - 1 + torch.arange(-drafted, 1, device=ends.device)
+    packed = DynamicCache()
+    logits = model(**inputs, past_key_values=packed, use_cache=True,
+                   logits_to_keep=keep.flatten()).logits[0]
+
+    column = torch.arange(batch["longest"], device=ends.device)
+    seen = column < lengths[:, None]
+    index = (starts[:-1, None] + column).clamp(max=batch["input_ids"].shape[1] - 1)
+    cache = DynamicCache()
+    for i, layer in enumerate(packed.layers):
+        keys, values = (x[0][:, index].transpose(0, 1) for x in (layer.keys, layer.values))
+        cache.update(keys, values, i)
+    return Prefix(cache, seen, batch["position"].to(ends.device),
+                  logits.view(len(lengths), drafted + 1, -1))
+
+
+def append_tokens(sample: dict, tokens: list[int]) -> dict:
+    """The sample with tokens behind it, at the positions that follow."""
+    positions = sample["position_ids"]
+    places = positions.max() + 1 + np.arange(len(tokens))
+    places = np.broadcast_to(places, (len(positions), len(tokens)))
+    ids = np.concatenate([sample["input_ids"], np.asarray(tokens, int)])
+    return {**sample, "input_ids": ids, "position_ids": np.concatenate([positions, places], 1)}
+
+
+def decode_step(model, checkpoint: Checkpoint, prefix: Prefix, tokens, position,
+                seen) -> torch.Tensor:
+    """Feed tokens (B, N) at positions (B, N); token n sees the cached columns and new tokens marked
+    in seen (B, N, K + N). The new keys and values join the cache. -> logits (B, N, V)."""
+    if checkpoint.family.mrope:
+        position = position.expand(3, -1, -1)
+    return model(input_ids=tokens, attention_mask=additive_mask(seen, model.compute_dtype),
+                 position_ids=position, past_key_values=prefix.cache, use_cache=True).logits
+
+
+# --------------------------------------------------------------------------------------------------
+# greedy answers: speculative decoding with the answer template as the draft
+
+
 def draft_end(checkpoint: Checkpoint, template: Template, answer: list[int]) -> list[int]:
     """The rest of the template, once the answer's number is complete; else nothing."""
     start = template.start
@@ -334,25 +340,35 @@ def accept(answer: list[int], fed: list[int], best: list[int], stop_ids, limit: 
 
 
 @torch.no_grad()
-def greedy_answers(model, checkpoint: Checkpoint, samples: list[dict], form: str | None,
+def greedy_answers(model, checkpoint: Checkpoint, batch: dict,
                    max_new_tokens: int) -> tuple[list[list[int]], int]:
     """Token for token those of plain greedy decoding. -> token lists (with the end token, if
     reached), number of forward passes.
 
-    `form` is only a draft of what will be said: its words go through the model many at a time, and
-    each is compared with the argmax before it counts. After a difference there is no more draft."""
-    template, stops, end = get_template(checkpoint, form), checkpoint.stop_ids, checkpoint.end_id
-    prefix = prefill(model, checkpoint, samples, template.start)
-    device, forwards = prefix.logits.device, 1
+    The template is only a draft of what will be said: its words go through the model many at a
+    time, and each is compared with the argmax before it counts. After a difference there is no more
+    draft."""
+    prefix = prefill(model, checkpoint, batch)
+    rows = range(len(batch["position"]))
+    answers, steps = decode_rows(model, checkpoint, batch, prefix, rows, max_new_tokens)
+    return answers, 1 + steps
+
+
+def decode_rows(model, checkpoint: Checkpoint, batch: dict, prefix: Prefix, rows,
+                max_new_tokens: int) -> tuple[list[list[int]], int]:
+    """Greedy answers of some rows after their prefill, [] for the others; number of steps."""
+    template, stops, end = batch["template"], checkpoint.stop_ids, checkpoint.end_id
+    device, steps = prefix.logits.device, 0
     best = prefix.logits.argmax(-1).tolist()
-    answers: list[list[int]] = [[] for _ in samples]
-    fed = [None, *template.start]  # None: the last token of the prompt
-    kept = [accept(answer, fed, b, stops, max_new_tokens) for answer, b in zip(answers, best)]
+    answers: list[list[int]] = [[] for _ in best]
+    kept = [1 + len(template.start)] * len(best)
+    for b in rows:  # None: the last token of the prompt
+        kept[b] = accept(answers[b], [None, *template.start], best[b], stops, max_new_tokens)
     seen, position = drop_refused(prefix, len(template.start), kept)
 
     def feed(answer: list[int]) -> list[int]:
         """What a row feeds next: its last token and a draft of the rest; nothing at its end."""
-        if answer[-1] in stops or len(answer) >= max_new_tokens:
+        if not answer or answer[-1] in stops or len(answer) >= max_new_tokens:
             return []
         return [answer[-1], *draft_end(checkpoint, template, answer)]
 
@@ -364,25 +380,23 @@ def greedy_answers(model, checkpoint: Checkpoint, samples: list[dict], form: str
                              causal.expand(len(fed), -1, -1)], 2)
         places = position[:, None] + torch.arange(width, device=device)
         logits = decode_step(model, checkpoint, prefix, tokens, places, visible)
-        forwards += 1
+        steps += 1
         kept = [accept(answer, f, b, stops, max_new_tokens) if f else 0
                 for answer, f, b in zip(answers, fed, logits.argmax(-1).tolist())]
         kept = torch.tensor(kept, device=device)
         holds = torch.arange(width, device=device) < kept[:, None]
         seen, position = torch.cat([seen, holds], 1), position + kept
-    return answers, forwards
+    return answers, steps
 
 
 def drop_refused(prefix: Prefix, drafted: int, kept: list[int]):
     """-> seen, position after a prefill of which `kept` - 1 of the drafted tokens hold: what the
-    model would not have said stays in the cache as holes."""
-    seen, position = prefix.seen, prefix.position.clone()
-    for b, count in enumerate(kept):
-        end = int(seen[b].sum())
-        refused = drafted + 1 - count
-        seen[b, end - refused:end] = False
-        position[b] -= refused
-    return seen, position
+    model would not have said stays in the cache as holes, and so does whatever else was fed."""
+    refused = drafted + 1 - torch.tensor(kept, device=prefix.seen.device)
+    ends = prefix.seen.sum(1) - refused
+    column = torch.arange(prefix.seen.shape[1], device=ends.device)
+    seen = F.pad(column < ends[:, None], (0, prefix.cache.get_seq_length() - len(column)))
+    return seen, prefix.position - refused
 
 
 # --------------------------------------------------------------------------------------------------
@@ -394,7 +408,7 @@ POINTS = 16  # that stand for an interval
 
 
 @torch.no_grad()
-def median_answers(model, checkpoint: Checkpoint, samples: list[dict], form: str,
+def median_answers(model, checkpoint: Checkpoint, batch: dict,
                    max_new_tokens: int) -> tuple[list[dict], int]:
     """The median of the model's own distribution over numbers, instead of the likeliest digit after
     the likeliest digit. -> answers {"text", "q10", "q90", "confidence", "lost"}, number of forward
@@ -403,22 +417,17 @@ def median_answers(model, checkpoint: Checkpoint, samples: list[dict], form: str
     q10 and q90: the model puts 10 % of its probability below and above. confidence: what it puts
     within 25 % of the median. lost: what was not followed. A row that would not say the template is
     answered greedily, "text" alone."""
-    template = get_template(checkpoint, form)
-    prefix = prefill(model, checkpoint, samples, template.start)
+    template, prefix = batch["template"], prefill(model, checkpoint, batch)
     start = torch.tensor(template.start, device=prefix.logits.device)
     agrees = (prefix.logits[:, :-1].argmax(-1) == start).all(1).tolist()
     leaves, forwards = number_leaves(model, checkpoint, prefix, template.numbers)
-    answers = [summarize_leaves(row, form) if agreed else None
+    answers = [summarize_leaves(row, template.form) if agreed else None
                for row, agreed in zip(leaves, agrees)]
-
     rest = [b for b, answer in enumerate(answers) if answer is None]
-    if rest:
-        tokens, more = greedy_answers(model, checkpoint, [samples[b] for b in rest], form,
-                                      max_new_tokens)
-        forwards += more
-        for b, answer in zip(rest, tokens):
-            answers[b] = {"text": checkpoint.text(answer)}
-    return answers, forwards
+    tokens, steps = decode_rows(model, checkpoint, batch, prefix, rest, max_new_tokens)
+    for b in rest:
+        answers[b] = {"text": checkpoint.text(tokens[b])}
+    return answers, forwards + steps
 
 
 def summarize_leaves(leaves: list[tuple], form: str) -> dict | None:
@@ -544,14 +553,14 @@ def fitting_pairs(records: Records, task: str, pairs: list, seed: int = 0) -> li
 
 
 class QueryBatches(torch.utils.data.Dataset):
-    """Rendered and encoded queries, a batch an item, so that loader workers can prepare them. An
-    unreadable image ends the evaluation: a score over fewer points than it claims would be wrong.
-    singly: a distance sample for each of a query's points."""
+    """Rendered, encoded and packed queries, a batch an item, so that loader workers prepare them.
+    An unreadable image ends the evaluation: a score over fewer points than it claims would be
+    wrong. singly: a distance sample for each of a query's points."""
 
     def __init__(self, checkpoint: Checkpoint, records: Records, task: str, pairs: list,
-                 batch_size: int, seed: int, singly: bool):
+                 batch_size: int, seed: int, singly: bool, form: str | None):
         self.checkpoint, self.records, self.task, self.pairs = checkpoint, records, task, pairs
-        self.batch_size, self.seed, self.singly = batch_size, seed, singly
+        self.batch_size, self.seed, self.singly, self.form = batch_size, seed, singly, form
 
     def __len__(self):
         return math.ceil(len(self.pairs) / self.batch_size)
@@ -565,7 +574,7 @@ class QueryBatches(torch.utils.data.Dataset):
                 samples += [self.encode(part) for part in self.parts(query)]
         except ValueError as e:  # raised by run_queries: a worker would send its whole traceback
             return None, str(e)
-        return queries, samples
+        return queries, pack_prompts(self.checkpoint, samples, self.form)
 
     def parts(self, query: Query) -> list[Query]:
         if not self.singly:
@@ -590,18 +599,18 @@ def run_queries(model, checkpoint: Checkpoint, records: Records, pairs: list,
     if decode == "median" and form is None:
         raise ValueError(f"--decode median: an answer of camera '{settings['camera']}' holds more "
                          "than one number; decode it greedily.")
-    dataset = QueryBatches(checkpoint, records, task, pairs, batch_size, seed, singly)
+    get_template(checkpoint, form)  # once, and not in each worker
+    dataset = QueryBatches(checkpoint, records, task, pairs, batch_size, seed, singly, form)
     loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=workers,
-                                         collate_fn=tuple)
-    for queries, samples in loader:
+                                         collate_fn=tuple, pin_memory=model.device.type == "cuda")
+    limit = settings["max_new_tokens"]
+    for queries, batch in loader:
         if queries is None:
-            raise ValueError(samples)
+            raise ValueError(batch)
         if decode == "median":
-            answers, forwards = median_answers(model, checkpoint, samples, form,
-                                               settings["max_new_tokens"])
+            answers, forwards = median_answers(model, checkpoint, batch, limit)
         else:
-            tokens, forwards = greedy_answers(model, checkpoint, samples, form,
-                                              settings["max_new_tokens"])
+            tokens, forwards = greedy_answers(model, checkpoint, batch, limit)
             answers = [{"text": checkpoint.text(t)} for t in tokens]
         if singly:
             pairs_of_answers = zip(queries, answers[::2], answers[1::2])

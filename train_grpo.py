@@ -112,7 +112,7 @@ def sample_answers(model, checkpoint: Checkpoint, samples: list[dict], uniform: 
     """Answers to B prompts, one for each column of uniform (B, T, G). All ranks run the same number
     of forward passes: until no answer of any rank continues."""
     rows, limit, group_size = uniform.shape
-    prefix = evaluate.prefill(model, checkpoint, samples)
+    prefix = evaluate.prefill(model, checkpoint, evaluate.pack_prompts(checkpoint, samples))
     banned, device = banned_tokens(model, checkpoint), prefix.logits.device
     logits = prefix.logits.expand(rows, group_size, -1)
     seen = prefix.seen[:, None].expand(rows, group_size, -1)  # a leaf sees its prompt ...

@@ -29,7 +29,8 @@ def probe(model, checkpoint: render.Checkpoint, chats: list[dict]) -> list[dict]
     for chat in tqdm(chats, desc="probe", disable=None, dynamic_ncols=True):
         question, views = chat["question"], train_sft.chat_views(chat, checkpoint.grid)
         prompt = render.encode(checkpoint, views, question)
-        tokens, _ = evaluate.greedy_answers(model, checkpoint, [prompt], None, limit)
+        tokens, _ = evaluate.greedy_answers(
+            model, checkpoint, evaluate.pack_prompts(checkpoint, [prompt]), limit)
         answer = checkpoint.text(tokens[0])
 
         former = chat.get("answer", answer)

