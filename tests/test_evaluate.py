@@ -690,10 +690,10 @@ def test_a_marker_and_a_task_of_a_fork(tiny, world, tmp_path, monkeypatch, capsy
 
     form = "Its shadow is around {x} feet long."
     words = {"paper": ("A pole of {given} feet stands here. How long is its shadow?", form)}
-    task = render.Task(shadow, words, {"feet": 1.0, "yards": 3.0})
+    task = render.Task(shadow, words, {"feet": 1.0, "cubits": 1.5})
     monkeypatch.setitem(render.MARKERS, "ring", ring)
     monkeypatch.setitem(render.TASKS, "shadow", task)
-    assert render.parse_answer("It is 2 yards long.", "shadow") == 6.0
+    assert render.parse_answer("It is 2 cubits long.", "shadow") == 3.0
 
     checkpoint = render.open_checkpoint(str(tiny), {"marker": "ring", "focal": 100}, quiet=True)
     model, records, rows = load(checkpoint), render.Records(world), []
@@ -709,8 +709,10 @@ def test_a_marker_and_a_task_of_a_fork(tiny, world, tmp_path, monkeypatch, capsy
     model.save_pretrained(folder)
     settings = {"marker": "ring", "focal": 100, "tasks": ["distance", "shadow"]}
     (folder / "depthlm.json").write_text(json.dumps(settings))
-    evaluate.main([str(folder), "--data", str(world), "--queries", "12", "--workers", "0",
-                   "--out", str(tmp_path / "eval")])
+    argv = [str(folder), "--data", str(world), "--queries", "12", "--workers", "0",
+            "--out", str(tmp_path / "eval")]
+    evaluate.main(argv)
+    evaluate.main([*argv, "--marker", "ring", "--tasks", "distance", "shadow"])  # the same
     shown = capsys.readouterr().out
     assert "\nshadow " in shown and "\ndistance " in shown
 
@@ -1006,8 +1008,8 @@ def test_resume_with_other_ranks(reference, speaker, world, tmp_path):
 
 
 def test_late_rank_zero(reference, speaker, world, tmp_path):
-    """A rank that is ready before rank 0 waits for its word, instead of leaving parts which rank 0
-    would then refuse."""
+    """A rank that is ready before rank 0 waits for its word, instead of taking old answers for
+    this evaluation's, or leaving parts which rank 0 would then refuse."""
     driver = tmp_path / "driver.py"
     driver.write_text(f"""
 import os, sys, time
@@ -1017,15 +1019,18 @@ claim = evaluate.claim
 
 def late(out, *args):
     time.sleep(3)
-    assert not list(out.glob("predictions.part-*"))
+    assert len(list(out.glob("predictions.part-*"))) == 1
     claim(out, *args)
     (out / "claimed").write_text(os.environ["RANK"])
 
 evaluate.claim = late
 evaluate.main()
 """)
-    out = tmp_path / "eval"
-    argv = arguments(speaker, world, out, "--max-new-tokens", 20)
+    out = shutil.copytree(reference[0], tmp_path / "eval")
+    old = [{**line, "text": "old"} for line in lines_of(out / "predictions.jsonl")]
+    write_jsonl(out / "predictions.jsonl", old)
+    write_jsonl(out / "predictions.part-0-of-1-123.jsonl", old[:20])
+    argv = arguments(speaker, world, out, "--max-new-tokens", 20, "--overwrite")
     done = run_script(driver, *argv, processes=2)
     assert done.returncode == 0, done.stderr
     assert (out / "claimed").read_text() == "0" and same_answers(out, reference[0])
