@@ -838,6 +838,9 @@ def dataset_names(paths: list[str]) -> list[str]:
 
 def list_queries(args, tasks: list[str]) -> list[tuple[str, Records, str, list]]:
     """-> (dataset name, records, task, (record, point) pairs) of each file and fitting task."""
+    for task in tasks:
+        if task not in TASKS:  # of a checkpoint that was trained with another render.py
+            raise ValueError(f"task '{task}' is none of {', '.join(TASKS)}. Give --tasks.")
     groups, paths = [], args.data or default_data()
     for path, name in zip(paths, dataset_names(paths)):
         records = Records(path, args.image_root, args.label_type)

@@ -15,11 +15,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, make_world, plain_inputs, run_script, stock, views_for, write_jsonl
 from PIL import Image
 
 import evaluate
 import render
-from conftest import (ROOT, make_world, plain_inputs, run_script, stock, views_for, write_jsonl)
 
 CPU = torch.device("cpu")
 
@@ -1257,6 +1257,8 @@ def test_bad_calls(tmp_path, world, tiny, capsys, monkeypatch):
     shutil.copy(tiny / "config.json", tmp_path / "bare")
     weightless = shutil.copytree(tiny, tmp_path / "weightless")
     (weightless / "model.safetensors").unlink()
+    forked = shutil.copytree(tiny, tmp_path / "forked")
+    (forked / "depthlm.json").write_text('{"tasks": ["distance", "shadow"]}')
     (tmp_path / "none.jsonl").write_text("")
     unlabelled = {"image": "a.png", "intrinsics": [9, 9, 9, 9, 20, 20], "pixel_coords": [],
                   "depth": []}
@@ -1269,6 +1271,7 @@ def test_bad_calls(tmp_path, world, tiny, capsys, monkeypatch):
                       (("gpt2", "qwen2_5_vl"), (tmp_path / "other", "--data", world)),
                       (("bare",), (tmp_path / "bare", "--data", world)),
                       (("weightless", "cannot be loaded"), (weightless, "--data", world)),
+                      (("'shadow'", "two_point", "--tasks"), (forked, "--data", world)),
                       (("--data", "prepare.py"), ("--constant", "2")),
                       (("holds no record",), (tiny, "--data", "none.jsonl")),
                       (("no such file",), (tiny, "--data", "nowhere.jsonl")),
