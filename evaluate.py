@@ -1073,6 +1073,7 @@ def main(argv=None) -> None:
         lines = [prediction(query_of(records, task, pair, args.seed), text, dataset=name)
                  for name, records, task, pairs in list_queries(args, args.tasks or ["distance"])
                  for pair in pairs]
+        render.write_json(out / "run.json", render.run_info(args))
         render.write_jsonl(out / "predictions.jsonl", lines)
     else:
         try:

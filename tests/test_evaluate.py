@@ -1121,6 +1121,15 @@ def test_constant(world, tmp_path, monkeypatch):
     assert got["datasets"]["toy"]["delta1"] == pytest.approx(np.mean(hits))
 
 
+def test_constant_is_not_taken_for_a_model(speaker, world, tmp_path, capsys):
+    """A baseline that was written over a model's answers is not read as theirs."""
+    out = tmp_path / "eval"
+    run(speaker, world, out)
+    evaluate.main(["--constant", "2", "--data", str(world), "--all", "--out", str(out)])
+    assert json.loads((out / "run.json").read_text())["flags"]["constant"] == 2
+    assert "another weights" in fails(capsys, *arguments(speaker, world, out))
+
+
 def test_predictions(reference, tmp_path):
     """Anyone's answers on our points: our own file scores as before; answers as text are parsed as
     ours are."""
