@@ -905,6 +905,9 @@ def dataset_names(paths: list[str]) -> list[str]:
 
 def list_queries(args, tasks: list[str]) -> list[tuple[str, Records, str, list]]:
     """-> (dataset name, records, task, (record, point) pairs) of each file and fitting task."""
+    for task in tasks:
+        if task not in TASKS:  # of a checkpoint that was trained with another render.py
+            raise ValueError(f"task '{task}' is none of {', '.join(TASKS)}. Give --tasks.")
     groups, paths = [], args.data or default_data()
     for path, name in zip(paths, dataset_names(paths)):
         records = Records(path, args.image_root, args.label_type)
@@ -1137,6 +1140,7 @@ def main(argv=None) -> None:
         lines = [prediction(query_of(records, task, pair, args.seed), text, dataset=name)
                  for name, records, task, pairs in list_queries(args, args.tasks or ["distance"])
                  for pair in pairs]
+        render.write_json(out / "run.json", render.run_info(args))
         render.write_jsonl(out / "predictions.jsonl", lines)
     else:
         try:

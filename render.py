@@ -501,7 +501,7 @@ def crop_window(whole: int, at: np.ndarray, limits, grid: int, rng) -> tuple[int
     needed = math.ceil(at.max() - at.min() + 2 * MARGIN + 1)
     size = int(rng.integers(limits[0], limits[1] + 1)) // grid
     size = max(size, -(-needed // grid)) * grid
-    size = min(size, whole)  # a smaller image is shown whole, and padded as in evaluation
+    size = min(size, whole)  # a smaller image is not cropped, but padded as in evaluation
     first = math.ceil(max(0, min(at.max() + MARGIN, whole - 1) - size + 1))
     last = math.floor(min(whole - size, max(at.min() - MARGIN, 0)))
     start = int(rng.integers(first, last + 1)) if first < last else min(first, whole - size)

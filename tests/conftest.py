@@ -203,10 +203,15 @@ def tiny_qwen3(tiny, tmp_path_factory) -> Path:
 def tiny_pixtral(tmp_path_factory) -> Path:
     """A random Pixtral (LlavaForConditionalGeneration, patch 16) with a Mistral-like tokenizer and
     chat template."""
-    import render
     import toy_model
-    from transformers import (LlavaConfig, LlavaForConditionalGeneration, MistralConfig,
-                              PixtralVisionConfig)
+    from transformers import (
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        MistralConfig,
+        PixtralVisionConfig,
+    )
+
+    import render
     family = render.FAMILIES["llava"]
     special = ["<pad>", "<s>", "</s>", "[INST]", "[/INST]", "[IMG]", "[IMG_BREAK]", "[IMG_END]"]
     tokenizer = toy_model.make_tokenizer(special, "</s>", family.chat_template)

@@ -15,11 +15,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, make_world, plain_inputs, run_script, stock, views_for, write_jsonl
 from PIL import Image
 
 import evaluate
 import render
-from conftest import (ROOT, make_world, plain_inputs, run_script, stock, views_for, write_jsonl)
 
 CPU = torch.device("cpu")
 
@@ -1123,6 +1123,15 @@ def test_constant(world, tmp_path, monkeypatch):
     assert got["datasets"]["toy"]["delta1"] == pytest.approx(np.mean(hits))
 
 
+def test_constant_is_not_taken_for_a_model(speaker, world, tmp_path, capsys):
+    """A baseline that was written over a model's answers is not read as theirs."""
+    out = tmp_path / "eval"
+    run(speaker, world, out)
+    evaluate.main(["--constant", "2", "--data", str(world), "--all", "--out", str(out)])
+    assert json.loads((out / "run.json").read_text())["flags"]["constant"] == 2
+    assert "another weights" in fails(capsys, *arguments(speaker, world, out))
+
+
 def test_predictions(reference, tmp_path):
     """Anyone's answers on our points: our own file scores as before; answers as text are parsed as
     ours are."""
@@ -1259,6 +1268,8 @@ def test_bad_calls(tmp_path, world, tiny, capsys, monkeypatch):
     shutil.copy(tiny / "config.json", tmp_path / "bare")
     weightless = shutil.copytree(tiny, tmp_path / "weightless")
     (weightless / "model.safetensors").unlink()
+    forked = shutil.copytree(tiny, tmp_path / "forked")
+    (forked / "depthlm.json").write_text('{"tasks": ["distance", "shadow"]}')
     (tmp_path / "none.jsonl").write_text("")
     unlabelled = {"image": "a.png", "intrinsics": [9, 9, 9, 9, 20, 20], "pixel_coords": [],
                   "depth": []}
@@ -1271,6 +1282,7 @@ def test_bad_calls(tmp_path, world, tiny, capsys, monkeypatch):
                       (("gpt2", "qwen2_5_vl"), (tmp_path / "other", "--data", world)),
                       (("bare",), (tmp_path / "bare", "--data", world)),
                       (("weightless", "cannot be loaded"), (weightless, "--data", world)),
+                      (("'shadow'", "two_point", "--tasks"), (forked, "--data", world)),
                       (("--data", "prepare.py"), ("--constant", "2")),
                       (("holds no record",), (tiny, "--data", "none.jsonl")),
                       (("no such file",), (tiny, "--data", "nowhere.jsonl")),

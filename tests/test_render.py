@@ -8,18 +8,25 @@ import math
 import os
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import (
+    image_processor,
+    make_world,
+    noise,
+    plain_inputs,
+    run_script,
+    stock,
+    views_for,
+    write_jsonl,
+)
 from PIL import Image
 
 import evaluate
 import render
-from conftest import (ROOT, image_processor, make_world, noise, plain_inputs, run_script, stock,
-                      views_for, write_jsonl)
 
 SETTINGS = {**render.DEFAULTS, "focal": 100}
 RED = (255, 0, 0)

@@ -7,17 +7,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import compare
 import numpy as np
+import probe
 import pytest
 import torch
-from PIL import Image
-
-import compare
-import evaluate
-import probe
-import render
 import toy_model
 from conftest import ROOT, make_world, run_script, stock, write_jsonl
+from PIL import Image
+
+import evaluate
+import render
 
 CPU = torch.device("cpu")
 
