@@ -234,7 +234,7 @@ class Template:
 def get_template(checkpoint: Checkpoint, form: str | None) -> Template:
     if form is None:
         return Template(None, [], {})
-    if form not in checkpoint.templates:
+    if form not in checkpoint.template_cache:
         examples = ("2.35", "12.71", "0.05", "107.90")
         variants = [checkpoint.tokens(form.format(x=x)) for x in examples]
         start = []
@@ -244,8 +244,8 @@ def get_template(checkpoint: Checkpoint, form: str | None) -> Template:
             start.append(column[0])
         spelled = {i: checkpoint.tokenizer.decode([i]) for i in range(len(checkpoint.tokenizer))}
         numbers = {i: text for i, text in spelled.items() if re.fullmatch(r" ?[0-9.]+", text)}
-        checkpoint.templates[form] = Template(form, start, numbers)
-    return checkpoint.templates[form]
+        checkpoint.template_cache[form] = Template(form, start, numbers)
+    return checkpoint.template_cache[form]
 
 
 @dataclass
@@ -329,14 +329,14 @@ def accept(answer: list[int], fed: list[int], best: list[int], stop_ids, limit: 
     """Extend an answer, in place, by the drafted tokens that hold, and by the one after them.
     fed: a token that is part of the text already, then the draft; best: the argmax after each.
     -> how many of `fed` hold: a drafted one does if the model says it after the one before."""
-    kept = 1
-    while kept < len(fed) and fed[kept] == best[kept - 1]:
-        kept += 1
-    answer += fed[1:kept]
+    accepted = 1
+    while accepted < len(fed) and fed[accepted] == best[accepted - 1]:
+        accepted += 1
+    answer += fed[1:accepted]
     if not answer or answer[-1] not in stop_ids:
-        answer.append(best[kept - 1])
+        answer.append(best[accepted - 1])
     del answer[limit:]
-    return kept
+    return accepted
 
 
 @torch.no_grad()
@@ -361,10 +361,10 @@ def decode_rows(model, checkpoint: Checkpoint, batch: dict, prefix: Prefix, rows
     device, steps = prefix.logits.device, 0
     best = prefix.logits.argmax(-1).tolist()
     answers: list[list[int]] = [[] for _ in best]
-    kept = [1 + len(template.start)] * len(best)
-    for b in rows:  # None: the last token of the prompt
-        kept[b] = accept(answers[b], [None, *template.start], best[b], stops, max_new_tokens)
-    seen, position = drop_refused(prefix, len(template.start), kept)
+    accepted = [1 + len(template.start)] * len(best)
+    for b in rows:  # None stands for the last token of the prompt
+        accepted[b] = accept(answers[b], [None, *template.start], best[b], stops, max_new_tokens)
+    seen, position = drop_rejected(prefix, len(template.start), accepted)
 
     def feed(answer: list[int]) -> list[int]:
         """What a row feeds next: its last token and a draft of the rest; nothing at its end."""
@@ -381,30 +381,31 @@ def decode_rows(model, checkpoint: Checkpoint, batch: dict, prefix: Prefix, rows
         places = position[:, None] + torch.arange(width, device=device)
         logits = decode_step(model, checkpoint, prefix, tokens, places, visible)
         steps += 1
-        kept = [accept(answer, f, b, stops, max_new_tokens) if f else 0
-                for answer, f, b in zip(answers, fed, logits.argmax(-1).tolist())]
-        kept = torch.tensor(kept, device=device)
-        holds = torch.arange(width, device=device) < kept[:, None]
-        seen, position = torch.cat([seen, holds], 1), position + kept
+        accepted = [accept(answer, f, b, stops, max_new_tokens) if f else 0
+                    for answer, f, b in zip(answers, fed, logits.argmax(-1).tolist())]
+        accepted = torch.tensor(accepted, device=device)
+        holds = torch.arange(width, device=device) < accepted[:, None]
+        seen, position = torch.cat([seen, holds], 1), position + accepted
     return answers, steps
 
 
-def drop_refused(prefix: Prefix, drafted: int, kept: list[int]):
-    """-> seen, position after a prefill of which `kept` - 1 of the drafted tokens hold: what the
-    model would not have said stays in the cache as holes, and so does whatever else was fed."""
-    refused = drafted + 1 - torch.tensor(kept, device=prefix.seen.device)
-    ends = prefix.seen.sum(1) - refused
+def drop_rejected(prefix: Prefix, drafted: int,
+                  accepted: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> seen, position after a prefill of which `accepted` - 1 of the drafted tokens hold: what
+    the model would not have said stays in the cache as holes, and so does whatever else was fed."""
+    rejected = drafted + 1 - torch.tensor(accepted, device=prefix.seen.device)
+    ends = prefix.seen.sum(1) - rejected
     column = torch.arange(prefix.seen.shape[1], device=ends.device)
     seen = F.pad(column < ends[:, None], (0, prefix.cache.get_seq_length() - len(column)))
-    return seen, prefix.position - refused
+    return seen, prefix.position - rejected
 
 
 # --------------------------------------------------------------------------------------------------
 # the distribution over the numbers that the model could have said
 
-SPLIT_ABOVE = 1e-2  # prefixes of numbers that are less probable are not expanded,
-NARROW = 0.05  # nor intervals that are narrower than this share of their number
-POINTS = 16  # that stand for an interval
+SPLIT_ABOVE = 1e-2  # a prefix that is less probable is not expanded
+NARROW = 0.05  # nor is an interval that is narrower than this share of its number
+POINTS = 16  # stand for an interval in the median
 
 
 @torch.no_grad()
@@ -514,14 +515,14 @@ def draw_queries(records: Records, count: int | None, seed: int = 0) -> list[tup
         return [(i, k) for i in range(len(records)) for k in range(len(records[i]["depth"]))]
     # paper: it draws with replacement; here no point counts twice
     rng = np.random.default_rng(seed)
-    images, left = np.arange(len(records)), len(records)
+    images, left = np.arange(len(records)), len(records)  # the first `left` have points left
     points, drawn, pairs = {}, Counter(), set()
     while len(pairs) < count and left:
         place = int(rng.integers(left))
         i = int(images[place])
         if i not in points:
             points[i] = len(records[i]["depth"])
-        if drawn[i] == points[i]:  # no point is left in this image
+        if drawn[i] == points[i]:
             left -= 1
             images[place] = images[left]
             continue
@@ -1108,7 +1109,7 @@ def query_model(args, checkpoint: Checkpoint, groups: list, out: Path, rank: int
 
 def write_export(args) -> None:
     """--export-queries: as the checkpoint would see them, if there is one."""
-    given = render.given_settings(args)
+    given = render.settings_from_flags(args)
     if args.checkpoint:
         checkpoint = render.open_checkpoint(args.checkpoint, given)
         settings, grid = checkpoint.settings, checkpoint.grid
@@ -1144,7 +1145,7 @@ def main(argv=None) -> None:
         render.write_jsonl(out / "predictions.jsonl", lines)
     else:
         try:
-            checkpoint = render.open_checkpoint(args.checkpoint, render.given_settings(args),
+            checkpoint = render.open_checkpoint(args.checkpoint, render.settings_from_flags(args),
                                                 quiet=int(os.environ.get("RANK", 0)) > 0)
             lines = evaluate_checkpoint(args, checkpoint, out)
         finally:

@@ -562,7 +562,7 @@ def main(argv=None) -> None:
     for x, y in args.at or ():
         check_inside("--at", x, y, width, height)
 
-    checkpoint = render.open_checkpoint(args.checkpoint, render.given_settings(args))
+    checkpoint = render.open_checkpoint(args.checkpoint, render.settings_from_flags(args))
     device = evaluate.pick_device(args.device)
     dtype = evaluate.pick_dtype(args.dtype, device)
     if not args.at:

@@ -161,8 +161,8 @@ def command(main: Callable) -> Callable:
         except RuntimeError as e:
             if type(e).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
                 raise
-            fail(f"the GPU has not enough memory ({str(e).splitlines()[0]}). Lower --micro-batch or "
-                 "--batch-size; in training also --reshard (several GPUs), --checkpointing.")
+            fail(f"the GPU has not enough memory ({str(e).splitlines()[0]}). Lower --micro-batch "
+                 "or --batch-size; for training there are --checkpointing and --reshard, too.")
         except KeyboardInterrupt:
             fail("interrupted. Give the same command again to resume.", 130)
 
@@ -194,19 +194,19 @@ def split_line(line: str) -> list[str]:
     return shlex.split(line, comments=True)
 
 
-def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable:
-    """An argparse type: a finite int or float from `low` (above: greater than `low`) to `high`."""
+def number(kind: type, low: float, high: float = math.inf, exclusive: bool = False) -> Callable:
+    """An argparse type: a finite int or float from `low` (exclusive: greater than it) to `high`."""
 
     def parse(text: str):
         value = float(text)
-        fits = low < value if above else low <= value
+        fits = low < value if exclusive else low <= value
         if not (fits and value <= high and math.isfinite(value)):
             raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
         if kind(value) != value:
             raise argparse.ArgumentTypeError(f"{text} is not a whole number")
         return kind(value)
 
-    wanted = f"greater than {low:g}" if above else f"{low:g} or more"
+    wanted = f"greater than {low:g}" if exclusive else f"{low:g} or more"
     wanted += f" and at most {high:g}" if high < math.inf else ""
     parse.__name__ = "number"  # for argparse: "invalid number value: 'x'"
     return parse
@@ -214,7 +214,7 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False) 
 
 COUNT = number(int, 1)
 NATURAL = number(int, 0)
-POSITIVE = number(float, 0, above=True)
+POSITIVE = number(float, 0, exclusive=True)
 SHARE = number(float, 0, 1)
 
 
@@ -306,15 +306,16 @@ def check_record(record: dict, where: str, image_root: Path = Path(),
     """Validate a record and bring it to one form (see Records). Raises ValueError."""
     try:
         record = record_arrays(record)
-        for _, example in label_faults(record):
-            raise ValueError(example)
-        kind = label_type or record.get("depth_type", "euclidean")
-        if kind not in ("z", "euclidean"):
-            raise ValueError(f"depth_type '{kind}' is neither 'z' nor 'euclidean'.")
+        faults = list(label_faults(record))
+        if faults:
+            raise ValueError(faults[0][1])
+        depth_type = label_type or record.get("depth_type", "euclidean")
+        if depth_type not in ("z", "euclidean"):
+            raise ValueError(f"depth_type '{depth_type}' is neither 'z' nor 'euclidean'.")
     except ValueError as e:
         raise ValueError(f"{where}: {e}") from None
 
-    if kind == "z":
+    if depth_type == "z":
         x, y = record["pixel_coords"].T
         record["depth"] = record["depth"] * ray_length(x, y, record["intrinsics"])
     return {**record, "image": str(image_root / record["image"]), "where": where}
@@ -458,21 +459,20 @@ def unify_focal(image: Image.Image, intrinsics, focal: float | None, grid: int, 
     length is not rounded, and the last fraction of a pixel at the right and bottom is dropped."""
     # paper: W' = f/fx W is rounded there, and the processor resizes again to the patch grid
     fx, fy, cx, cy = intrinsics[:4]
-    sx, sy = scale = (focal / fx, focal / fy) if focal else (1.0, 1.0)
+    sx, sy = (focal / fx, focal / fy) if focal else (1.0, 1.0)
     if focal and image.width * sx * image.height * sy > MAX_PIXELS:
         raise ValueError(f"an image of {image.width} x {image.height} px and focal length {fx:g} "
                          f"{fy:g} px becomes {image.width * sx:.3g} x {image.height * sy:.3g} px "
                          f"at focal {focal:g}. Correct its intrinsics.")
 
-    whole = [whole_pixels(length * s) for length, s in zip(image.size, scale)]
-    starts, sizes = [0, 0], whole
+    left, width = 0, whole_pixels(image.width * sx)
+    top, height = 0, whole_pixels(image.height * sy)
     if crop is not None:
-        at = [(sx * (x + 0.5) - 0.5, sy * (y + 0.5) - 0.5) for x, y in keep]
-        at = np.array(at or [(whole[0] / 2, whole[1] / 2)])
-        starts, sizes = zip(crop_window(whole[0], at[:, 0], crop[:2], grid, rng),
-                            crop_window(whole[1], at[:, 1], crop[2:], grid, rng))
-    (left, top), (width, height) = starts, sizes
-    if scale == (1.0, 1.0):
+        xs = [sx * (x + 0.5) - 0.5 for x, _ in keep] or [width / 2]
+        ys = [sy * (y + 0.5) - 0.5 for _, y in keep] or [height / 2]
+        left, width = crop_window(width, xs, crop[:2], grid, rng)
+        top, height = crop_window(height, ys, crop[2:], grid, rng)
+    if (sx, sy) == (1.0, 1.0):
         pixels = np.asarray(image.crop((left, top, left + width, top + height)))
     else:
         right, bottom = (left + width) / sx, (top + height) / sy
@@ -480,31 +480,32 @@ def unify_focal(image: Image.Image, intrinsics, focal: float | None, grid: int, 
                min(right, image.width), min(bottom, image.height))
         pixels = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC, box=box))
 
-    least = [width, height]
-    if crop is None:  # the last original pixel may lie in the dropped fraction: repeat the edge
-        least = [max(n, math.floor(s * (length - 0.5)) + 1)
-                 for n, s, length in zip((width, height), scale, image.size)]
-    wide, high = (-(-n // grid) * grid for n in least)
-    pixels = np.pad(pixels, ((0, high - height), (0, wide - width), (0, 0)), mode="edge")
+    needed_width, needed_height = width, height
+    if crop is None:  # the last original pixel may lie in the dropped fraction
+        needed_width = max(width, math.floor(sx * (image.width - 0.5)) + 1)
+        needed_height = max(height, math.floor(sy * (image.height - 0.5)) + 1)
+    right = needed_width + -needed_width % grid - width
+    bottom = needed_height + -needed_height % grid - height
+    pixels = np.pad(pixels, ((0, bottom), (0, right), (0, 0)), mode="edge")
     camera = (fx * sx, fy * sy, (cx + 0.5) * sx - 0.5 - left, (cy + 0.5) * sy - 0.5 - top,
               width, height)
-    return View(pixels, camera, scale, (left, top))
+    return View(pixels, camera, (sx, sy), (left, top))
 
 
 def whole_pixels(length: float) -> int:
     return max(1, math.floor(length + 1e-3))  # intrinsics are often rounded to a few decimals
 
 
-def crop_window(whole: int, at: np.ndarray, limits, grid: int, rng) -> tuple[int, int]:
-    """-> start and size of a random window along one axis of `whole` px: a multiple of the grid
-    within `limits` (low, high) that holds all of `at`, with a margin where there is room."""
-    needed = math.ceil(at.max() - at.min() + 2 * MARGIN + 1)
+def crop_window(length: int, keep: list[float], limits, grid: int, rng) -> tuple[int, int]:
+    """-> start and size of a random window along one axis of `length` px: a multiple of the grid
+    within `limits` (low, high) around the places `keep`, with a margin where there is room."""
+    needed = math.ceil(max(keep) - min(keep) + 2 * MARGIN + 1)
     size = int(rng.integers(limits[0], limits[1] + 1)) // grid
     size = max(size, -(-needed // grid)) * grid
-    size = min(size, whole)  # a smaller image is not cropped, but padded as in evaluation
-    first = math.ceil(max(0, min(at.max() + MARGIN, whole - 1) - size + 1))
-    last = math.floor(min(whole - size, max(at.min() - MARGIN, 0)))
-    start = int(rng.integers(first, last + 1)) if first < last else min(first, whole - size)
+    size = min(size, length)  # a smaller image is not cut, and padded as in evaluation
+    first = math.ceil(max(0, min(max(keep) + MARGIN, length - 1) - size + 1))
+    last = math.floor(min(length - size, max(min(keep) - MARGIN, 0)))
+    start = int(rng.integers(first, last + 1)) if first < last else min(first, length - size)
     return start, size
 
 
@@ -690,10 +691,10 @@ def think(question: str, unit: str, sentence: str) -> tuple[str, str]:
 @dataclass(frozen=True)
 class Task:
     """All that the scripts know of a task. make: (records, i, rng, point) -> Query. wordings: for
-    each prompt, the templates of question and answer (fields: `phrase`; {x} is the value, with the
-    same words before it in all answers of a task, so that decoding can draft them). unit: words
-    behind a number in an answer -> factor. markers: how many points are drawn. needs: what not
-    every record has."""
+    each prompt, and each camera strategy with words of its own, templates of question and answer
+    (fields: `phrase`; {x} is the value, with the same words before it in all answers of a task, so
+    that decoding can draft them). unit: words behind a number in an answer -> factor. markers: how
+    many points are drawn. needs: what not every record has."""
     make: Callable
     wordings: dict[str, tuple[str, str]]
     unit: dict[str, float]
@@ -714,13 +715,14 @@ TASKS = {
         "release": think("How far is this point from the camera?", "meter", AWAY),
         "text": ("Given this image of size (width = {w}, height = {h}), how far is the pixel at "
                  "({u}, {v}) from the camera?", AWAY),  # App. A.1
-        "camera": ("Given this image of size (width = {w}, height = {h}), where the camera "
-                   "intrinsics are (fx = {fx}, fy = {fy}, cx = {cx}, cy = {cy}) and the images are "
-                   "without distortions, how many meters is this point away from the camera?",
-                   AWAY),  # App. A.5
-        "ray": ("How many meters is this point from the camera?",
-                "The point is around {right} degrees to the {side}, {up} degrees {updown} and {x} "
-                "meters away from the camera."),  # App. A.5
+        "camera prompt": (
+            "Given this image of size (width = {w}, height = {h}), where the camera intrinsics are "
+            "(fx = {fx}, fy = {fy}, cx = {cx}, cy = {cy}) and the images are without distortions, "
+            "how many meters is this point away from the camera?", AWAY),  # App. A.5
+        "camera ray": (
+            "How many meters is this point from the camera?",
+            "The point is around {right} degrees to the {side}, {up} degrees {updown} and {x} "
+            "meters away from the camera."),  # App. A.5
     }, METERS),
     # paper: of the other tasks it shows pictures only (Fig. 7); these are in the style of the first
     "axis": Task(axis_distance, {
@@ -782,7 +784,7 @@ def task_fits(task: str, records: Records, tries: int = 64) -> bool:
 
 DEFAULTS = {"focal": 1000, "marker": "arrow", "marker_size": 5, "prompt": "paper",
             "camera": "unify", "tasks": ["distance"], "max_new_tokens": 128}
-PROMPTS = tuple(name for name in TASKS["distance"].wordings if name not in ("camera", "ray"))
+PROMPTS = [name for name in TASKS["distance"].wordings if not name.startswith("camera ")]
 CAMERAS = ("unify", "none", "prompt", "ray")  # Sec. 3.3, App. A.5
 
 
@@ -804,7 +806,9 @@ def check_settings(settings: dict) -> dict:
 
 def wording(task: str, settings: dict) -> tuple[str, str]:
     """Templates of question and answer."""
-    name = {"prompt": "camera", "ray": "ray"}.get(settings["camera"], settings["prompt"])
+    name = settings["prompt"]
+    if settings["camera"] in ("prompt", "ray"):
+        name = f"camera {settings['camera']}"
     if name not in TASKS[task].wordings:
         raise ValueError(f"task '{task}' has no wording for --prompt {settings['prompt']} with "
                          f"--camera {settings['camera']}: text coordinates and the camera "
@@ -980,8 +984,8 @@ class Checkpoint:
     row_end_id: int | None
     image_end_id: int | None
     stop_ids: frozenset[int]  # where decoding ends: the end of turn and generation_config's
-    prompts: dict = field(default_factory=dict)  # tokens of questions
-    templates: dict = field(default_factory=dict)  # of answers, see evaluate.Template
+    prompt_cache: dict = field(default_factory=dict)  # question -> tokens
+    template_cache: dict = field(default_factory=dict)  # answer form -> evaluate.Template
 
     @property
     def grid(self) -> int:
@@ -1124,14 +1128,14 @@ def patchify(pixels: np.ndarray, checkpoint: Checkpoint) -> np.ndarray:
 def prompt_tokens(checkpoint: Checkpoint, question: str, images: int) -> list[int]:
     """Chat template around images and question; one image token per image."""
     key = (question, images)
-    if key not in checkpoint.prompts:
+    if key not in checkpoint.prompt_cache:
         content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
         text = checkpoint.tokenizer.apply_chat_template(
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
-        if len(checkpoint.prompts) > 4096:
-            checkpoint.prompts.clear()
-        checkpoint.prompts[key] = checkpoint.tokens(text)
-    return checkpoint.prompts[key]
+        if len(checkpoint.prompt_cache) > 4096:
+            checkpoint.prompt_cache.clear()
+        checkpoint.prompt_cache[key] = checkpoint.tokens(text)
+    return checkpoint.prompt_cache[key]
 
 
 def image_tokens(checkpoint: Checkpoint, rows: int, columns: int) -> tuple[list, np.ndarray, int]:
@@ -1175,8 +1179,8 @@ def encode(checkpoint: Checkpoint, views: list[View], question: str,
 
 def pack(samples: list[dict]) -> dict:
     """Samples one after another in one row, not padded: input_ids (1, S), position_ids (3 or 1, 1,
-    S), segments (n + 1,) where each sample starts, longest: of them; and for the loss, targets: the answer tokens,
-    predict_at: the position that predicts each."""
+    S), segments (n + 1,) where each sample starts, longest: of them; and for the loss, targets: the
+    answer tokens, predict_at: the position that predicts each."""
     import torch
     starts = np.concatenate([[0], np.cumsum([len(s["input_ids"]) for s in samples])])
     ids = np.concatenate([s["input_ids"] for s in samples])
@@ -1283,7 +1287,7 @@ def add_settings_flags(parser: argparse.ArgumentParser) -> None:
     flag("--camera", choices=CAMERAS, help="camera strategy; the paper's: unify (Sec. 3.3)")
 
 
-def given_settings(args: argparse.Namespace) -> dict:
+def settings_from_flags(args: argparse.Namespace) -> dict:
     return {key: getattr(args, key) for key in DEFAULTS if hasattr(args, key) and key != "tasks"}
 
 
@@ -1307,7 +1311,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 @command
 def main(argv=None) -> None:
     args = parse_args(argv)
-    given = given_settings(args)
+    given = settings_from_flags(args)
     if args.checkpoint:
         checkpoint = open_checkpoint(args.checkpoint, given)
         settings, grid = checkpoint.settings, checkpoint.grid

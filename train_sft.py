@@ -709,7 +709,7 @@ def start_run(args: argparse.Namespace, rank: int, world: int, device: torch.dev
     data, tasks = args.data or default_data(), dict(args.tasks or [("distance", 1.0)])
     datasets = [(Records(path, args.image_root, args.label_type), weight) for path, weight in data]
     validation = open_validation(args, data)
-    given = {**render.given_settings(args), "tasks": list(tasks)}
+    given = {**render.settings_from_flags(args), "tasks": list(tasks)}
     checkpoint = render.open_checkpoint(args.model, given, fallback, quiet=rank > 0)
     if rank == 0:
         open_run(args, out, world)

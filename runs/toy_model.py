@@ -38,8 +38,8 @@ def make_tokenizer(special: list[str] = SPECIAL, end: str = "<|im_end|>",
         pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
     distance = render.TASKS["distance"].wordings
-    sentences = ["user\nassistant\n0123456789.", distance["text"][0], distance["camera"][0],
-                 distance["ray"][1], "left right above below"]
+    sentences = ["user\nassistant\n0123456789.", distance["text"][0], distance["camera prompt"][0],
+                 distance["camera ray"][1], "left right above below"]
     for task in render.TASKS.values():
         (question, sentence), (long_question, thought) = (
             task.wordings["paper"], task.wordings["release"])

@@ -759,7 +759,7 @@ def test_markers_and_camera_strategies_of_other_tasks(tmp_path):
 # parse_answer
 
 
-RAY_FORM = render.TASKS["distance"].wordings["ray"][1].format(
+RAY_FORM = render.TASKS["distance"].wordings["camera ray"][1].format(
     right="31", side="left", up="12", updown="below", x="{x}")
 FORMS = [(task, render.answer_form(task, {**render.DEFAULTS, "prompt": prompt}))
          for task in render.TASKS for prompt in ("paper", "release")]
