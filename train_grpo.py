@@ -231,9 +231,9 @@ def group_advantages(rewards: torch.Tensor, kind: str = "std") -> torch.Tensor:
 
 
 def tree_mask(padding: torch.Tensor, prompt: int, group_size: int, length: int) -> torch.Tensor:
-    """padding (B,): how many of the first `prompt` columns are padding -> (B, S, S) bool, S = prompt
-    + group_size * length: a token sees the prompt and its own answer up to itself, never another
-    answer, never padding."""
+    """padding (B,): how many of the first `prompt` columns are padding -> (B, S, S) bool, S =
+    prompt + group_size * length: a token sees the prompt and its own answer up to itself, never
+    another answer, never padding."""
     device = padding.device
     branch = torch.arange(1, group_size + 1, device=device).repeat_interleave(length)
     branch = torch.cat([torch.zeros(prompt, device=device), branch])
@@ -436,9 +436,9 @@ def train(args: argparse.Namespace, rank: int, world: int, device: torch.device)
         done = time.time()
 
         # |log p in the rollout - log p in the update| is rounding, or something is wrong
-        if gap > 0.1 and rank == 0:
-            tqdm.write(f"step {step + 1}: WARNING: logp_gap {gap:.2f}: the update scores answers "
-                       "under another distribution than they were drawn from")
+        if gap > 0.1:
+            train_sft.print_line(run, step + 1, f"WARNING: logp_gap {gap:.2f}: the update scores "
+                                 "answers under another distribution than they were drawn from")
         means = log_means(checkpoint, rollout, scores)
         shown = (step + 1) % args.log_every == 0
         answer = one_answer(step, samples, texts, scores, advantages) if shown else {}
