@@ -9,8 +9,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "runs")]
-# no downloads, few threads
-os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
+# no downloads, few threads, and no GPU: what is tested is exact on the CPU
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1",
+                  CUDA_VISIBLE_DEVICES="")
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
@@ -98,11 +99,11 @@ def image_processor(folder: Path, **options):
     return processor(**config, do_resize=False, **options)
 
 
-def stock(folder: Path):
+def stock(folder: Path, dtype: torch.dtype = torch.float32):
     """The plain transformers model with its own sdpa attention."""
     from transformers import AutoModelForImageTextToText
     return AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="sdpa",
-                                                       dtype=torch.float32).eval()
+                                                       dtype=dtype).eval()
 
 
 def plain_inputs(folder: Path, checkpoint, sample: dict, views) -> dict:
