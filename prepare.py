@@ -588,7 +588,7 @@ def frames_nuscenes(root, split):
 
 @lru_cache(maxsize=1)  # both splits read the same
 def nuscenes_tables(folder):
-    """Rows by token, all in memory as in the devkit (several GB for trainval); and of key frames,
+    """Rows by token, all in memory as in the devkit (5 GB for trainval); and of key frames,
     "image" by file name, in the order of time, and "sweep" by its sample's token."""
     data = [row for row in read_json(folder / "sample_data.json") if row["is_key_frame"]]
     images = [row for row in data if "/CAM" in row["filename"]]
@@ -1215,7 +1215,8 @@ def toy_hits(eye, rays, boxes):
 
 
 class Dataset(NamedTuple):
-    """All that the rest of prepare.py knows of a dataset."""
+    """All that the rest of prepare.py knows of a dataset: a new one needs a reader and a row.
+    Splits, marks and flags are words with spaces between them."""
     reader: Callable  # (root, split, **flags) -> Frames
     range: tuple  # of the Euclidean depth [m], on which evaluation code agrees
     splits: str  # that the paper uses
@@ -1223,7 +1224,7 @@ class Dataset(NamedTuple):
     get: str = ""  # what to get, from where, how large it is, under which terms
     download: tuple = ()  # URL, file name, MD5 or None, if it is open to all
     raw: str = ""  # folder in data/raw, if it is not the dataset's name
-    flags: str = ""  # that the reader takes
+    flags: str = ""  # of the command line, that the reader takes
     paper_labels: str = "euclidean"  # what the published labels hold
     chunk: int = 32  # frames that a worker takes at once, and that a killed run loses at most
 
@@ -1609,7 +1610,7 @@ def check_file(path, image_root):
 
 
 def spread(records, most):
-    """Line number and record of at most so many lines that can be read."""
+    """(line number, record) of the lines that can be read, of at most `most` spread evenly."""
     for n in np.linspace(0, len(records) - 1, min(len(records), most)).astype(int):
         with suppress(ValueError):
             yield int(n), records[n]
@@ -1902,8 +1903,9 @@ def raw_root(dataset, wanted, fetch_it, url):
 def missing_raw(dataset, root):
     row = DATASETS[dataset]
     fetch = f"\n    or run: python prepare.py --dataset {dataset} --download --root {root}"
-    return ValueError(f"{root}: has no raw data of {dataset}.\n    needed: {row.get.strip()}\n"
-                      f"    put it in: {root} (or give --root)" + fetch * bool(row.download))
+    return ValueError(f"{root}: has no raw data of {dataset}, or none of this split.\n"
+                      f"    needed: {row.get.strip()}\n    put it in: {root} (or give --root)"
+                      + fetch * bool(row.download))
 
 
 # --------------------------------------------------------------------------------------------------
