@@ -267,7 +267,7 @@ def load_weights(model, folder: Path) -> None:
                              "download complete?")
         file = where[found[0]]
         if file not in files:
-            files[file] = safe_open(folder / file, "pt")
+            files[file] = open_weights(folder / file)
         rows = parameter.shape[0]
         share = -(-rows // world)  # FSDP2 shards the first dimension in equal chunks
         first, last = min(rank * share, rows), min((rank + 1) * share, rows)
@@ -282,8 +282,15 @@ def weight_files(folder: Path) -> dict[str, str]:
         return render.read_json(index)["weight_map"]
     if not (folder / "model.safetensors").is_file():
         raise ValueError(f"{folder}: holds no *.safetensors weights; download the whole folder.")
-    with safe_open(folder / "model.safetensors", "pt") as file:
+    with open_weights(folder / "model.safetensors") as file:
         return dict.fromkeys(file.keys(), "model.safetensors")
+
+
+def open_weights(path: Path):
+    try:
+        return safe_open(path, "pt")
+    except SafetensorError as e:
+        raise ValueError(f"{path}: is damaged ({e}). Download it again.") from None
 
 
 @contextmanager

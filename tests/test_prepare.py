@@ -1,6 +1,8 @@
-"""prepare.py beyond the readers: sampling, workers, shards, resume, index, --check, --download, bad input, toy."""
+"""prepare.py beyond the readers: sampling, workers, shards, resume, index, --check, --download, bad
+input, toy."""
 
 import http.server
+import inspect
 import io
 import json
 import os
@@ -19,19 +21,56 @@ import pytest
 from PIL import Image
 
 from test_prepare_readers import (
-    NUSC_CAMERA, OPENCV_IN_VEHICLE, ROOT, apply, argoverse_log, brown_conrady, ddad_root, eth3d_root, euclidean,
-    ibims_root, is_pose, matterport_house, nuscenes_root, omnidata_root, own_folder, prepare, prepared, ramp, records,
-    rigid, run, save, save_depth, scannetpp_scene, scannetpp_splits, sun_scene, waymo_root, well_formed)
+    NUSC_CAMERA,
+    OPENCV_IN_VEHICLE,
+    ROOT,
+    apply,
+    argoverse_log,
+    brown_conrady,
+    ddad_root,
+    eth3d_root,
+    euclidean,
+    ibims_root,
+    is_pose,
+    matterport_house,
+    nuscenes_root,
+    omnidata_root,
+    own_folder,
+    prepare,
+    prepared,
+    ramp,
+    records,
+    rigid,
+    run,
+    save,
+    save_depth,
+    scannetpp_scene,
+    scannetpp_splits,
+    sun_scene,
+    waymo_root,
+    well_formed,
+)
 
 SHARED = ROOT.parent / "shared"
 
 
 # ---- sampling ----
 
+
 def test_depth_limits_are_euclidean(tmp_path):
     """--min-depth and --max-depth cut the label, not z: in a corner the two differ."""
     own_folder(tmp_path / "raw", count=1, camera=[30.0, 30.0, 39.5, 29.5, 80, 60])
-    row, = prepared(tmp_path, "folder", tmp_path / "raw", "--min-depth", 4.2, "--max-depth", 5, "--points", 100000)
+    (row,) = prepared(
+        tmp_path,
+        "folder",
+        tmp_path / "raw",
+        "--min-depth",
+        4.2,
+        "--max-depth",
+        5,
+        "--points",
+        100000,
+    )
     _, exact = own_folder(tmp_path / "again", count=1, camera=[30.0, 30.0, 39.5, 29.5, 80, 60])[0]
     inside = (exact >= 4.2) & (exact <= 5)
     assert len(row["depth"]) == inside.sum() > 100
@@ -41,12 +80,15 @@ def test_depth_limits_are_euclidean(tmp_path):
 def test_points_and_seed(tmp_path):
     """100 points by default, another seed draws others, the draw is spread over the image."""
     own_folder(tmp_path / "raw", count=1, hole=False)
-    row, = prepared(tmp_path, "folder", tmp_path / "raw")
-    other, = prepared(tmp_path, "folder", tmp_path / "raw", "--seed", 1, out="other")
-    few, = prepared(tmp_path, "folder", tmp_path / "raw", "--points", 12, out="few")
-    assert len(row["depth"]) == len(other["depth"]) == 100 and row["pixel_coords"] != other["pixel_coords"]
+    (row,) = prepared(tmp_path, "folder", tmp_path / "raw")
+    (other,) = prepared(tmp_path, "folder", tmp_path / "raw", "--seed", 1, out="other")
+    (few,) = prepared(tmp_path, "folder", tmp_path / "raw", "--points", 12, out="few")
+    assert (
+        len(row["depth"]) == len(other["depth"]) == 100
+        and row["pixel_coords"] != other["pixel_coords"]
+    )
     halves = np.array(row["pixel_coords"]) < [40, 30]
-    assert (np.abs(halves.mean(0) - 0.5) < 0.2).all()         # 4 standard deviations of a fair draw
+    assert (np.abs(halves.mean(0) - 0.5) < 0.2).all()  # 4 standard deviations of a fair draw
     assert len(few["depth"]) == 12
 
 
@@ -67,28 +109,48 @@ def test_zero_valid_points_at_all(tmp_path, capfd):
     own_folder(tmp_path / "raw", count=3)
     for f in (tmp_path / "raw/depth").iterdir():
         save_depth(np.zeros((60, 80)), f)
-    code, message = run("--dataset", "folder", "--root", tmp_path / "raw", "--split", "val", "--out", tmp_path / "out")
+    code, message = run(
+        "--dataset",
+        "folder",
+        "--root",
+        tmp_path / "raw",
+        "--split",
+        "val",
+        "--out",
+        tmp_path / "out",
+    )
     assert code != 0 and not (tmp_path / "out/val.jsonl").exists()
     assert "depth" in (message + capfd.readouterr().err).lower()
 
 
 def test_occlusion(tmp_path):
-    """Points 25 m behind a near patch go with --occlusion; the patch itself and the far points beside it stay."""
+    """Points 25 m behind a near patch go with --occlusion; the patch itself and the far points
+    beside it stay."""
     fx, fy, cx, cy, w, h = NUSC_CAMERA
 
     def at(u, v, z):
         return np.stack([(u - cx) / fx, (v - cy) / fy, np.ones_like(u)], 1) * z
 
-    u, v = (a.ravel().astype(float) for a in np.meshgrid(np.arange(100, 200, 2), np.arange(60, 160, 2)))
-    hidden_u, hidden_v = (a.ravel() + 0.0 for a in np.meshgrid(np.arange(111, 190, 6), np.arange(71, 150, 6)))
-    free_u, free_v = (a.ravel() + 0.0 for a in np.meshgrid(np.arange(250, 380, 6), np.arange(20, 200, 6)))
+    u, v = (
+        a.ravel().astype(float) for a in np.meshgrid(np.arange(100, 200, 2), np.arange(60, 160, 2))
+    )
+    hidden_u, hidden_v = (
+        a.ravel() + 0.0 for a in np.meshgrid(np.arange(111, 190, 6), np.arange(71, 150, 6))
+    )
+    free_u, free_v = (
+        a.ravel() + 0.0 for a in np.meshgrid(np.arange(250, 380, 6), np.arange(20, 200, 6))
+    )
     near, hidden, free = at(u, v, 5.0), at(hidden_u, hidden_v, 30.0), at(free_u, free_v, 30.0)
     nuscenes_root(tmp_path / "raw", ("scene-0103",), cloud=np.concatenate([near, hidden, free]))
-    row, = prepared(tmp_path, "nuscenes", tmp_path / "raw", "--points", 100000)
+    (row,) = prepared(tmp_path, "nuscenes", tmp_path / "raw", "--points", 100000)
     assert len(row["depth"]) == len(near) + len(hidden) + len(free)
-    row, = prepared(tmp_path, "nuscenes", tmp_path / "raw", "--points", 100000, "--occlusion", out="open")
+    (row,) = prepared(
+        tmp_path, "nuscenes", tmp_path / "raw", "--points", 100000, "--occlusion", out="open"
+    )
     xy, d = np.array(row["pixel_coords"]), np.array(row["depth"])
-    assert (d < 8).sum() == len(near) and (d > 20).sum() == len(free) and (xy[d > 20, 0] > 220).all()
+    assert (
+        (d < 8).sum() == len(near) and (d > 20).sum() == len(free) and (xy[d > 20, 0] > 220).all()
+    )
 
 
 def test_stride_and_limit(tmp_path):
@@ -100,6 +162,18 @@ def test_stride_and_limit(tmp_path):
 
 
 # ---- bytes: workers, index ----
+
+
+def folder_flags(raw, out):
+    """The command that prepares an RGB-D folder as val."""
+    return ("--dataset", "folder", "--root", raw, "--split", "val", "--out", out)
+
+
+def in_process(*args, cwd):
+    """`python prepare.py ...` in a process of its own."""
+    command = [sys.executable, ROOT / "prepare.py", *map(str, args)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
+
 
 def test_same_bytes_for_any_number_of_workers(tmp_path):
     """Sampling is a function of (seed, image), so workers cannot change the file."""
@@ -136,9 +210,10 @@ def test_shards_joined_are_the_whole(tmp_path, count):
 
 
 def test_other_flags_do_not_overwrite(tmp_path, capfd):
-    """The same command again keeps the file; another one into the same folder is refused, with the remedy."""
+    """The same command again keeps the file; another one into the same folder is refused, with the
+    remedy."""
     own_folder(tmp_path / "raw", count=3)
-    flags = ("--dataset", "folder", "--root", tmp_path / "raw", "--split", "val", "--out", tmp_path / "out")
+    flags = folder_flags(tmp_path / "raw", tmp_path / "out")
     assert run(*flags)[0] == 0
     before = (tmp_path / "out/val.jsonl").read_bytes()
     assert run(*flags)[0] == 0 and (tmp_path / "out/val.jsonl").read_bytes() == before
@@ -150,17 +225,168 @@ def test_command_line_equals_main(tmp_path):
     """`python prepare.py ...` writes what prepare.main([...]) writes."""
     own_folder(tmp_path / "raw", count=2)
     prepared(tmp_path, "folder", tmp_path / "raw")
-    subprocess.run([sys.executable, ROOT / "prepare.py", "--dataset", "folder", "--root", tmp_path / "raw",
-                    "--split", "val", "--out", tmp_path / "cli"], check=True, capture_output=True, cwd=tmp_path)
-    assert (tmp_path / "cli/val.jsonl").read_bytes() == (tmp_path / "out/val.jsonl").read_bytes()
+    done = in_process(*folder_flags(tmp_path / "raw", tmp_path / "cli"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    whole = (tmp_path / "out/val.jsonl").read_bytes()
+    assert (tmp_path / "cli/val.jsonl").read_bytes() == whole
+
+
+def test_run_json(tmp_path):
+    """One schema for all scripts (script, flags, git, versions), what decides the content, and how
+    far it got."""
+    own_folder(tmp_path / "raw", count=4, hole=False)
+    save_depth(np.zeros((60, 80)), tmp_path / "raw/depth/0001.png")
+    (tmp_path / "raw/rgb/0002.png").unlink()
+    flags = folder_flags(tmp_path / "raw", tmp_path / "out")
+    done = in_process(*flags, "--points", 30, "--depth-scale", 500, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    info = json.loads((tmp_path / "out/val.run.json").read_text())
+    assert info["script"] == "prepare.py"
+    assert info["flags"]["points"] == 30 and info["flags"]["workers"] >= 1
+    assert set(info["versions"]) == {"torch", "transformers", "numpy", "pillow", "python"}
+    assert info["git"] is None or re.fullmatch("[0-9a-f]{40}", info["git"])
+    assert info["inputs"] == {
+        "dataset": "folder",
+        "split": "val",
+        "root": str(tmp_path / "raw"),
+        "limits": [0.1, 200],
+        "points": 30,
+        "seed": 0,
+        "occlusion": False,
+        "paper_labels": False,
+        "stride": None,
+        "limit": None,
+        "shard": [1, 1],
+        "intrinsics": None,
+        "depth_scale": 500.0,
+        "depth_type": "z",
+    }
+    size = (tmp_path / "out/val.jsonl").stat().st_size
+    progress = {"finished": True, "frames": 4, "records": 2, "bad": 1, "bytes": size}
+    assert {key: info[key] for key in progress} == progress
+    assert len(info["bad_examples"]) == 1 and "0002" in info["bad_examples"][0]
+    assert not (tmp_path / "out/val.jsonl.partial").exists()
+
+
+def test_table_names_flags_that_exist():
+    """A row's flags are flags of the command line and arguments of its reader; --dataset offers the
+    rows."""
+    args = vars(prepare.parse_args(["--dataset", "toy"]))
+    for name, row in prepare.DATASETS.items():
+        wanted = list(inspect.signature(row.reader).parameters)
+        assert wanted == ["root", "split", *row.flags.split()], name
+        assert set(row.flags.split()) <= set(args), name
+        assert name == "toy" or ("http" in row.get) == (name != "folder")
+
+
+def counting_reader(monkeypatch, calls, loads):
+    """The folder dataset in chunks of 4; calls and loads collect what is listed and what is
+    loaded."""
+    row = prepare.DATASETS["folder"]
+
+    def load(frame, inner):
+        loads.append(frame.id)
+        return inner(frame)
+
+    def reader(root, split, **flags):
+        calls.append(split)
+        for frame in row.reader(root, split, **flags):
+            yield frame._replace(load=lambda f, inner=frame.load: load(f, inner))
+
+    monkeypatch.setitem(prepare.DATASETS, "folder", row._replace(reader=reader, chunk=4))
+
+
+def test_dataset_is_listed_once(tmp_path, monkeypatch):
+    """Listing takes minutes for a large dataset: once a run, whether it starts, resumes or makes a
+    shard, and never if the file is finished. A resumed run loads the rest only."""
+    own_folder(tmp_path / "raw", count=11)
+    prepared(tmp_path, "folder", tmp_path / "raw", out="whole")
+    calls, loads = [], []
+    counting_reader(monkeypatch, calls, loads)
+    flags = folder_flags(tmp_path / "raw", tmp_path / "out")
+
+    def interrupted(frames, make):
+        if frames[0].id == "0008":
+            raise KeyboardInterrupt
+        return make_chunk(frames, make=make)
+
+    make_chunk = prepare.make_chunk
+    monkeypatch.setattr(prepare, "make_chunk", interrupted)
+    assert run(*flags)[0] == 130 and len(calls) == 1 and len(loads) == 8
+    state = json.loads((tmp_path / "out/val.run.json").read_text())
+    assert (state["finished"], state["frames"], state["records"]) == (False, 8, 8)
+
+    monkeypatch.setattr(prepare, "make_chunk", make_chunk)
+    assert run(*flags)[0] == 0 and len(calls) == 2
+    assert loads[8:] == ["0008", "0009", "0010"]
+    whole = (tmp_path / "whole/val.jsonl").read_bytes()
+    assert (tmp_path / "out/val.jsonl").read_bytes() == whole
+    assert run(*flags)[0] == 0 and len(calls) == 2
+    assert run(*flags, "--shard", "2/3")[0] == 0 and len(calls) == 3
+    assert loads[11:] == ["0003", "0004", "0005", "0006"]
+
+
+HELD = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, {root!r})
+import prepare
+list_frames = prepare.list_frames
+def held(inputs):
+    Path({out!r}, "started").touch()
+    while not Path({out!r}, "go").exists():
+        time.sleep(0.01)
+    return list_frames(inputs)
+prepare.list_frames = held
+prepare.main({flags!r})
+"""
+
+
+@pytest.mark.parametrize("more", [[], ["--overwrite"], ["--points", 20]])
+def test_two_runs_of_one_file(tmp_path, more):
+    """While a run works (here it is held while it lists), a second one of the same file ends in one
+    line, before it has read or written anything; a run of the other split is free to work beside
+    it. The file is that of a single run."""
+    own_folder(tmp_path / "raw", count=5)
+    prepared(tmp_path, "folder", tmp_path / "raw", out="whole")
+    out = tmp_path / "out"
+    out.mkdir()
+    flags = [str(word) for word in folder_flags(tmp_path / "raw", out)]
+    code = HELD.format(root=str(ROOT), out=str(out), flags=flags)
+    first = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path)
+    try:
+        while not (out / "started").exists():
+            assert first.poll() is None
+            time.sleep(0.01)
+        before = contents(out)
+        second = in_process(*flags, *more, cwd=tmp_path)
+        assert second.returncode == 2 and contents(out) == before
+        assert len(second.stderr.splitlines()) == 1, second.stderr
+        assert "another run" in second.stderr and str(out) in second.stderr
+        assert run(*flags, "--split", "train")[0] == 0
+    finally:
+        (out / "go").touch()
+    assert first.wait(60) == 0
+    for name in ("val.jsonl", "val.idx"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert records(out, "train") == records(out)
+    assert run(*flags)[0] == 0  # nobody is in it any more
+
+
+def contents(folder):
+    """All files of a folder."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 # ---- toy rooms ----
 
+
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
     out = tmp_path_factory.mktemp("toy")
-    code, message = run("--dataset", "toy", "--out", out, "--images", 40, "--val-images", 40, "--workers", 1)
+    code, message = run(
+        "--dataset", "toy", "--out", out, "--images", 40, "--val-images", 40, "--workers", 1
+    )
     assert code == 0, message
     return out
 
@@ -171,13 +397,19 @@ def world(row):
     x, y = np.array(row["pixel_coords"], float).T
     r = np.stack([(x - cx) / fx, (y - cy) / fy, np.ones_like(x)], 1)
     m = np.array(row["pose"]).reshape(4, 4)
-    return (r / np.linalg.norm(r, axis=1, keepdims=True) * np.array(row["depth"])[:, None]) @ m[:3, :3].T + m[:3, 3]
+    return (r / np.linalg.norm(r, axis=1, keepdims=True) * np.array(row["depth"])[:, None]) @ m[
+        :3, :3
+    ].T + m[:3, 3]
 
 
 def test_toy_is_deterministic(tmp_path, toy):
     """The same seed gives the same labels and pictures, another one other rooms."""
     flags = ("--dataset", "toy", "--split", "val", "--val-images", 10, "--workers", 1)
-    assert run(*flags, "--out", tmp_path / "a")[0] == run(*flags, "--out", tmp_path / "b", "--seed", 5)[0] == 0
+    assert (
+        run(*flags, "--out", tmp_path / "a")[0]
+        == run(*flags, "--out", tmp_path / "b", "--seed", 5)[0]
+        == 0
+    )
     a, whole, b = records(tmp_path / "a"), records(toy), records(tmp_path / "b")
     assert a == whole[:10] and a != b
     for row in a:
@@ -185,7 +417,8 @@ def test_toy_is_deterministic(tmp_path, toy):
 
 
 def test_toy_records(toy):
-    """Well formed; train and val share no room; at least 3 focal lengths and 3 sizes; several views a room."""
+    """Well formed; train and val share no room; at least 3 focal lengths and 3 sizes; several views
+    a room."""
     train, val = records(toy, "train"), records(toy, "val")
     assert len(train) == len(val) == 40
     for row in train + val:
@@ -197,17 +430,22 @@ def test_toy_records(toy):
 
 
 def test_toy_lamp(toy):
-    """The lamp is on the camera: brightness falls with distance, in all rooms alike (a metric cue)."""
+    """The lamp is on the camera: brightness falls with distance, in all rooms alike (a metric
+    cue)."""
     light, depth = [], []
     for row in records(toy, "train"):
         xy = np.array(row["pixel_coords"])
-        light.append(np.asarray(Image.open(toy / row["image"]).convert("RGB")).max(-1)[xy[:, 1], xy[:, 0]])
+        light.append(
+            np.asarray(Image.open(toy / row["image"]).convert("RGB")).max(-1)[xy[:, 1], xy[:, 0]]
+        )
         depth.append(np.log(row["depth"]))
     assert np.corrcoef(np.concatenate(light), np.concatenate(depth))[0, 1] < -0.8
 
 
 def test_toy_labels_lie_on_the_walls(toy):
-    """Back-projected labels of all views of a room lie on few axis-parallel planes; z in their place would not."""
+    """Back-projected labels of all views of a room lie on few axis-parallel planes; z in their
+    place would not."""
+
     def on_planes(points):
         hit = np.zeros(len(points), bool)
         for axis in range(3):
@@ -224,40 +462,59 @@ def test_toy_labels_lie_on_the_walls(toy):
 
 
 def test_toy_views_agree(toy):
-    """Most points of a view lie on planes on which the other views of the room have points too: the poses are right."""
+    """Most points of a view lie on planes on which the other views of the room have points too: the
+    poses are right."""
     rows = records(toy, "val")
     for scene in sorted({r["scene"] for r in rows})[:6]:
         clouds = [world(r) for r in rows if r["scene"] == scene]
-        eyes = np.array([r["pose"] for r in rows if r["scene"] == scene]).reshape(-1, 4, 4)[:, :3, 3]
+        eyes = np.array([r["pose"] for r in rows if r["scene"] == scene]).reshape(-1, 4, 4)[
+            :, :3, 3
+        ]
         assert len(clouds) >= 3 and np.ptp(eyes, axis=0).max() > 0.1
         for k, cloud in enumerate(clouds):
-            others = np.concatenate(clouds[:k] + clouds[k + 1:])
-            shared = (np.abs(cloud[:, None] - others[None]) < 2e-3).sum(1) >= 5          # (points, 3): a plane per axis
+            others = np.concatenate(clouds[:k] + clouds[k + 1 :])
+            shared = (np.abs(cloud[:, None] - others[None]) < 2e-3).sum(
+                1
+            ) >= 5  # (points, 3): a plane per axis
             assert shared.any(1).mean() > 0.6
 
 
 def test_toy_lenses_in_daylight(tmp_path):
-    """Images of one size and of all four focal lengths; the floor is 1.5 m below each camera, and brightness tells no
-    distance."""
-    flags = ("--dataset", "toy", "--out", tmp_path, "--images", 60, "--val-images", 5, "--light", "ambient", "--focals", 80, 100, 133.3333, 200)
+    """Images of one size and of all four focal lengths; the floor is 1.5 m below each camera, and
+    brightness tells no distance."""
+    flags = "--dataset toy --images 60 --val-images 5 --light ambient".split()
+    flags += ["--focals", 80, 100, 133.3333, 200, "--out", tmp_path]
     code, message = run(*flags)
     assert code == 0, message
-    assert run("--dataset", "toy", "--focals", 80, -1)[0] == 1
+    assert run("--dataset", "toy", "--focals", 80, -1)[0] == 2
     rows = records(tmp_path, "train")
     assert {tuple(r["intrinsics"][4:]) for r in rows} == {(112, 112)}
-    assert {(round(r["intrinsics"][0]), round(r["intrinsics"][1])) for r in rows} == {(f, f) for f in (80, 100, 133, 200)}
+    assert {(round(r["intrinsics"][0]), round(r["intrinsics"][1])) for r in rows} == {
+        (f, f) for f in (80, 100, 133, 200)
+    }
     assert all(r["pose"][11] == 1.5 and abs(min(0, world(r)[:, 2].min())) < 2e-3 for r in rows)
     assert min(world(r)[:, 2].min() for r in rows) == pytest.approx(0, abs=2e-3)
-    light, depth = zip(*((np.asarray(Image.open(tmp_path / r["image"]).convert("RGB")).max(-1)[tuple(np.array(
-        r["pixel_coords"]).T[::-1])], np.log(r["depth"])) for r in rows))
+    light, depth = zip(
+        *(
+            (
+                np.asarray(Image.open(tmp_path / r["image"]).convert("RGB")).max(-1)[
+                    tuple(np.array(r["pixel_coords"]).T[::-1])
+                ],
+                np.log(r["depth"]),
+            )
+            for r in rows
+        )
+    )
     assert abs(np.corrcoef(np.concatenate(light), np.concatenate(depth))[0, 1]) < 0.5
 
 
-# ---- resume after a kill ----
+# ---- resume after a kill, Ctrl-C ----
 
-def start(*args, cwd):
-    return subprocess.Popen([sys.executable, str(ROOT / "prepare.py"), *map(str, args)], cwd=cwd,
-                            start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+def start(*args, cwd, stderr=subprocess.DEVNULL, **options):
+    command = [sys.executable, str(ROOT / "prepare.py"), *map(str, args)]
+    return subprocess.Popen(command, cwd=cwd, start_new_session=True, stdout=subprocess.DEVNULL,
+                            stderr=stderr, **options)
 
 
 def alive(group):
@@ -272,40 +529,80 @@ def alive(group):
     return found
 
 
-def test_resume_after_kill(tmp_path):
-    """SIGKILL in the middle, then the same command: the bytes of an uninterrupted run, nothing twice."""
-    raw = tmp_path / "raw"
+def many_images(raw):
+    """An RGB-D folder of 500 images, most of them links."""
     own_folder(raw, count=8)
     for n in range(8, 500):
         for kind in ("rgb", "depth"):
             os.link(raw / f"{kind}/{n % 8:04d}.png", raw / f"{kind}/{n:04d}.png")
-    flags = ("--dataset", "folder", "--root", raw, "--split", "val", "--points", 20)
-    assert run(*flags, "--out", tmp_path / "whole")[0] == 0
-    cut = tmp_path / "cut"
-    job, deadline = start(*flags, "--workers", 2, "--out", cut, cwd=tmp_path), time.time() + 20
-    while time.time() < deadline and job.poll() is None:                  # until something is on the disk
-        if sum(f.stat().st_size for f in cut.rglob("*") if f.is_file()) > 4000:
-            break
+    return raw
+
+
+def until_labels(out, job):
+    """Wait until the first labels of a job are on the disk."""
+    part, deadline = out / "val.jsonl.partial", time.time() + 20
+    while time.time() < deadline and job.poll() is None:
+        if part.exists() and part.stat().st_size:
+            return
         time.sleep(0.005)
-    os.kill(job.pid, signal.SIGKILL)                           # the parent alone, as a scheduler does it
-    assert job.wait() == -signal.SIGKILL and not (cut / "val.jsonl").exists(), "the run ended before it was killed"
+    pytest.fail("the run ended before it could be stopped")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_resume_after_ctrl_c(tmp_path, workers):
+    """Ctrl-C reaches all processes: one line, exit code 130, no process is left; the same command
+    resumes."""
+    raw, out = many_images(tmp_path / "raw"), tmp_path / "out"
+    flags = (*folder_flags(raw, out), "--points", 20, "--workers", workers)
+    job = start(*flags, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    until_labels(out, job)
+    os.killpg(job.pid, signal.SIGINT)
+    _, said = job.communicate(timeout=20)
+    said = [line for line in said.replace("\r", "\n").splitlines() if line.strip()]
+    said = [line for line in said if "images/s" not in line]
+    assert job.returncode == 130 and not (out / "val.jsonl").exists()
+    assert len(said) == 1 and "interrupted" in said[0] and "resume" in said[0], said
+    deadline = time.time() + 10
+    while alive(job.pid) and time.time() < deadline:
+        time.sleep(0.02)
+    assert not alive(job.pid)
+    assert run(*flags)[0] == 0
+    assert [Path(r["image"]).stem for r in records(out)] == [f"{n:04d}" for n in range(500)]
+
+
+def test_resume_after_kill(tmp_path):
+    """SIGKILL in the middle, then the same command: the bytes of an uninterrupted run, nothing
+    twice."""
+    raw = many_images(tmp_path / "raw")
+    assert run(*folder_flags(raw, tmp_path / "whole"), "--points", 20)[0] == 0
+    cut = tmp_path / "cut"
+    flags = (*folder_flags(raw, cut), "--points", 20)
+    job = start(*flags, "--workers", 2, cwd=tmp_path)
+    until_labels(cut, job)
+    os.kill(job.pid, signal.SIGKILL)  # the parent alone, as a scheduler does it
+    assert job.wait() == -signal.SIGKILL and not (cut / "val.jsonl").exists(), (
+        "the run ended before it was killed"
+    )
     deadline = time.time() + 10
     while alive(job.pid) and time.time() < deadline:
         time.sleep(0.02)
     if alive(job.pid):
         os.killpg(job.pid, signal.SIGKILL)
         pytest.fail("workers outlived their parent by 10 s")
-    grown = max((f for f in cut.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
-    with open(grown, "ab") as f:                               # a write that was cut in the middle of a line
+    with open(cut / "val.jsonl.partial", "ab") as f:  # a write that was cut in the middle of a line
         f.write(b'{"image": "../raw/rgb/00')
-    assert run(*flags, "--out", cut)[0] == 0
+    assert run(*flags)[0] == 0
     for name in ("val.jsonl", "val.idx"):
         assert (cut / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    names = [{f.relative_to(d) for f in d.rglob("*") if f.suffix != ".tmp"} for d in (cut, tmp_path / "whole")]
+    names = [
+        {f.relative_to(d) for f in d.rglob("*") if f.suffix != ".tmp"}
+        for d in (cut, tmp_path / "whole")
+    ]
     assert names[0] == names[1]
 
 
 # ---- bad input ----
+
 
 def outcome(capfd, *args):
     """(exit code, all that was said) of a run."""
@@ -315,13 +612,26 @@ def outcome(capfd, *args):
 
 
 def attempt(capfd, tmp_path, dataset, *flags, split="val", root="raw"):
-    return outcome(capfd, "--dataset", dataset, "--root", tmp_path / root, "--split", split, "--out", tmp_path / "out",
-                   *flags)
+    return outcome(
+        capfd,
+        "--dataset",
+        dataset,
+        "--root",
+        tmp_path / root,
+        "--split",
+        split,
+        "--out",
+        tmp_path / "out",
+        *flags,
+    )
 
 
 def survives(tmp_path, capfd, dataset, raw, named, good, split="val"):
-    """A bad file is named; then either the other frames are prepared, or the run ends in an error with no half file."""
-    code, said = outcome(capfd, "--dataset", dataset, "--root", raw, "--split", split, "--out", tmp_path / "out")
+    """A bad file is named; then either the other frames are prepared, or the run ends in an error
+    with no half file."""
+    code, said = outcome(
+        capfd, "--dataset", dataset, "--root", raw, "--split", split, "--out", tmp_path / "out"
+    )
     assert named in said and "Traceback" not in said
     if code == 0:
         assert len(records(tmp_path / "out", split)) == good
@@ -331,12 +641,15 @@ def survives(tmp_path, capfd, dataset, raw, named, good, split="val"):
 
 def cut_file(path, share=0.5):
     data = Path(path).read_bytes()
-    Path(path).write_bytes(data[:int(len(data) * share) | 1])         # an odd size: in the middle of a number
+    Path(path).write_bytes(
+        data[: int(len(data) * share) | 1]
+    )  # an odd size: in the middle of a number
 
 
 @pytest.mark.parametrize("part", ["rgb", "depth"])
 def test_corrupt_frame(tmp_path, capfd, part):
-    """A truncated picture or depth map (a copy that stopped) is named: which of the two is to be fetched again?"""
+    """A truncated picture or depth map (a copy that stopped) is named: which of the two is to be
+    fetched again?"""
     own_folder(tmp_path / "raw", count=4)
     cut_file(tmp_path / f"raw/{part}/0002.png")
     survives(tmp_path, capfd, "folder", tmp_path / "raw", f"{part}/0002.png", good=3)
@@ -353,12 +666,21 @@ def dangle(raw, table, key, channel="LIDAR"):
     """Break one reference of the first key frame (of a channel) in a nuScenes table."""
     path = raw / f"v1.0-trainval/{table}.json"
     rows = json.loads(path.read_text())
-    next(r for r in rows if r.get("is_key_frame", True) and channel in r.get("filename", channel))[key] = "feedbeef00"
+    next(r for r in rows if r.get("is_key_frame", True) and channel in r.get("filename", channel))[
+        key
+    ] = "feedbeef00"
     path.write_text(json.dumps(rows))
 
 
-@pytest.mark.parametrize("table, key", [("sample_data", "calibrated_sensor_token"), ("sample_data", "ego_pose_token"),
-                                        ("sample_data", "sample_token"), ("sample", "scene_token")])
+@pytest.mark.parametrize(
+    "table, key",
+    [
+        ("sample_data", "calibrated_sensor_token"),
+        ("sample_data", "ego_pose_token"),
+        ("sample_data", "sample_token"),
+        ("sample", "scene_token"),
+    ],
+)
 @pytest.mark.parametrize("channel", ["LIDAR", "CAM"])
 def test_dangling_token(tmp_path, capfd, table, key, channel):
     """A token that no table holds is named, or the picture that is lost by it."""
@@ -371,15 +693,17 @@ def test_dangling_token(tmp_path, capfd, table, key, channel):
 
 
 def test_sample_of_no_scene_is_not_trained_on(tmp_path, capfd):
-    """A sample whose scene is unknown may be one of the held-out scenes: it must not slip into train."""
+    """A sample whose scene is unknown may be one of the held-out scenes: it must not slip into
+    train."""
     nuscenes_root(tmp_path / "raw", ("scene-0103", "scene-0001"))
-    dangle(tmp_path / "raw", "sample", "scene_token")          # the first sample is scene-0103's
+    dangle(tmp_path / "raw", "sample", "scene_token")  # the first sample is scene-0103's
     code, _ = attempt(capfd, tmp_path, "nuscenes", split="train")
     assert code != 0 or [r["scene"] for r in records(tmp_path / "out", "train")] == ["scene-0001"]
 
 
 def test_half_extracted_archive(tmp_path, capfd):
-    """The LiDAR file of a sample is not there (an archive of ten was not extracted): it is named."""
+    """The LiDAR file of a sample is not there (an archive of ten was not extracted): it is
+    named."""
     nuscenes_root(tmp_path / "raw", ("scene-0103",), samples=2)
     gone = sorted((tmp_path / "raw/samples/LIDAR_TOP").iterdir())[0]
     gone.unlink()
@@ -403,7 +727,14 @@ def eth_depth_of_wrong_size(raw):
 
 def test_eth3d_depth_of_wrong_size(tmp_path, capfd):
     """The raw float file must have W x H of its image's camera."""
-    survives(tmp_path, capfd, "eth3d", tmp_path / "raw", eth_depth_of_wrong_size(tmp_path / "raw"), good=3)
+    survives(
+        tmp_path,
+        capfd,
+        "eth3d",
+        tmp_path / "raw",
+        eth_depth_of_wrong_size(tmp_path / "raw"),
+        good=3,
+    )
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB"])
@@ -415,7 +746,9 @@ def test_depth_png_that_is_no_16_bit_map(tmp_path, capfd, mode):
 
 
 def omnidata(component, scene, domain):
-    return lambda raw: omnidata_root(raw, "omnitools", component, (scene,), (domain,), "fixatedpose")
+    return lambda raw: omnidata_root(
+        raw, "omnitools", component, (scene,), (domain,), "fixatedpose"
+    )
 
 
 def scannetpp_root(raw):
@@ -442,40 +775,72 @@ RAW = {
 
 @pytest.mark.parametrize("dataset", RAW)
 def test_wrong_root(tmp_path, capfd, dataset):
-    """A folder above or below the right one is used (same labels), or the error names the right one."""
+    """A folder above or below the right one is used (same labels), or the error names the right
+    one."""
     split, build, below = RAW[dataset]
     raw = tmp_path / "disk" / "raw"
     build(raw)
     right = prepared(tmp_path, dataset, raw, "--points", 20, split=split)
     code, said = checked(capfd, tmp_path / f"out/{split}.jsonl")
-    assert code == 0, said                                     # few and right records: nothing to complain about
+    assert code == 0, said  # few and right records: nothing to complain about
     for n, root in enumerate((raw.parent, raw / below)):
         out = tmp_path / f"out{n}"
-        code, said = outcome(capfd, "--dataset", dataset, "--root", root, "--split", split, "--out", out,
-                             "--points", 20)
+        code, said = outcome(
+            capfd,
+            "--dataset",
+            dataset,
+            "--root",
+            root,
+            "--split",
+            split,
+            "--out",
+            out,
+            "--points",
+            20,
+        )
         assert "Traceback" not in said
         if code == 0:
             rows = records(out, split)
             assert {Path(r["image"]).name for r in rows} <= {Path(r["image"]).name for r in right}
-            assert len(rows) == len(right) or dataset == "eth3d"          # one scene of ETH3D is a fair answer
+            assert (
+                len(rows) == len(right) or dataset == "eth3d"
+            )  # one scene of ETH3D is a fair answer
         else:
             assert str(raw) in said, said
 
 
-@pytest.mark.parametrize("dataset, pattern", [
-    ("argoverse2", "city_SE3_egovehicle.feather"), ("argoverse2", "lidar/*.feather"), ("waymo", "lidar/*.parquet"),
-    ("waymo", "camera_image/*.parquet"), ("nuscenes", "LIDAR_TOP/scene-0103*.pcd.bin"), ("nuscenes", "ego_pose.json"),
-    ("scannetpp", "pose_intrinsic_imu.json"), ("taskonomy", "point_info/**/*.json"), ("matterport3d", "*.conf"),
-    ("ddad", "000001/**/*.npz"), ("ddad", "000001/scene_*.json"), ("sunrgbd", "intrinsics.txt"),
-    ("ibims1", "calib/*.txt"), ("ibims1", "mask_transp/*.png")])
+@pytest.mark.parametrize(
+    "dataset, pattern",
+    [
+        ("argoverse2", "city_SE3_egovehicle.feather"),
+        ("argoverse2", "lidar/*.feather"),
+        ("waymo", "lidar/*.parquet"),
+        ("waymo", "camera_image/*.parquet"),
+        ("nuscenes", "LIDAR_TOP/scene-0103*.pcd.bin"),
+        ("nuscenes", "ego_pose.json"),
+        ("scannetpp", "pose_intrinsic_imu.json"),
+        ("taskonomy", "point_info/**/*.json"),
+        ("matterport3d", "*.conf"),
+        ("ddad", "000001/**/*.npz"),
+        ("ddad", "000001/scene_*.json"),
+        ("sunrgbd", "intrinsics.txt"),
+        ("ibims1", "calib/*.txt"),
+        ("ibims1", "mask_transp/*.png"),
+    ],
+)
 def test_cut_file_is_named(tmp_path, capfd, dataset, pattern):
-    """Of the many files behind a record, the message names the one that is cut, so that one can fetch it again."""
+    """Of the many files behind a record, the message names the one that is cut, so that one can
+    fetch it again."""
     split, build, _ = RAW[dataset]
     build(tmp_path / "raw")
     path = sorted((tmp_path / "raw").rglob(pattern))[0]
     cut_file(path, 0.6)
     code, said = attempt(capfd, tmp_path, dataset, split=split)
-    name = path.name if len(list((tmp_path / "raw").rglob(path.name))) == 1 else f"{path.parent.name}/{path.name}"
+    name = (
+        path.name
+        if len(list((tmp_path / "raw").rglob(path.name))) == 1
+        else f"{path.parent.name}/{path.name}"
+    )
     assert name in said and "Traceback" not in said, said
     assert code == 0 or not list(tmp_path.glob("out/*.jsonl"))
 
@@ -484,8 +849,17 @@ def test_cut_file_is_named(tmp_path, capfd, dataset, pattern):
 def test_missing_raw_files(tmp_path, capfd, dataset):
     """Exit code 2 and what to get, from where, how large, under which terms, into which folder."""
     (tmp_path / "nothing").mkdir()
-    code, said = outcome(capfd, "--dataset", dataset, "--root", tmp_path / "nothing", "--split", RAW[dataset][0],
-                         "--out", tmp_path / "out")
+    code, said = outcome(
+        capfd,
+        "--dataset",
+        dataset,
+        "--root",
+        tmp_path / "nothing",
+        "--split",
+        RAW[dataset][0],
+        "--out",
+        tmp_path / "out",
+    )
     assert code == 2 and str(tmp_path / "nothing") in said
     assert "http" in said and "GB" in said.replace("TB", "GB").replace("MB", "GB")
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("*.jsonl"))
@@ -493,11 +867,16 @@ def test_missing_raw_files(tmp_path, capfd, dataset):
 
 @pytest.mark.parametrize("dataset", ["hm3d", "taskonomy", "eth3d"])
 def test_empty_root_beside_another_dataset(tmp_path, capfd, dataset):
-    """data/raw/hm3d is empty and data/raw/house/rgb is something else: not a wrong root, the files are missing."""
-    other = omnidata_root(tmp_path / "raw/house", "by_building", "", ("allensville",), ("depth_euclidean",), "info")
+    """data/raw/hm3d is empty and data/raw/house/rgb is something else: not a wrong root, the files
+    are missing."""
+    other = omnidata_root(
+        tmp_path / "raw/house", "by_building", "", ("allensville",), ("depth_euclidean",), "info"
+    )
     eth3d_root(tmp_path / "raw/laser")
     (tmp_path / "raw/empty").mkdir()
-    code, said = outcome(capfd, "--dataset", dataset, "--root", tmp_path / "raw/empty", "--out", tmp_path / "out")
+    code, said = outcome(
+        capfd, "--dataset", dataset, "--root", tmp_path / "raw/empty", "--out", tmp_path / "out"
+    )
     assert other and code == 2 and "http" in said
     assert not list(tmp_path.glob("out/*.jsonl"))
 
@@ -509,6 +888,7 @@ def test_missing_root_folder(tmp_path, capfd):
 
 
 # ---- --check ----
+
 
 def checked(capfd, *files):
     return outcome(capfd, "--check", *files)
@@ -528,7 +908,9 @@ def rewrite(toy, tmp_path, change, split="val"):
 def as_z(row):
     fx, fy, cx, cy = row["intrinsics"][:4]
     x, y = np.array(row["pixel_coords"]).T
-    return np.round(np.array(row["depth"]) / np.sqrt(1 + ((x - cx) / fx) ** 2 + ((y - cy) / fy) ** 2), 4).tolist()
+    return np.round(
+        np.array(row["depth"]) / np.sqrt(1 + ((x - cx) / fx) ** 2 + ((y - cy) / fy) ** 2), 4
+    ).tolist()
 
 
 def all_z(rows):
@@ -562,7 +944,8 @@ def twice(rows):
 
 
 def test_check_is_silent_on_right_files(tmp_path, capfd, toy):
-    """The toy files as they are: exit 0, with a table of counts, the depth range and the constant-2.0 row."""
+    """The toy files as they are: exit 0, with a table of counts, the depth range and the
+    constant-2.0 row."""
     code, said = checked(capfd, toy / "train.jsonl", toy / "val.jsonl")
     d = np.concatenate([r["depth"] for r in records(toy)])
     assert code == 0, said
@@ -572,25 +955,54 @@ def test_check_is_silent_on_right_files(tmp_path, capfd, toy):
         assert word not in said.lower(), said
 
 
-FAULTS = {"z": (all_z, r"euclid|\bz\b"), "outside": (one_outside, "outside"), "negative": (one_negative, "outside"),
-          "size": (one_size, "size|intrinsics say"), "fx": (one_fx, "fx|focal"), "fy": (one_fy, "fy|focal"),
-          "duplicate": (twice, "duplicate|twice")}
+def one_not_finite(rows):
+    rows[7]["depth"][3] = float("nan")
+
+
+def one_empty(rows):
+    rows[7]["depth"], rows[7]["pixel_coords"] = [], []
+
+
+def same_content(rows):
+    folder = Path(rows[9]["image"]).parent
+    rows[9] = {**rows[3], "image": str(folder / "again.png"), "scene": "another"}
+
+
+FAULTS = {
+    "z": (all_z, "z sold as euclidean"),
+    "outside": (one_outside, "label outside of the image"),
+    "negative": (one_negative, "label outside of the image"),
+    "size": (one_size, "image size is not that of the intrinsics"),
+    "fx": (one_fx, "fx or fy not positive"),
+    "fy": (one_fy, "fx or fy not positive"),
+    "nan": (one_not_finite, "depth not positive and finite"),
+    "empty": (one_empty, "no labels"),
+    "duplicate": (twice, "duplicate image"),
+    "content": (same_content, "duplicate image"),
+}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_check_finds(tmp_path, capfd, toy, fault):
-    """Each planted fault is named and the exit code is not 0."""
+    """Each planted fault is named and the exit code is 1."""
     change, words = FAULTS[fault]
+    if fault == "content":
+        shutil.copytree(toy / "rgb", tmp_path / "rgb")
+        for row in records(toy)[3], records(toy)[9]:
+            folder = (tmp_path / row["image"]).parent
+            shutil.copy(toy / records(toy)[3]["image"], folder / "again.png")
     code, said = checked(capfd, rewrite(toy, tmp_path, change))
-    assert code != 0 and re.search(words, said.lower()), said
+    assert code == 1 and words in said.lower(), said
 
 
 def test_check_z_with_depth_type_is_no_fault(tmp_path, capfd, toy):
     """The same z labels that say so (`depth_type`) are right."""
+
     def declared(rows):
         all_z(rows)
         for r in rows:
             r["depth_type"] = "z"
+
     code, said = checked(capfd, rewrite(toy, tmp_path, declared))
     assert code == 0, said
 
@@ -602,6 +1014,7 @@ def test_check_finds_scenes_shared(tmp_path, capfd, toy):
 
     def leak(rows):
         rows[4]["scene"] = scene
+
     code, said = checked(capfd, train, rewrite(toy, tmp_path, leak))
     assert code != 0 and scene in said, said
 
@@ -613,19 +1026,39 @@ def test_check_shows_the_paper_row(tmp_path, capfd, toy):
     assert code == 0 and "0.280" in said
 
 
-def test_check_real_file_of_the_released_code(capfd):
-    """The released iBims example: 16 images whose labels are z of a depth PNG and say nothing about it."""
-    code, said = checked(capfd, "--image-root", sample("ibims1", "ibims1_core_raw"),
-                         sample("ibims1", "depthlm_ibims1_val.jsonl"))
-    assert code != 0 and re.search(r"\bz\b.*euclid", said.lower()), said
+def test_check_real_file_of_the_released_code(tmp_path, capfd):
+    """The released iBims example: 16 images whose labels are z of a depth PNG and say nothing about
+    it."""
+    # copied, because an .idx is written beside it
+    path = shutil.copy(sample("ibims1", "depthlm_ibims1_val.jsonl"), tmp_path)
+    code, said = checked(capfd, path, "--image-root", sample("ibims1", "ibims1_core_raw"))
+    assert code == 1 and "z sold as euclidean" in said.lower(), said
 
 
 def test_check_without_pictures(tmp_path, capfd, toy):
-    """A jsonl alone (pictures elsewhere) is still tabled; that they were not found is said."""
+    """A jsonl alone (pictures elsewhere) is still tabled; that they were not found is said, with
+    the remedy, which helps."""
     path = tmp_path / "val.jsonl"
     path.write_text((toy / "val.jsonl").read_text())
     code, said = checked(capfd, path)
-    assert str(40 * 100) in said.replace(",", "") and re.search("image.*(found|missing)", said.lower())
+    assert code == 1 and str(40 * 100) in said and "image not found" in said
+    assert "(40 x)" in said and "--image-root" in said
+    assert checked(capfd, path, "--image-root", toy)[0] == 0
+
+
+def test_check_empty_and_missing_files(tmp_path, capfd):
+    """No record, or no file at all: one line, exit code 2."""
+    (tmp_path / "val.jsonl").touch()
+    for name in ("val.jsonl", "gone.jsonl"):
+        code, said = checked(capfd, tmp_path / name)
+        assert code == 2 and name in said and len(said.splitlines()) == 1, said
+
+
+@pytest.mark.parametrize("count", [1, 2, 11, 12])
+def test_check_short_files(tmp_path, capfd, toy, count):
+    """Too few lines for most of the statistics: a table without faults."""
+    code, said = checked(capfd, rewrite(toy, tmp_path, lambda rows: rows[:count]))
+    assert code == 0 and str(100 * count) in said, said
 
 
 def test_check_broken_lines(tmp_path, capfd, toy):
@@ -644,17 +1077,32 @@ def test_check_broken_lines(tmp_path, capfd, toy):
 
 
 def cluttered(root, count, seed=0, shift=0, size=(96, 72), cue=True, kind="z"):
-    """An RGB-D folder of unrelated cluttered views; shift: each picture gets the depth of the one `shift` later."""
+    """An RGB-D folder of unrelated cluttered views; shift: each picture gets the depth of the one
+    `shift` later."""
     rng, views = np.random.default_rng(seed), []
     w, h = size
     for _ in range(count):
-        z, look = ramp(w, h, base=rng.uniform(4, 7), span=rng.uniform(-1, 2)), rng.uniform(0.2, 1, 3)
-        rgb = np.repeat(((FAR_AWAY - z) / FAR_AWAY)[..., None], 3, -1) * look if cue else np.full((h, w, 3), 0.5)
+        z, look = (
+            ramp(w, h, base=rng.uniform(4, 7), span=rng.uniform(-1, 2)),
+            rng.uniform(0.2, 1, 3),
+        )
+        rgb = (
+            np.repeat(((FAR_AWAY - z) / FAR_AWAY)[..., None], 3, -1) * look
+            if cue
+            else np.full((h, w, 3), 0.5)
+        )
         for _ in range(7):
-            x, y, a, b = rng.integers(0, w - 15), rng.integers(0, h - 12), rng.integers(12, 40), rng.integers(10, 30)
+            x, y, a, b = (
+                rng.integers(0, w - 15),
+                rng.integers(0, h - 12),
+                rng.integers(12, 40),
+                rng.integers(10, 30),
+            )
             near = rng.uniform(1.2, 3.8)
-            z[y:y + b, x:x + a] = near
-            rgb[y:y + b, x:x + a] = rng.uniform(0.3, 1, 3) * (FAR_AWAY - near) / FAR_AWAY if cue else 0.5
+            z[y : y + b, x : x + a] = near
+            rgb[y : y + b, x : x + a] = (
+                rng.uniform(0.3, 1, 3) * (FAR_AWAY - near) / FAR_AWAY if cue else 0.5
+            )
         if not cue:
             rgb = rng.uniform(0, 1, (h, w, 3))
         views.append((z, (rgb.clip(0, 1) * 255).astype(np.uint8)))
@@ -662,7 +1110,10 @@ def cluttered(root, count, seed=0, shift=0, size=(96, 72), cue=True, kind="z"):
     for n in range(count):
         save(Image.fromarray(views[n][1]), root / f"rgb/{n:04d}.png")
         z = views[(n + shift) % count][0]
-        save_depth(np.round((z if kind == "z" else euclidean(z, camera)) * 1000), root / f"depth/{n:04d}.png")
+        save_depth(
+            np.round((z if kind == "z" else euclidean(z, camera)) * 1000),
+            root / f"depth/{n:04d}.png",
+        )
     (root / "intrinsics.txt").write_text(f"{camera[0]} {camera[1]} {camera[2]} {camera[3]}\n")
 
 
@@ -671,7 +1122,8 @@ FAR_AWAY = 9.0
 
 @pytest.mark.parametrize("shift", [1, -1])
 def test_check_finds_pairs_shifted_by_one(tmp_path, capfd, shift):
-    """One missing file shifts all pairs: depth n belongs to picture n + 1. Only the pictures can tell."""
+    """One missing file shifts all pairs: depth n belongs to picture n + 1. Only the pictures can
+    tell."""
     cluttered(tmp_path / "raw", 40, shift=shift)
     prepared(tmp_path, "folder", tmp_path / "raw")
     code, said = checked(capfd, tmp_path / "out/val.jsonl")
@@ -680,10 +1132,13 @@ def test_check_finds_pairs_shifted_by_one(tmp_path, capfd, shift):
 
 @pytest.mark.parametrize("case", ["cluttered", "noise", "euclidean", "euclidean slopes", "slopes"])
 def test_check_does_not_cry_wolf(tmp_path, capfd, case):
-    """Right files with little to go by: cluttered views, pictures of noise, Euclidean depth PNGs, smooth surfaces."""
+    """Right files with little to go by: cluttered views, pictures of noise, Euclidean depth PNGs,
+    smooth surfaces."""
     kind = "euclidean" if "euclidean" in case else "z"
     if "slopes" in case:
-        own_folder(tmp_path / "raw", count=21, kind=kind, bases=[1.5 + 0.31 * n % 7 for n in range(21)])
+        own_folder(
+            tmp_path / "raw", count=21, kind=kind, bases=[1.5 + 0.31 * n % 7 for n in range(21)]
+        )
     else:
         cluttered(tmp_path / "raw", 24, seed=3, cue=case != "noise", kind=kind)
     prepared(tmp_path, "folder", tmp_path / "raw", "--depth-type", kind)
@@ -692,25 +1147,31 @@ def test_check_does_not_cry_wolf(tmp_path, capfd, case):
 
 
 def test_check_rounded_labels(tmp_path, capfd, toy):
-    """Right labels that somebody rounded to a millimetre are no z of a depth PNG: the walls of the room say so."""
+    """Right labels that somebody rounded to a millimetre are no z of a depth PNG: the walls of the
+    room say so."""
+
     def to_millimetres(rows):
         for r in rows:
             r["depth"] = [round(d, 3) for d in r["depth"]]
             r.pop("depth_type", None)
+
     code, said = checked(capfd, rewrite(toy, tmp_path, to_millimetres))
     assert code == 0, said
 
 
 @pytest.mark.parametrize("case", ["cluttered", "walls", "slopes"])
 def test_check_finds_z_declared_euclidean(tmp_path, capfd, case):
-    """z maps prepared with the wrong --depth-type: the depth PNG's steps, or flat walls, give it away."""
+    """z maps prepared with the wrong --depth-type: the depth PNG's steps, or flat walls, give it
+    away."""
     if case == "walls":
         own_folder(tmp_path / "raw", count=20, hole=False)
-        for n in range(20):                                    # slanted planes: 1 / z is linear in the pixel
+        for n in range(20):  # slanted planes: 1 / z is linear in the pixel
             v, u = np.mgrid[:60, :80]
-            save_depth(np.round(1000 / (0.2 + 0.0015 * (u - 40) + 0.001 * (n - 10) / 10 * (v - 30))),
-                       tmp_path / f"raw/depth/{n:04d}.png")
-    elif case == "slopes":                                     # curved: nothing but the steps of 1 mm
+            save_depth(
+                np.round(1000 / (0.2 + 0.0015 * (u - 40) + 0.001 * (n - 10) / 10 * (v - 30))),
+                tmp_path / f"raw/depth/{n:04d}.png",
+            )
+    elif case == "slopes":  # curved: nothing but the steps of 1 mm
         own_folder(tmp_path / "raw", count=20)
     else:
         cluttered(tmp_path / "raw", 24, seed=4)
@@ -718,7 +1179,7 @@ def test_check_finds_z_declared_euclidean(tmp_path, capfd, case):
     path = tmp_path / "out/val.jsonl"
     rows = records(tmp_path / "out")
     for r in rows:
-        r.pop("depth_type", None)                              # as the released code would write them: nothing is said
+        r.pop("depth_type", None)  # as the released code would write them: nothing is said
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     code, said = checked(capfd, path)
     assert code != 0 and re.search(r"\bz\b.*euclid", said.lower()), said
@@ -726,9 +1187,13 @@ def test_check_finds_z_declared_euclidean(tmp_path, capfd, case):
 
 # ---- --download, from a server on loopback ----
 
+
 class Server(http.server.BaseHTTPRequestHandler):
-    """Serves `data` with Range; `cut`: each of the next replies ends after so many bytes; `log`: the Range headers."""
+    """Serves `data` with Range; `cut`: each of the next replies ends after this many bytes; `log`:
+    the Range headers; quiet: no size, no tag."""
+
     data, cut, log, etag, ranges, status, lie = b"", [], [], '"one"', True, 200, 0
+    quiet = False
 
     def do_GET(self):
         cls, begin, asked = type(self), 0, self.headers.get("Range")
@@ -745,14 +1210,18 @@ class Server(http.server.BaseHTTPRequestHandler):
                 self.end_headers()
                 return
             self.send_response(206)
-            self.send_header("Content-Range", f"bytes {begin}-{len(cls.data) + cls.lie - 1}/{len(cls.data) + cls.lie}")
+            self.send_header(
+                "Content-Range",
+                f"bytes {begin}-{len(cls.data) + cls.lie - 1}/{len(cls.data) + cls.lie}",
+            )
         else:
             self.send_response(200)
         body = cls.data[begin:]
-        self.send_header("Content-Length", str(len(body) + cls.lie))
-        self.send_header("ETag", cls.etag)
+        if not cls.quiet:
+            self.send_header("Content-Length", str(len(body) + cls.lie))
+            self.send_header("ETag", cls.etag)
         self.end_headers()
-        self.wfile.write(body[:cls.cut.pop(0)] if cls.cut else body)
+        self.wfile.write(body[: cls.cut.pop(0)] if cls.cut else body)
         self.close_connection = True
 
     def log_message(self, *_):
@@ -761,7 +1230,8 @@ class Server(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """A running server whose data is an iBims archive; prepare waits only milliseconds between its attempts."""
+    """A running server whose data is an iBims archive; prepare waits only milliseconds between its
+    attempts."""
     ibims_root(tmp_path / "src")
     handle = io.BytesIO()
     with zipfile.ZipFile(handle, "w") as z:
@@ -784,7 +1254,8 @@ def fetch(tmp_path, server, capfd):
 
 
 def right_labels(tmp_path, data):
-    """The labels are those of the folder that was packed, and an archive that is kept is the server's file."""
+    """The labels are those of the folder that was packed, and an archive that is kept is the
+    server's file."""
     rows = prepared(tmp_path, "ibims1", tmp_path / "src", out="direct")
     got = records(tmp_path / "out")
     assert [r["depth"] for r in got] == [r["depth"] for r in rows] and len(got) == 2
@@ -810,7 +1281,8 @@ def test_download_cut_connection(tmp_path, server, capfd):
 
 
 def test_download_restart(tmp_path, server, capfd):
-    """The server goes away for good: an error, no archive. Later the same command fetches the rest only."""
+    """The server goes away for good: an error, no archive. Later the same command fetches the rest
+    only."""
     server.cut.extend([30_000] + [0] * 200)
     code, said = fetch(tmp_path, server, capfd)
     assert code != 0 and "Traceback" not in said and not (tmp_path / "out/val.jsonl").exists()
@@ -818,6 +1290,39 @@ def test_download_restart(tmp_path, server, capfd):
     server.log.clear()
     code, said = fetch(tmp_path, server, capfd)
     assert code == 0 and server.log == ["bytes=30000-"], said
+    right_labels(tmp_path, server.data)
+
+
+def test_download_that_was_complete(tmp_path, server, capfd):
+    """Killed after the last byte, before the archive had its name: nothing is fetched again."""
+    server.cut.extend([30_000] + [0] * 200)
+    assert fetch(tmp_path, server, capfd)[0] != 0
+    next((tmp_path / "raw").glob("*.part")).write_bytes(server.data)
+    server.cut.clear()
+    server.log.clear()
+    code, said = fetch(tmp_path, server, capfd)
+    assert code == 0 and server.log == [], said
+    right_labels(tmp_path, server.data)
+    assert [path.name for path in (tmp_path / "raw").glob("*.part*")] == []
+
+
+def test_download_of_unknown_size(tmp_path, server, capfd):
+    """A server that announces neither size nor tag: the end is the end, and a cut file is started
+    anew."""
+    server.quiet = True
+    code, said = fetch(tmp_path, server, capfd)
+    assert code == 0, said
+    right_labels(tmp_path, server.data)
+
+
+def test_half_unpacked_archive_is_no_raw_data(tmp_path, server, capfd):
+    """A run that was killed while it unpacked leaves a hidden folder: it is not taken for the
+    dataset, but unpacked again."""
+    hidden = tmp_path / "raw/.unpacking/ibims1_core_raw"
+    shutil.copytree(tmp_path / "src/ibims1_core_raw/depth", hidden / "depth")
+    assert attempt(capfd, tmp_path, "ibims1")[0] == 2
+    code, said = fetch(tmp_path, server, capfd)
+    assert code == 0 and not hidden.exists(), said
     right_labels(tmp_path, server.data)
 
 
@@ -831,7 +1336,8 @@ def test_download_wrong_size(tmp_path, server, capfd):
 
 @pytest.mark.parametrize("case", ["no ranges", "another file"])
 def test_download_starts_anew(tmp_path, server, capfd, case):
-    """A server that ignores Range, or whose file changed meanwhile: from the first byte, nothing is glued together."""
+    """A server that ignores Range, or whose file changed meanwhile: from the first byte, nothing is
+    glued together."""
     server.cut.append(20_000)
     if case == "no ranges":
         server.ranges = False
@@ -851,19 +1357,30 @@ def test_download_refused(tmp_path, server, capfd):
     """404: one line with the address and where to put the file by hand."""
     server.status = 404
     code, said = fetch(tmp_path, server, capfd)
-    assert code != 0 and server.url in said and str(tmp_path / "raw") in said and "Traceback" not in said
+    assert (
+        code != 0
+        and server.url in said
+        and str(tmp_path / "raw") in said
+        and "Traceback" not in said
+    )
 
 
 def test_download_damaged_archive(tmp_path, server, capfd):
     """Right size, wrong content: named, not unpacked in halves into records."""
-    server.data = server.data[:len(server.data) // 2] + bytes(len(server.data) // 2)
+    server.data = server.data[: len(server.data) // 2] + bytes(len(server.data) // 2)
     code, said = fetch(tmp_path, server, capfd)
-    assert code != 0 and ".zip" in said and "Traceback" not in said and not (tmp_path / "out/val.jsonl").exists()
+    assert (
+        code != 0
+        and ".zip" in said
+        and "Traceback" not in said
+        and not (tmp_path / "out/val.jsonl").exists()
+    )
 
 
 def test_download_checksum(tmp_path, server, capfd, monkeypatch):
     """Right size, but not the file whose checksum is known: thrown away."""
-    entry = {**prepare.DATASETS["ibims1"], "download": (server.url, "ibims1_core_raw.zip", "0" * 32)}
+    download = (server.url, "ibims1_core_raw.zip", "0" * 32)
+    entry = prepare.DATASETS["ibims1"]._replace(download=download)
     monkeypatch.setitem(prepare.DATASETS, "ibims1", entry)
     code, said = attempt(capfd, tmp_path, "ibims1", "--download")
     assert code != 0 and "checksum" in said.lower() and not list((tmp_path / "raw").glob("*.zip"))
@@ -877,6 +1394,7 @@ def test_download_closed_dataset(tmp_path, capfd):
 
 # ---- real extracts, where they are at hand (they may not be redistributed) ----
 
+
 def sample(*parts):
     path = SHARED.joinpath("samples", *parts)
     if not path.exists():
@@ -885,18 +1403,26 @@ def sample(*parts):
 
 
 def test_real_nuscenes(tmp_path):
-    """First key frame of scene-0061: number of points a camera (z > 1 m), and all of them between 4 and 103 m."""
+    """First key frame of scene-0061: number of points a camera (z > 1 m), and all of them between 4
+    and 103 m."""
     rows = prepared(tmp_path, "nuscenes", sample("nuscenes"), "--points", 100000)
-    count = {"CAM_FRONT": 3056, "CAM_FRONT_RIGHT": 3076, "CAM_FRONT_LEFT": 3700, "CAM_BACK": 4822,
-             "CAM_BACK_LEFT": 4091, "CAM_BACK_RIGHT": 3370}
+    count = {
+        "CAM_FRONT": 3056,
+        "CAM_FRONT_RIGHT": 3076,
+        "CAM_FRONT_LEFT": 3700,
+        "CAM_BACK": 4822,
+        "CAM_BACK_LEFT": 4091,
+        "CAM_BACK_RIGHT": 3370,
+    }
     assert {r["camera"] for r in rows} == set(count)
-    for row in rows:                                          # a few share a pixel or lie on the border
+    for row in rows:  # a few share a pixel or lie on the border
         assert 0.97 * count[row["camera"]] <= len(row["depth"]) <= count[row["camera"]]
         assert 3 < min(row["depth"]) and max(row["depth"]) < 140
 
 
 def test_real_check_of_nuscenes(tmp_path, capfd):
-    """Six real street views: silent on the labels as they are, z in their place (the published ones) is found."""
+    """Six real street views: silent on the labels as they are, z in their place (the published
+    ones) is found."""
     rows = prepared(tmp_path, "nuscenes", sample("nuscenes"))
     code, said = checked(capfd, tmp_path / "out/val.jsonl")
     assert code == 0, said
@@ -907,7 +1433,8 @@ def test_real_check_of_nuscenes(tmp_path, capfd):
 
 
 def test_real_argoverse2(tmp_path):
-    """A real sweep; the pose row 2.41 ms before it serves as camera time (no pictures in the extract: grey here)."""
+    """A real sweep; the pose row 2.41 ms before it serves as camera time (no pictures in the
+    extract: grey here)."""
     feather = pytest.importorskip("pyarrow.feather")
     log = sample("argoverse2", "sensor", "val", "7fab2350-7eaf-3b7e-a39d-6937a4c1bede")
     raw = tmp_path / "raw/val" / log.name
@@ -919,7 +1446,9 @@ def test_real_argoverse2(tmp_path):
     for name in count:
         size = (1550, 2048) if name == "ring_front_center" else (2048, 1550)
         save(Image.new("RGB", size, (90, 90, 90)), raw / f"sensors/cameras/{name}/{at}.jpg")
-    rows = prepared(tmp_path, "argoverse2", tmp_path / "raw", "--points", 100000, "--max-depth", 400)
+    rows = prepared(
+        tmp_path, "argoverse2", tmp_path / "raw", "--points", 100000, "--max-depth", 400
+    )
     assert {r["camera"] for r in rows} == set(count)
     for row in rows:
         assert 0.96 * count[row["camera"]] <= len(row["depth"]) <= count[row["camera"]]
@@ -939,13 +1468,22 @@ def test_real_ddad(tmp_path):
 
 
 def test_real_sunrgbd(tmp_path):
-    """Two real frames: each label is the file's own z (bits rotated right by three) as Euclidean, never a hole."""
+    """Two real frames: each label is the file's own z (bits rotated right by three) as Euclidean,
+    never a hole."""
     root = sample("sunrgbd", "SUNRGBD")
-    rows = {Path(r["image"]).stem: r for r in prepared(tmp_path, "sunrgbd", root.parent, "--points", 3000)}
-    for name, lo, hi, holes in (("0000144", 0.640, 3.783, 0.134), ("img_0063", 1.430, 2.525, 0.323)):
+    rows = {
+        Path(r["image"]).stem: r
+        for r in prepared(tmp_path, "sunrgbd", root.parent, "--points", 3000)
+    }
+    for name, lo, hi, holes in (
+        ("0000144", 0.640, 3.783, 0.134),
+        ("img_0063", 1.430, 2.525, 0.323),
+    ):
         raw = np.asarray(Image.open(next(root.rglob(f"depth/{name}*.png")))).astype(np.uint16)
         z = ((raw >> 3) | (raw << 13)) / 1000
-        assert [z[z > 0].min(), z.max(), (z == 0).mean()] == pytest.approx([lo, hi, holes], abs=1e-3)
+        assert [z[z > 0].min(), z.max(), (z == 0).mean()] == pytest.approx(
+            [lo, hi, holes], abs=1e-3
+        )
         row = rows[name]
         x, y = np.array(row["pixel_coords"]).T
         exact = euclidean(np.where(z > 0, z, np.nan), row["intrinsics"])[y, x]
@@ -954,24 +1492,28 @@ def test_real_sunrgbd(tmp_path):
 
 
 def test_real_nyuv2(tmp_path):
-    """Three 640 x 480 pairs in millimetres: 1-based principal point, labels inside of the Eigen crop."""
+    """Three 640 x 480 pairs in millimetres: 1-based principal point, labels inside of the Eigen
+    crop."""
     root = sample("nyuv2", "metric3d_demo")
     rows = prepared(tmp_path, "nyuv2", root, "--points", 1000)
     assert len(rows) == 3
     for row in rows:
         number = Path(row["image"]).stem.split("_")[1]
         z = np.asarray(Image.open(root / f"depth/sync_depth_{number}.png")).astype(float) / 1000
-        assert row["intrinsics"] == pytest.approx([518.8579, 519.4696, 324.5824, 252.7362, 640, 480], abs=1e-3)
+        assert row["intrinsics"] == pytest.approx(
+            [518.8579, 519.4696, 324.5824, 252.7362, 640, 480], abs=1e-3
+        )
         x, y = np.array(row["pixel_coords"]).T
         assert np.abs(euclidean(z, row["intrinsics"])[y, x] - row["depth"]).max() < 1e-3
         assert 41 <= x.min() and x.max() <= 600 and 45 <= y.min() and y.max() <= 470
 
 
 def test_real_waymo_calibration(tmp_path):
-    """The real frame (five pictures, calibration, poses) with a LiDAR sphere of 20 m made here: all five cameras, whose
-    real distortion moves pixels by up to 28 px."""
+    """The real frame (five pictures, calibration, poses) with a LiDAR sphere of 20 m made here: all
+    five cameras, whose real distortion moves pixels by up to 28 px."""
     pq = pytest.importorskip("pyarrow.parquet")
     import pyarrow as pa
+
     raw = tmp_path / "raw"
     shutil.copytree(sample("waymo", "training"), raw / "training")
     segment = next((raw / "training/camera_image").iterdir()).stem
@@ -980,54 +1522,89 @@ def test_real_waymo_calibration(tmp_path):
         return pq.read_table(raw / f"training/{part}/{segment}.parquet").to_pylist()
 
     def m(row, name):
-        return np.array(next(v for k, v in row.items() if k.endswith(name + ".transform"))).reshape(4, 4)
+        return np.array(next(v for k, v in row.items() if k.endswith(name + ".transform"))).reshape(
+            4, 4
+        )
 
     world_vehicle = m(table("vehicle_pose")[0], "world_from_vehicle")
     stamp = table("vehicle_pose")[0]["key.frame_timestamp_micros"]
     front = next(r for r in table("lidar_calibration") if r["key.laser_name"] == 2)
     e, (rows, cols) = m(front, "extrinsic"), (60, 160)
     lo, hi = (front[f"[LiDARCalibrationComponent].beam_inclination.{k}"] for k in ("min", "max"))
-    inc = (lo + (np.arange(rows)[::-1, None] + 0.5) / rows * (hi - lo))
+    inc = lo + (np.arange(rows)[::-1, None] + 0.5) / rows * (hi - lo)
     az = (2 * (cols - np.arange(cols) - 0.5) / cols - 1) * np.pi - np.arctan2(e[1, 0], e[0, 0])
-    beams = 20 * np.stack([np.cos(az) * np.cos(inc), np.sin(az) * np.cos(inc), np.sin(inc) + 0 * az], -1)
+    beams = 20 * np.stack(
+        [np.cos(az) * np.cos(inc), np.sin(az) * np.cos(inc), np.sin(inc) + 0 * az], -1
+    )
     world = apply(world_vehicle @ e, beams.reshape(-1, 3))
     ids, expected = np.zeros((rows * cols, 6)), {}
     images = {r["key.camera_name"]: r for r in table("camera_image")}
     for c in table("camera_calibration"):
-        k = [c[f"[CameraCalibrationComponent].intrinsic.{n}"] for n in
-             ("f_u", "f_v", "c_u", "c_v", "k1", "k2", "p1", "p2", "k3")]
+        k = [
+            c[f"[CameraCalibrationComponent].intrinsic.{n}"]
+            for n in ("f_u", "f_v", "c_u", "c_v", "k1", "k2", "p1", "p2", "k3")
+        ]
         if c["key.camera_name"] == 1:
-            assert k[2:8] == pytest.approx([949.575, 633.242, .04036, -.33002, .00104, -.00157], abs=6e-4)
+            assert k[2:8] == pytest.approx(
+                [949.575, 633.242, 0.04036, -0.33002, 0.00104, -0.00157], abs=6e-4
+            )
         w, h = (c[f"[CameraCalibrationComponent].{n}"] for n in ("width", "height"))
-        c2w = m(images[c["key.camera_name"]], "pose") @ m(c, "extrinsic") @ rigid(OPENCV_IN_VEHICLE, [0, 0, 0])
+        c2w = (
+            m(images[c["key.camera_name"]], "pose")
+            @ m(c, "extrinsic")
+            @ rigid(OPENCV_IN_VEHICLE, [0, 0, 0])
+        )
         x, y, z = apply(np.linalg.inv(c2w), world).T
         seen = (z > 2) & (np.abs(x / z) < 0.55) & (np.abs(y / z) < 0.55)
         a, b = brown_conrady(np.where(seen, x / z, 0), np.where(seen, y / z, 0), *k[4:])
-        u, v = k[0] * a + k[2], k[1] * b + k[3]                             # edge convention
+        u, v = k[0] * a + k[2], k[1] * b + k[3]  # edge convention
         seen &= (u > 60) & (u < w - 60) & (v > 60) & (v < h - 60) & (ids[:, 0] == 0)
-        ids[seen] = np.stack([0 * u + c["key.camera_name"], np.floor(u), np.floor(v), 0 * u, 0 * u, 0 * u], -1)[seen]
-        pinhole = np.stack([k[0] * x / z + k[2] - 0.5, k[1] * y / z + k[3] - 0.5, u - 0.5, v - 0.5,
-                            np.sqrt(x * x + y * y + z * z)], 1)[seen]
+        ids[seen] = np.stack(
+            [0 * u + c["key.camera_name"], np.floor(u), np.floor(v), 0 * u, 0 * u, 0 * u], -1
+        )[seen]
+        pinhole = np.stack(
+            [
+                k[0] * x / z + k[2] - 0.5,
+                k[1] * y / z + k[3] - 0.5,
+                u - 0.5,
+                v - 0.5,
+                np.sqrt(x * x + y * y + z * z),
+            ],
+            1,
+        )[seen]
         expected[w, h, round(k[0])] = pinhole, c2w
     cells = np.zeros((rows, cols, 4))
     cells[..., 0] = 20
     for part, component, values in (
-            ("lidar", "LiDARComponent", cells), ("lidar_pose", "LiDARPoseComponent", cells),
-            ("lidar_camera_projection", "LiDARCameraProjectionComponent", ids.reshape(rows, cols, 6))):
+        ("lidar", "LiDARComponent", cells),
+        ("lidar_pose", "LiDARPoseComponent", cells),
+        ("lidar_camera_projection", "LiDARCameraProjectionComponent", ids.reshape(rows, cols, 6)),
+    ):
         name = f"[{component}].range_image_return1"
-        columns = pa.table({"key.segment_context_name": [segment], "key.laser_name": pa.array([2], pa.int8()),
-                            "key.frame_timestamp_micros": pa.array([stamp], pa.int64()),
-                            f"{name}.values": pa.array([values.ravel().astype(np.float32)]),
-                            f"{name}.shape": pa.array([list(values.shape)], pa.list_(pa.int32()))})
-        (raw / "training" / part).mkdir()                     # only TOP has poses: that table stays empty
-        pq.write_table(columns.slice(0, part != "lidar_pose"), str(raw / f"training/{part}/{segment}.parquet"))
+        columns = pa.table(
+            {
+                "key.segment_context_name": [segment],
+                "key.laser_name": pa.array([2], pa.int8()),
+                "key.frame_timestamp_micros": pa.array([stamp], pa.int64()),
+                f"{name}.values": pa.array([values.ravel().astype(np.float32)]),
+                f"{name}.shape": pa.array([list(values.shape)], pa.list_(pa.int32())),
+            }
+        )
+        (raw / "training" / part).mkdir()  # only TOP has poses: that table stays empty
+        pq.write_table(
+            columns.slice(0, part != "lidar_pose"), str(raw / f"training/{part}/{segment}.parquet")
+        )
     found = prepared(tmp_path, "waymo", raw, split="train")
     assert len(found) == 5 == len(expected)
     for row in found:
-        table, c2w = expected[row["intrinsics"][4], row["intrinsics"][5], round(row["intrinsics"][0])]
+        table, c2w = expected[
+            row["intrinsics"][4], row["intrinsics"][5], round(row["intrinsics"][0])
+        ]
         is_pose(row, c2w, atol=1e-4)
         xy, d = np.array(row["pixel_coords"]), np.array(row["depth"])
         near = np.abs(d[:, None] - table[None, :, 4]) <= 1e-3
-        pinhole, stated = ((np.abs(xy[:, None] - table[None, :, k:k + 2]).max(-1) <= 1.6) & near for k in (0, 2))
+        pinhole, stated = (
+            (np.abs(xy[:, None] - table[None, :, k : k + 2]).max(-1) <= 1.6) & near for k in (0, 2)
+        )
         assert pinhole.any(1).all() or stated.any(1).all()
     assert max(np.abs(t[:, :2] - t[:, 2:4]).max() for t, _ in expected.values()) > 8

@@ -1,9 +1,12 @@
-"""prepare.py: every reader against a raw folder built here in the dataset's own layout, with depth in closed form.
+"""
+prepare.py: every reader against a raw folder built here in the dataset's own layout, with depth in
+closed form.
 
-The expected numbers come from geometry written in this file (Rodrigues, pinhole, the thin-prism polynomial), never from
-prepare.py. Two ideas carry most of it: a LiDAR label must be one of the points projected here (1 px, 1e-3 m), and the
-pictures of the dense sets carry their depth in the red channel, so that a label on the wrong pixel, or on the picture
-of another frame, shows a wrong colour.
+The expected numbers come from geometry written in this file (Rodrigues, pinhole, the thin-prism
+polynomial), never from prepare.py. Two ideas carry most of it: a LiDAR label must be one of the
+points projected here (1 px, 1e-3 m), and the pictures of the dense sets carry their depth in the
+red channel, so that a label on the wrong pixel, or on the picture of another frame, shows a wrong
+colour.
 """
 
 import io
@@ -25,7 +28,8 @@ import prepare  # noqa: E402
 
 
 def run(*args):
-    """prepare.main as the command line would call it -> (exit code, message of SystemExit). One process unless told."""
+    """prepare.main as the command line would call it -> (exit code, message of SystemExit). One
+    process unless told."""
     args = [str(a) for a in args]
     args += ["--workers", "1"] if "--dataset" in args and "--workers" not in args else []
     try:
@@ -41,8 +45,11 @@ def records(out, split="val"):
 
 
 def prepared(tmp_path, dataset, raw, *flags, split="val", out="out"):
-    """Run one dataset that must succeed; returns its records. Every file written also passes `well_formed`."""
-    code, message = run("--dataset", dataset, "--root", raw, "--split", split, "--out", tmp_path / out, *flags)
+    """Run one dataset that must succeed; returns its records. Every file written also passes
+    `well_formed`."""
+    code, message = run(
+        "--dataset", dataset, "--root", raw, "--split", split, "--out", tmp_path / out, *flags
+    )
     assert code == 0, message
     rows = records(tmp_path / out, split)
     for row in rows:
@@ -61,10 +68,13 @@ def well_formed(out, row):
     xy, d = np.array(row["pixel_coords"]), np.array(row["depth"])
     assert len(xy) == len(d) > 0 and np.isfinite(d).all() and (d > 0).all()
     assert (xy >= 0).all() and (xy < [w, h]).all() and (xy == np.round(xy)).all()
-    assert len(np.unique(xy @ [1, w])) == len(xy)                    # sampled without replacement
+    assert len(np.unique(xy @ [1, w])) == len(xy)  # sampled without replacement
     if "pose" in row:
         m = np.array(row["pose"]).reshape(4, 4)
-        assert np.allclose(m[:3, :3] @ m[:3, :3].T, np.eye(3), atol=1e-4) and np.linalg.det(m[:3, :3]) > 0
+        assert (
+            np.allclose(m[:3, :3] @ m[:3, :3].T, np.eye(3), atol=1e-4)
+            and np.linalg.det(m[:3, :3]) > 0
+        )
         assert m[3].tolist() == [0, 0, 0, 1]
 
 
@@ -105,20 +115,28 @@ def rays(w, h, fx, fy, cx, cy):
 
 
 def wall(camera, z=12.0, step=10, margin=12):
-    """Camera points of a slanted wall about z metres ahead on a pixel grid, no two at the same distance."""
+    """Camera points of a slanted wall about z metres ahead on a pixel grid, no two at the same
+    distance."""
     fx, fy, cx, cy, w, h = camera
-    u, v = [a.ravel().astype(float) for a in np.meshgrid(np.arange(margin, w - margin, step),
-                                                         np.arange(margin, h - margin, step))]
+    u, v = [
+        a.ravel().astype(float)
+        for a in np.meshgrid(
+            np.arange(margin, w - margin, step), np.arange(margin, h - margin, step)
+        )
+    ]
     depth = z + 0.01 * u + 0.003 * v
     return np.stack([(u - cx) / fx, (v - cy) / fy, np.ones_like(u)], 1) * depth[:, None]
 
 
 def never_seen(camera):
-    """Camera points that must give no label: behind the camera, left of, right of and below the image."""
+    """Camera points that must give no label: behind the camera, left of, right of and below the
+    image."""
     fx, fy, cx, cy, w, h = camera
     p = wall(camera, step=40)
-    aside = [np.array([[(u - cx) / fx, (v - cy) / fy, 1.0]]) * 9
-             for u, v in ((-30, h / 2), (w + 30, h / 2), (w / 2, h + 30))]
+    aside = [
+        np.array([[(u - cx) / fx, (v - cy) / fy, 1.0]]) * 9
+        for u, v in ((-30, h / 2), (w + 30, h / 2), (w / 2, h + 30))
+    ]
     return np.concatenate([-p, *aside])
 
 
@@ -133,7 +151,9 @@ def is_lidar(row, table, camera, whole=True):
     """Every label is one point of the table: 1 px and 1e-3 m; with `whole` none of them is lost."""
     assert row["intrinsics"] == pytest.approx(camera, abs=0.51)
     xy, d = np.array(row["pixel_coords"]), np.array(row["depth"])
-    hit = (np.abs(xy[:, None] - table[None, :, :2]).max(-1) <= 1) & (np.abs(d[:, None] - table[None, :, 2]) <= 1e-3)
+    hit = (np.abs(xy[:, None] - table[None, :, :2]).max(-1) <= 1) & (
+        np.abs(d[:, None] - table[None, :, 2]) <= 1e-3
+    )
     assert hit.any(1).all(), f"{(~hit.any(1)).sum()} of {len(d)} labels are no point of the scene"
     assert not whole or len(d) == len(table)
 
@@ -161,7 +181,10 @@ def painted(z):
 
 def save(picture, path):
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path, **({"quality": 98, "subsampling": 0} if path.suffix.lower() in (".jpg", ".jpeg") else {}))
+    picture.save(
+        path,
+        **({"quality": 98, "subsampling": 0} if path.suffix.lower() in (".jpg", ".jpeg") else {}),
+    )
 
 
 def save_depth(raw, path):
@@ -170,7 +193,8 @@ def save_depth(raw, path):
 
 
 def red_is(out, row, z, tolerance=0.2):
-    """The picture at the label pixels shows the depth z (one value a label): the pairing and the pixels are right."""
+    """The picture at the label pixels shows the depth z (one value a label): the pairing and the
+    pixels are right."""
     xy = np.array(row["pixel_coords"])
     seen = picture_of(out, row)[xy[:, 1], xy[:, 0], 0] / 250 * (FAR - NEAR) + NEAR
     assert np.abs(seen - z).max() < tolerance
@@ -181,7 +205,8 @@ def euclidean(z, camera):
 
 
 def is_dense(out, row, exact, camera, z):
-    """Labels are the map `exact` (Euclidean, nan = invalid) at their own pixel, on the picture that shows z there."""
+    """Labels are the map `exact` (Euclidean, nan = invalid) at their own pixel, on the picture that
+    shows z there."""
     assert row["intrinsics"] == pytest.approx(camera, abs=2e-3)
     x, y = np.array(row["pixel_coords"]).T
     assert np.isfinite(exact[y, x]).all(), "a label on an invalid pixel"
@@ -196,23 +221,31 @@ def write_json(path, value):
 
 # ---- Argoverse 2 ----
 
-AV2_CAMERA = [222.0, 220.5, 98.3, 127.1, 194, 256]        # portrait, as ring_front_center
+AV2_CAMERA = [222.0, 220.5, 98.3, 127.1, 194, 256]  # portrait, as ring_front_center
 AV2_T0 = 315966265259836000
 MS = 1_000_000
 
 
 def argoverse_log(root, log, times=(0, 100), images=(20,), lost=(), seed=0, wall_z=12.0):
-    """One log: sweeps at `times` ms, images at `images` ms, a turning car at 12 m/s -> {image time: (table, c2w)}."""
+    """One log: sweeps at `times` ms, images at `images` ms, a turning car at 12 m/s -> {image time:
+    (table, c2w)}."""
     feather = pytest.importorskip("pyarrow.feather")
     import pyarrow as pa
+
     folder = Path(root) / log
 
     def city_ego(ms):
-        return rigid(rotation([0.02, 0.01, 1], 0.9 + 0.0015 * ms), [5012.5 + 0.012 * ms, 3107.25 + 0.003 * ms, 14.0])
+        return rigid(
+            rotation([0.02, 0.01, 1], 0.9 + 0.0015 * ms),
+            [5012.5 + 0.012 * ms, 3107.25 + 0.003 * ms, 14.0],
+        )
 
     ego_cam = rigid(OPENCV_IN_VEHICLE @ rotation([0.1, 1, 0], 0.05), [1.63, -0.02, 1.39])
-    sensors = [("up_lidar", rigid(np.eye(3), [1.35, 0, 1.64])), ("ring_front_center", ego_cam),
-               ("ring_rear_left", rigid(ego_cam[:3, :3], [1, 1, 1]))]
+    sensors = [
+        ("up_lidar", rigid(np.eye(3), [1.35, 0, 1.64])),
+        ("ring_front_center", ego_cam),
+        ("ring_rear_left", rigid(ego_cam[:3, :3], [1, 1, 1])),
+    ]
     (folder / "calibration").mkdir(parents=True)
 
     def write(path, columns):
@@ -222,23 +255,47 @@ def argoverse_log(root, log, times=(0, 100), images=(20,), lost=(), seed=0, wall
     def se3(matrices):
         q = np.array([quaternion(m) for m in matrices])
         t = np.array([m[:3, 3] for m in matrices])
-        return {**{k: q[:, i] for i, k in enumerate(("qw", "qx", "qy", "qz"))},
-                **{k: t[:, i] for i, k in enumerate(("tx_m", "ty_m", "tz_m"))}}
+        return {
+            **{k: q[:, i] for i, k in enumerate(("qw", "qx", "qy", "qz"))},
+            **{k: t[:, i] for i, k in enumerate(("tx_m", "ty_m", "tz_m"))},
+        }
 
     fx, fy, cx, cy, w, h = AV2_CAMERA
-    write(folder / "calibration/intrinsics.feather", {
-        "sensor_name": ["ring_side_left", "ring_front_center"], "fx_px": [fx - 9, fx], "fy_px": [fy - 9, fy],
-        "cx_px": [cx + 9, cx], "cy_px": [cy - 9, cy], "k1": [-0.2] * 2, "k2": [-0.1] * 2, "k3": [0.2] * 2,
-        "height_px": np.full(2, h, np.uint16), "width_px": np.full(2, w, np.uint16)})     # k1..k3: not to be used
-    write(folder / "calibration/egovehicle_SE3_sensor.feather",
-          {"sensor_name": [s for s, _ in sensors], **se3([m for _, m in sensors])})
+    write(
+        folder / "calibration/intrinsics.feather",
+        {
+            "sensor_name": ["ring_side_left", "ring_front_center"],
+            "fx_px": [fx - 9, fx],
+            "fy_px": [fy - 9, fy],
+            "cx_px": [cx + 9, cx],
+            "cy_px": [cy - 9, cy],
+            "k1": [-0.2] * 2,
+            "k2": [-0.1] * 2,
+            "k3": [0.2] * 2,
+            "height_px": np.full(2, h, np.uint16),
+            "width_px": np.full(2, w, np.uint16),
+        },
+    )  # k1..k3: not to be used
+    write(
+        folder / "calibration/egovehicle_SE3_sensor.feather",
+        {"sensor_name": [s for s, _ in sensors], **se3([m for _, m in sensors])},
+    )
     stamps = sorted({*times, *images} - set(lost))
-    write(folder / "city_SE3_egovehicle.feather",
-          {"timestamp_ns": [AV2_T0 + ms * MS for ms in stamps], **se3([city_ego(ms) for ms in stamps])})
+    write(
+        folder / "city_SE3_egovehicle.feather",
+        {
+            "timestamp_ns": [AV2_T0 + ms * MS for ms in stamps],
+            **se3([city_ego(ms) for ms in stamps]),
+        },
+    )
     expected = {}
     for ms in images:
-        save(painted(ramp(w, h)), folder / f"sensors/cameras/ring_front_center/{AV2_T0 + ms * MS}.jpg")
-        # camera folders that lack one of their two calibration rows (log 7606de8d... lacks its stereo intrinsics)
+        save(
+            painted(ramp(w, h)),
+            folder / f"sensors/cameras/ring_front_center/{AV2_T0 + ms * MS}.jpg",
+        )
+        # camera folders that lack one of their two calibration rows (log 7606de8d... lacks its
+        # stereo intrinsics)
         for name in ("ring_side_left", "ring_rear_left"):
             save(painted(ramp(w, h)), folder / f"sensors/cameras/{name}/{AV2_T0 + ms * MS}.jpg")
     for ms in times:
@@ -246,22 +303,33 @@ def argoverse_log(root, log, times=(0, 100), images=(20,), lost=(), seed=0, wall
         at = min(near or images, key=lambda i: abs(i - ms))
         city_cam = city_ego(at) @ ego_cam
         seen = wall(AV2_CAMERA, z=wall_z + ms / 100)
-        points = apply(np.linalg.inv(city_ego(ms)) @ city_cam, np.concatenate([seen, never_seen(AV2_CAMERA)]))
+        points = apply(
+            np.linalg.inv(city_ego(ms)) @ city_cam, np.concatenate([seen, never_seen(AV2_CAMERA)])
+        )
         points = points.astype(np.float16)
-        write(folder / f"sensors/lidar/{AV2_T0 + ms * MS}.feather", {
-            **{k: points[:, i] for i, k in enumerate("xyz")}, "intensity": np.zeros(len(points), np.uint8),
-            "laser_number": np.zeros(len(points), np.uint8), "offset_ns": np.zeros(len(points), np.int32)})
-        # the labels follow from the float16 points of the file; the wall itself is a check on this chain
-        back = apply(np.linalg.inv(city_cam) @ city_ego(ms), points[:len(seen)].astype(float))
+        write(
+            folder / f"sensors/lidar/{AV2_T0 + ms * MS}.feather",
+            {
+                **{k: points[:, i] for i, k in enumerate("xyz")},
+                "intensity": np.zeros(len(points), np.uint8),
+                "laser_number": np.zeros(len(points), np.uint8),
+                "offset_ns": np.zeros(len(points), np.int32),
+            },
+        )
+        # the labels follow from the float16 points of the file; the wall itself is a check on this
+        # chain
+        back = apply(np.linalg.inv(city_cam) @ city_ego(ms), points[: len(seen)].astype(float))
         assert np.abs(back - seen).max() < 0.02
         expected[at] = project(back, AV2_CAMERA), city_cam
     return expected
 
 
 def test_argoverse2_moving_ego(tmp_path):
-    """Images 20 ms after their sweep, the car turning: labels, pose, time; one image a sweep, none far from a sweep."""
+    """Images 20 ms after their sweep, the car turning: labels, pose, time; one image a sweep, none
+    far from a sweep."""
     raw = tmp_path / "raw"
-    # 70 and 145 are within 51 ms of the second sweep but not the nearest to it; the third sweep has none within 51 ms
+    # 70 and 145 are within 51 ms of the second sweep but not the nearest to it; the third sweep has
+    # none within 51 ms
     expected = argoverse_log(raw / "val", "0a", times=(0, 100, 800), images=(20, 70, 120, 145, 880))
     rows = prepared(tmp_path, "argoverse2", raw, "--points", 100000)
     assert [round(r["time"] * 1e3 - AV2_T0 / MS) for r in rows] == [20, 120]
@@ -271,7 +339,9 @@ def test_argoverse2_moving_ego(tmp_path):
         is_pose(row, pose)
         assert "0a" in row["scene"] and row["camera"] == "ring_front_center"
     # without the two city steps the labels would be elsewhere: the fixture can tell
-    still = project(apply(np.linalg.inv(expected[20][1]) @ expected[120][1], wall(AV2_CAMERA)), AV2_CAMERA)
+    still = project(
+        apply(np.linalg.inv(expected[20][1]) @ expected[120][1], wall(AV2_CAMERA)), AV2_CAMERA
+    )
     assert np.abs(still - project(wall(AV2_CAMERA), AV2_CAMERA))[:, :2].max() > 3
 
 
@@ -297,50 +367,122 @@ def test_argoverse2_splits(tmp_path):
 NUSC_CAMERA = [316.6, 316.6, 204.1, 122.9, 400, 225]
 
 
-def nuscenes_root(root, scenes=("scene-0103", "scene-0001"), version="v1.0-trainval", samples=1, cloud=None):
-    """A car at 10 m/s; the camera fires 35 ms before the LiDAR -> {(scene, k): (table, c2w, camera points)}."""
-    tables = {k: [] for k in ("scene", "sample", "sample_data", "calibrated_sensor", "ego_pose", "sensor", "log")}
-    lidar_ego = rigid(rotation([0.01, 0.02, 1], -np.pi / 2 + 0.01), [0.94, 0.0, 1.84])  # x right, y forward, z up
+def nuscenes_root(
+    root, scenes=("scene-0103", "scene-0001"), version="v1.0-trainval", samples=1, cloud=None
+):
+    """A car at 10 m/s; the camera fires 35 ms before the LiDAR -> {(scene, k): (table, c2w, camera
+    points)}."""
+    tables = {
+        k: []
+        for k in (
+            "scene",
+            "sample",
+            "sample_data",
+            "calibrated_sensor",
+            "ego_pose",
+            "sensor",
+            "log",
+        )
+    }
+    lidar_ego = rigid(
+        rotation([0.01, 0.02, 1], -np.pi / 2 + 0.01), [0.94, 0.0, 1.84]
+    )  # x right, y forward, z up
     cam_ego = rigid(OPENCV_IN_VEHICLE @ rotation([0, 1, 0], -0.02), [1.70, 0.02, 1.51])
-    flat = {"CAM_FRONT": cam_ego, "LIDAR_TOP": lidar_ego, "RADAR_FRONT": rigid(np.eye(3), [3.4, 0, 0.5])}
+    flat = {
+        "CAM_FRONT": cam_ego,
+        "LIDAR_TOP": lidar_ego,
+        "RADAR_FRONT": rigid(np.eye(3), [3.4, 0, 0.5]),
+    }
     fx, fy, cx, cy, w, h = NUSC_CAMERA
     for channel, m in flat.items():
-        tables["sensor"].append({"token": f"s_{channel}", "channel": channel,
-                                 "modality": {"C": "camera", "L": "lidar", "R": "radar"}[channel[0]]})
-        tables["calibrated_sensor"].append({
-            "token": f"c_{channel}", "sensor_token": f"s_{channel}", "translation": m[:3, 3].tolist(),
-            "rotation": quaternion(m),
-            "camera_intrinsic": [[fx, 0, cx], [0, fy, cy], [0, 0, 1]] if "CAM" in channel else []})
+        tables["sensor"].append(
+            {
+                "token": f"s_{channel}",
+                "channel": channel,
+                "modality": {"C": "camera", "L": "lidar", "R": "radar"}[channel[0]],
+            }
+        )
+        tables["calibrated_sensor"].append(
+            {
+                "token": f"c_{channel}",
+                "sensor_token": f"s_{channel}",
+                "translation": m[:3, 3].tolist(),
+                "rotation": quaternion(m),
+                "camera_intrinsic": [[fx, 0, cx], [0, fy, cy], [0, 0, 1]]
+                if "CAM" in channel
+                else [],
+            }
+        )
     expected, seconds = {}, 1532402927.647951
     for s, scene in enumerate(scenes):
         names = [f"{scene}_{k}" for k in range(samples)]
-        tables["log"].append({"token": f"log_{scene}", "logfile": "n015", "vehicle": "n015", "location": "x"})
-        tables["scene"].append({"token": f"t_{scene}", "log_token": f"log_{scene}", "nbr_samples": samples,
-                                "name": scene, "description": "", "first_sample_token": names[0],
-                                "last_sample_token": names[-1]})
+        tables["log"].append(
+            {"token": f"log_{scene}", "logfile": "n015", "vehicle": "n015", "location": "x"}
+        )
+        tables["scene"].append(
+            {
+                "token": f"t_{scene}",
+                "log_token": f"log_{scene}",
+                "nbr_samples": samples,
+                "name": scene,
+                "description": "",
+                "first_sample_token": names[0],
+                "last_sample_token": names[-1],
+            }
+        )
         for k, token in enumerate(names):
             t_lidar = seconds + 100 * s + 0.5 * k
 
             def ego(t):
                 moved = t - seconds - 100 * s
-                return rigid(rotation([0, 0, 1], 1.1 + 0.4 * moved), [411.3 + 10 * moved, 1180.9 - 3 * moved, 0.0])
+                return rigid(
+                    rotation([0, 0, 1], 1.1 + 0.4 * moved),
+                    [411.3 + 10 * moved, 1180.9 - 3 * moved, 0.0],
+                )
 
-            tables["sample"].append({"token": token, "timestamp": round(t_lidar * 1e6), "scene_token": f"t_{scene}",
-                                     "prev": names[k - 1] if k else "",
-                                     "next": names[k + 1] if k + 1 < samples else ""})
-            files = [("LIDAR_TOP", 0.0, "pcd.bin", True), ("CAM_FRONT", -0.035, "jpg", True),
-                     ("CAM_FRONT", 0.05, "jpg", False), ("RADAR_FRONT", 0.01, "pcd", True)]
+            tables["sample"].append(
+                {
+                    "token": token,
+                    "timestamp": round(t_lidar * 1e6),
+                    "scene_token": f"t_{scene}",
+                    "prev": names[k - 1] if k else "",
+                    "next": names[k + 1] if k + 1 < samples else "",
+                }
+            )
+            files = [
+                ("LIDAR_TOP", 0.0, "pcd.bin", True),
+                ("CAM_FRONT", -0.035, "jpg", True),
+                ("CAM_FRONT", 0.05, "jpg", False),
+                ("RADAR_FRONT", 0.01, "pcd", True),
+            ]
             for channel, dt, ext, key in files:
                 t = t_lidar + dt
                 folder = "samples" if key else "sweeps"
                 name = f"{folder}/{channel}/{scene}__{channel}__{round(t * 1e6)}.{ext}"
-                tables["sample_data"].append({
-                    "token": f"d_{name}", "sample_token": token, "ego_pose_token": f"e_{name}",
-                    "calibrated_sensor_token": f"c_{channel}", "filename": name, "is_key_frame": key,
-                    "prev": "", "next": "", "timestamp": round(t * 1e6), "width": w if ext == "jpg" else 0,
-                    "height": h if ext == "jpg" else 0, "fileformat": ext.split(".")[0]})
-                tables["ego_pose"].append({"token": f"e_{name}", "timestamp": round(t * 1e6),
-                                           "rotation": quaternion(ego(t)), "translation": ego(t)[:3, 3].tolist()})
+                tables["sample_data"].append(
+                    {
+                        "token": f"d_{name}",
+                        "sample_token": token,
+                        "ego_pose_token": f"e_{name}",
+                        "calibrated_sensor_token": f"c_{channel}",
+                        "filename": name,
+                        "is_key_frame": key,
+                        "prev": "",
+                        "next": "",
+                        "timestamp": round(t * 1e6),
+                        "width": w if ext == "jpg" else 0,
+                        "height": h if ext == "jpg" else 0,
+                        "fileformat": ext.split(".")[0],
+                    }
+                )
+                tables["ego_pose"].append(
+                    {
+                        "token": f"e_{name}",
+                        "timestamp": round(t * 1e6),
+                        "rotation": quaternion(ego(t)),
+                        "translation": ego(t)[:3, 3].tolist(),
+                    }
+                )
                 path = Path(root) / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 if ext == "jpg":
@@ -358,7 +500,8 @@ def nuscenes_root(root, scenes=("scene-0103", "scene-0001"), version="v1.0-train
 
 
 def test_nuscenes_moving_ego(tmp_path):
-    """The camera fires 35 ms before the LiDAR on a car that drives and turns; sweeps and radar give no record."""
+    """The camera fires 35 ms before the LiDAR on a car that drives and turns; sweeps and radar give
+    no record."""
     expected = nuscenes_root(tmp_path / "raw", samples=2)
     rows = prepared(tmp_path, "nuscenes", tmp_path / "raw", "--points", 100000)
     assert [r["scene"] for r in rows] == ["scene-0103"] * 2
@@ -366,12 +509,18 @@ def test_nuscenes_moving_ego(tmp_path):
         table, pose, _ = expected["scene-0103", k]
         is_lidar(row, table, NUSC_CAMERA)
         is_pose(row, pose)
-        assert row["camera"] == "CAM_FRONT" and row["time"] == pytest.approx(1532402927.612951 + 0.5 * k, abs=1e-4)
+        assert row["camera"] == "CAM_FRONT" and row["time"] == pytest.approx(
+            1532402927.612951 + 0.5 * k, abs=1e-4
+        )
 
 
 def test_nuscenes_split_by_scene_name(tmp_path):
-    """The ten scenes of v1.0-mini are held out by name, so that a trainval download alone suffices."""
-    mini = [f"scene-{n}" for n in ("0061", "0103", "0553", "0655", "0757", "0796", "0916", "1077", "1094", "1100")]
+    """The ten scenes of v1.0-mini are held out by name, so that a trainval download alone
+    suffices."""
+    mini = [
+        f"scene-{n}"
+        for n in ("0061", "0103", "0553", "0655", "0757", "0796", "0916", "1077", "1094", "1100")
+    ]
     nuscenes_root(tmp_path / "raw", scenes=(*mini, "scene-0001", "scene-0062"))
     assert {r["scene"] for r in prepared(tmp_path, "nuscenes", tmp_path / "raw")} == set(mini)
     train = prepared(tmp_path, "nuscenes", tmp_path / "raw", split="train")
@@ -390,37 +539,56 @@ def test_nuscenes_paper_labels(tmp_path):
 
 # ---- Waymo v2 ----
 
-WAYMO_CAMERA = [402.3, 401.8, 239.1, 158.3, 480, 320]       # index convention; the file holds c + 0.5 (edge convention)
+WAYMO_CAMERA = [
+    402.3,
+    401.8,
+    239.1,
+    158.3,
+    480,
+    320,
+]  # index convention; the file holds c + 0.5 (edge convention)
 WAYMO_DISTORTION = (0.04036, -0.33002, 0.00104, -0.00157, 0.0)
 
 
 def brown_conrady(x, y, k1, k2, p1, p2, k3):
     q = x * x + y * y
-    radial = 1 + k1 * q + k2 * q * q + k3 * q ** 3
-    return x * radial + 2 * p1 * x * y + p2 * (q + 2 * x * x), y * radial + 2 * p2 * x * y + p1 * (q + 2 * y * y)
+    radial = 1 + k1 * q + k2 * q * q + k3 * q**3
+    return x * radial + 2 * p1 * x * y + p2 * (q + 2 * x * x), y * radial + 2 * p2 * x * y + p1 * (
+        q + 2 * y * y
+    )
 
 
-def waymo_root(root, distortion=(0.0,) * 5, split="training", segment="1024360143612057520_3580_000_3600_000"):
-    """One frame of a wall at world x = 18 m: TOP with per-cell poses and a turned extrinsic, FRONT without poses.
+def waymo_root(
+    root, distortion=(0.0,) * 5, split="training", segment="1024360143612057520_3580_000_3600_000"
+):
+    """One frame of a wall at world x = 18 m: TOP with per-cell poses and a turned extrinsic, FRONT
+    without poses.
 
-    Returns the table of camera 1 (undistorted pinhole pixels), its c2w, and the distorted pixels that the file states.
+    Returns the table of camera 1 (undistorted pinhole pixels), its c2w, and the distorted pixels
+    that the file states.
     """
     pq = pytest.importorskip("pyarrow.parquet")
     import pyarrow as pa
+
     stamp = 1553735853462203
     yaw_rate, speed = 0.3, 10.0
 
-    def vehicle(dt):                                          # vehicle-to-world, dt seconds after the frame's time
+    def vehicle(dt):  # vehicle-to-world, dt seconds after the frame's time
         yaw = 0.1 + yaw_rate * dt
         return rigid(rotation([0, 0, 1], yaw), [3.0 + speed * dt, -1.0 + 2 * dt, 0.5])
 
-    cam_vehicle = rigid(rotation([0.05, 0.02, 1], 0.03), [1.54, -0.02, 2.11])          # Waymo axes: x forward, z up
+    cam_vehicle = rigid(
+        rotation([0.05, 0.02, 1], 0.03), [1.54, -0.02, 2.11]
+    )  # Waymo axes: x forward, z up
     image_pose = vehicle(0.045)
     c2w = image_pose @ cam_vehicle @ rigid(OPENCV_IN_VEHICLE, [0, 0, 0])
     wall_x = 18.0
     table, stated, lidar, projection, poses, calibration = [], [], [], [], [], []
     fx, fy, cx, cy, w, h = WAYMO_CAMERA
-    for laser, (rows, cols, spin, limits) in {1: (9, 240, 2.6, None), 2: (8, 90, 0.4, (-0.5, 0.6))}.items():
+    for laser, (rows, cols, spin, limits) in {
+        1: (9, 240, 2.6, None),
+        2: (8, 90, 0.4, (-0.5, 0.6)),
+    }.items():
         e = rigid(rotation([0.01, 0.02, 1], spin), [1.43, 0.0, 2.18])
         if limits is None:
             inclination = np.linspace(-0.35, 0.3, rows) + 0.005 * np.sin(np.arange(rows))
@@ -428,9 +596,11 @@ def waymo_root(root, distortion=(0.0,) * 5, split="training", segment="102436014
         else:
             lo, hi = limits
             inclination = lo + (np.arange(rows) + 0.5) / rows * (hi - lo)
-        inc = inclination[::-1, None]                          # row 0 is the highest beam
+        inc = inclination[::-1, None]  # row 0 is the highest beam
         az = (2 * (cols - np.arange(cols) - 0.5) / cols - 1) * np.pi - np.arctan2(e[1, 0], e[0, 0])
-        beams = np.stack([np.cos(az) * np.cos(inc), np.sin(az) * np.cos(inc), np.sin(inc) + 0 * az], -1)
+        beams = np.stack(
+            [np.cos(az) * np.cos(inc), np.sin(az) * np.cos(inc), np.sin(inc) + 0 * az], -1
+        )
         ranges, cell_pose = np.zeros((rows, cols)), np.zeros((rows, cols, 6))
         ids = np.zeros((rows, cols, 6))
         for i in range(rows):
@@ -444,7 +614,9 @@ def waymo_root(root, distortion=(0.0,) * 5, split="training", segment="102436014
                     continue
                 ranges[i, j] = np.float32(r)
                 x, y, z = apply(np.linalg.inv(c2w), origin + way * r)
-                if z <= 0.5 or abs(x / z) > 0.75 or abs(y / z) > 0.6:    # beyond, the polynomial folds back
+                if (
+                    z <= 0.5 or abs(x / z) > 0.75 or abs(y / z) > 0.6
+                ):  # beyond, the polynomial folds back
                     continue
                 a, b = brown_conrady(x / z, y / z, *distortion)
                 u, v = fx * a + cx, fy * b + cy
@@ -454,50 +626,103 @@ def waymo_root(root, distortion=(0.0,) * 5, split="training", segment="102436014
                     ids[i, j] = (2, 3, 3, *first) if j % 2 else (*first, 0, 0, 0)
                     table.append([fx * x / z + cx, fy * y / z + cy, np.sqrt(x * x + y * y + z * z)])
                     stated.append([u, v])
-        common = {"key.segment_context_name": [segment], "key.laser_name": pa.array([laser], pa.int8())}
+        common = {
+            "key.segment_context_name": [segment],
+            "key.laser_name": pa.array([laser], pa.int8()),
+        }
         frame = {**common, "key.frame_timestamp_micros": [stamp]}
 
         def image(prefix, cells):
-            return {f"[{prefix}].range_image_return1.values": pa.array([cells.ravel().astype(np.float32)]),
-                    f"[{prefix}].range_image_return1.shape": pa.array([list(cells.shape)], pa.list_(pa.int32()))}
+            return {
+                f"[{prefix}].range_image_return1.values": pa.array(
+                    [cells.ravel().astype(np.float32)]
+                ),
+                f"[{prefix}].range_image_return1.shape": pa.array(
+                    [list(cells.shape)], pa.list_(pa.int32())
+                ),
+            }
 
         cells = np.concatenate([ranges[..., None], np.zeros((rows, cols, 3))], -1)
-        none = {k.replace("return1", "return2"): v for k, v in image("LiDARComponent", cells * 0).items()}
+        none = {
+            k.replace("return1", "return2"): v
+            for k, v in image("LiDARComponent", cells * 0).items()
+        }
         lidar.append({**frame, **image("LiDARComponent", cells), **none})
-        none = {k.replace("return1", "return2"): v for k, v in image("LiDARCameraProjectionComponent", ids * 0).items()}
+        none = {
+            k.replace("return1", "return2"): v
+            for k, v in image("LiDARCameraProjectionComponent", ids * 0).items()
+        }
         projection.append({**frame, **image("LiDARCameraProjectionComponent", ids), **none})
         if laser == 1:
             poses.append({**frame, **image("LiDARPoseComponent", cell_pose)})
-        calibration.append({**common, "[LiDARCalibrationComponent].extrinsic.transform": matrix(pa, e),
-                            "[LiDARCalibrationComponent].beam_inclination.min": [lo],
-                            "[LiDARCalibrationComponent].beam_inclination.max": [hi],
-                            "[LiDARCalibrationComponent].beam_inclination.values":
-                                pa.array([None if limits else inclination.tolist()], pa.list_(pa.float64()))})
+        calibration.append(
+            {
+                **common,
+                "[LiDARCalibrationComponent].extrinsic.transform": matrix(pa, e),
+                "[LiDARCalibrationComponent].beam_inclination.min": [lo],
+                "[LiDARCalibrationComponent].beam_inclination.max": [hi],
+                "[LiDARCalibrationComponent].beam_inclination.values": pa.array(
+                    [None if limits else inclination.tolist()], pa.list_(pa.float64())
+                ),
+            }
+        )
     data = io.BytesIO()
-    # the picture: red waves along the column in which a pinhole camera would show the ray of this pixel
-    painted(waves(source_column(rays(w, h, fx, fy, cx, cy), WAYMO_CAMERA, distortion))).save(data, "JPEG", quality=98,
-                                                                                             subsampling=0)
+    # the picture: red waves along the column in which a pinhole camera would show the ray of this
+    # pixel
+    painted(waves(source_column(rays(w, h, fx, fy, cx, cy), WAYMO_CAMERA, distortion))).save(
+        data, "JPEG", quality=98, subsampling=0
+    )
     camera = {"key.segment_context_name": [segment], "key.camera_name": pa.array([1], pa.int8())}
-    k = dict(zip(("f_u", "f_v", "c_u", "c_v", "k1", "k2", "p1", "p2", "k3"), (fx, fy, cx + 0.5, cy + 0.5, *distortion)))
+    k = dict(
+        zip(
+            ("f_u", "f_v", "c_u", "c_v", "k1", "k2", "p1", "p2", "k3"),
+            (fx, fy, cx + 0.5, cy + 0.5, *distortion),
+        )
+    )
     name = "[CameraImageComponent]"
     parts = {
-        "camera_calibration": [{**camera, **{f"[CameraCalibrationComponent].intrinsic.{n}": [v] for n, v in k.items()},
-                                "[CameraCalibrationComponent].extrinsic.transform": matrix(pa, cam_vehicle),
-                                "[CameraCalibrationComponent].width": pa.array([w], pa.int32()),
-                                "[CameraCalibrationComponent].height": pa.array([h], pa.int32()),
-                                "[CameraCalibrationComponent].rolling_shutter_direction": pa.array([2], pa.int8())}],
-        "camera_image": [{**camera, "key.frame_timestamp_micros": [stamp], f"{name}.image": [data.getvalue()],
-                          f"{name}.pose.transform": matrix(pa, image_pose),
-                          f"{name}.pose_timestamp": [stamp / 1e6 + 0.045],
-                          **{f"{name}.velocity.linear_velocity.{a}": pa.array([v], pa.float32())
-                             for a, v in zip("xyz", (speed, 2.0, 0.0))},
-                          **{f"{name}.velocity.angular_velocity.{a}": [v] for a, v in zip("xyz", (0.0, 0.0, yaw_rate))},
-                          f"{name}.rolling_shutter_params.shutter": [0.001],
-                          f"{name}.rolling_shutter_params.camera_trigger_time": [stamp / 1e6 + 0.03],
-                          f"{name}.rolling_shutter_params.camera_readout_done_time": [stamp / 1e6 + 0.06]}],
-        "vehicle_pose": [{"key.segment_context_name": [segment], "key.frame_timestamp_micros": [stamp],
-                          "[VehiclePoseComponent].world_from_vehicle.transform": matrix(pa, vehicle(0.0))}],
-        "lidar": lidar, "lidar_camera_projection": projection, "lidar_pose": poses, "lidar_calibration": calibration}
+        "camera_calibration": [
+            {
+                **camera,
+                **{f"[CameraCalibrationComponent].intrinsic.{n}": [v] for n, v in k.items()},
+                "[CameraCalibrationComponent].extrinsic.transform": matrix(pa, cam_vehicle),
+                "[CameraCalibrationComponent].width": pa.array([w], pa.int32()),
+                "[CameraCalibrationComponent].height": pa.array([h], pa.int32()),
+                "[CameraCalibrationComponent].rolling_shutter_direction": pa.array([2], pa.int8()),
+            }
+        ],
+        "camera_image": [
+            {
+                **camera,
+                "key.frame_timestamp_micros": [stamp],
+                f"{name}.image": [data.getvalue()],
+                f"{name}.pose.transform": matrix(pa, image_pose),
+                f"{name}.pose_timestamp": [stamp / 1e6 + 0.045],
+                **{
+                    f"{name}.velocity.linear_velocity.{a}": pa.array([v], pa.float32())
+                    for a, v in zip("xyz", (speed, 2.0, 0.0))
+                },
+                **{
+                    f"{name}.velocity.angular_velocity.{a}": [v]
+                    for a, v in zip("xyz", (0.0, 0.0, yaw_rate))
+                },
+                f"{name}.rolling_shutter_params.shutter": [0.001],
+                f"{name}.rolling_shutter_params.camera_trigger_time": [stamp / 1e6 + 0.03],
+                f"{name}.rolling_shutter_params.camera_readout_done_time": [stamp / 1e6 + 0.06],
+            }
+        ],
+        "vehicle_pose": [
+            {
+                "key.segment_context_name": [segment],
+                "key.frame_timestamp_micros": [stamp],
+                "[VehiclePoseComponent].world_from_vehicle.transform": matrix(pa, vehicle(0.0)),
+            }
+        ],
+        "lidar": lidar,
+        "lidar_camera_projection": projection,
+        "lidar_pose": poses,
+        "lidar_calibration": calibration,
+    }
     for part, tables in parts.items():
         path = Path(root) / split / part / f"{segment}.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -515,35 +740,43 @@ def matrix(pa, m):
 
 
 def source_column(r, camera, distortion):
-    """For each pixel of a distorted image, the column in which the undistorted image shows the same ray."""
+    """For each pixel of a distorted image, the column in which the undistorted image shows the same
+    ray."""
     fx, fy, cx, cy = camera[:4]
     tx, ty = r[..., 0], r[..., 1]
     x, y = tx.copy(), ty.copy()
-    for _ in range(30):                                       # contraction: the coefficients are small
+    for _ in range(30):  # contraction: the coefficients are small
         a, b = brown_conrady(x, y, *distortion)
         x, y = x + tx - a, y + ty - b
     return fx * x + cx
 
 
 def test_waymo_range_image_of_a_wall(tmp_path):
-    """Cells become points by their own pose; distance is from the camera at image time; pixel from the table."""
+    """Cells become points by their own pose; distance is from the camera at image time; pixel from
+    the table."""
     table, c2w, _ = waymo_root(tmp_path / "raw")
     assert len(table) > 100
     rows = prepared(tmp_path, "waymo", tmp_path / "raw", "--points", 100000, split="train")
     assert len(rows) == 1
-    is_lidar(rows[0], table, WAYMO_CAMERA, whole=False)       # two LiDARs may meet in one pixel
+    is_lidar(rows[0], table, WAYMO_CAMERA, whole=False)  # two LiDARs may meet in one pixel
     assert len(rows[0]["depth"]) > 0.9 * len(table)
     is_pose(rows[0], c2w)
-    assert rows[0]["scene"] == "1024360143612057520_3580_000_3600_000" and "FRONT" in str(rows[0]["camera"]).upper()
+    assert (
+        rows[0]["scene"] == "1024360143612057520_3580_000_3600_000"
+        and "FRONT" in str(rows[0]["camera"]).upper()
+    )
 
 
 def test_waymo_distortion(tmp_path):
-    """With real coefficients (shift up to 8 px here) image and label move together, whichever way is chosen."""
+    """With real coefficients (shift up to 8 px here) image and label move together, whichever way
+    is chosen."""
     table, _, stated = waymo_root(tmp_path / "raw", WAYMO_DISTORTION)
     assert np.abs(table[:, :2] - stated).max() > 4
-    row, = prepared(tmp_path, "waymo", tmp_path / "raw", "--points", 100000, split="train")
+    (row,) = prepared(tmp_path, "waymo", tmp_path / "raw", "--points", 100000, split="train")
     xy, d = np.array(row["pixel_coords"]), np.array(row["depth"])
-    near = np.abs(d[:, None] - table[None, :, 2]) <= 1e-3     # candidates by distance, then the pixel must agree
+    near = (
+        np.abs(d[:, None] - table[None, :, 2]) <= 1e-3
+    )  # candidates by distance, then the pixel must agree
     undone = near & (np.abs(xy[:, None] - table[None, :, :2]).max(-1) <= 1.5)
     kept = near & (np.abs(xy[:, None] - stated[None]).max(-1) <= 1)
     assert undone.any(1).all() or kept.any(1).all()
@@ -554,24 +787,32 @@ def test_waymo_distortion(tmp_path):
 
 # ---- ScanNet++ ----
 
+
 def scannetpp_scene(root, scene, frames, key="aligned_pose"):
-    """Decoded iPhone frames, JSON in reverse order, K and pose of each frame its own -> {frame: (z, camera, c2w)}."""
+    """Decoded iPhone frames, JSON in reverse order, K and pose of each frame its own -> {frame: (z,
+    camera, c2w)}."""
     folder, poses, expected = Path(root) / "data" / scene / "iphone", {}, {}
     for n in frames:
         z = np.round(ramp(256, 192, base=1.2 + 0.02 * n, span=0.8) * 1000)
-        z[:40] = 0                                                       # no depth at the top
+        z[:40] = 0  # no depth at the top
         mask = np.full((1440, 1920), 255, np.uint8)
-        mask[:, :450] = 0                                                # anonymised at the left (60 depth pixels)
+        mask[:, :450] = 0  # anonymised at the left (60 depth pixels)
         colours = painted(z / 1000)
-        for name, image in ((f"rgb/frame_{n:06d}.jpg", colours.resize((1920, 1440), Image.NEAREST)),
-                            (f"rgb_masks/frame_{n:06d}.png", Image.fromarray(mask))):
+        for name, image in (
+            (f"rgb/frame_{n:06d}.jpg", colours.resize((1920, 1440), Image.NEAREST)),
+            (f"rgb_masks/frame_{n:06d}.png", Image.fromarray(mask)),
+        ):
             save(image, folder / name)
         save_depth(z, folder / f"depth/frame_{n:06d}.png")
         camera = [1427.4 + n, 1428.6 + n, 957.2, 719.4, 1920, 1440]
         c2w = rigid(rotation([1, n, 2], 0.4 + 0.1 * n), [n, 1.5, -2])
         fx, fy, cx, cy = camera[:4]
-        poses[f"frame_{n:06d}"] = {"pose": rigid(rotation([0, 0, 1], 1.5), [9, 9, 9]).tolist(), key: c2w.tolist(),
-                                   "intrinsic": [[fx, 0, cx], [0, fy, cy], [0, 0, 1]], "timestamp": 100 + n / 60}
+        poses[f"frame_{n:06d}"] = {
+            "pose": rigid(rotation([0, 0, 1], 1.5), [9, 9, 9]).tolist(),
+            key: c2w.tolist(),
+            "intrinsic": [[fx, 0, cx], [0, fy, cy], [0, 0, 1]],
+            "timestamp": 100 + n / 60,
+        }
         z[:, :60] = 0
         expected[n] = np.where(z > 0, z / 1000, np.nan), camera, c2w
     write_json(folder / "pose_intrinsic_imu.json", dict(reversed(poses.items())))
@@ -586,10 +827,10 @@ def scannetpp_splits(root, train, val):
 
 def scannetpp_labels(out, row, z, camera, c2w):
     fx, fy, cx, cy, w, h = camera
-    s = row["intrinsics"][4] / w                                        # the reader may store a smaller picture
+    s = row["intrinsics"][4] / w  # the reader may store a smaller picture
     resized = [fx * s, fy * s, s * (cx + 0.5) - 0.5, s * (cy + 0.5) - 0.5, w * s, h * s]
     assert row["intrinsics"] == pytest.approx(resized, abs=0.51)
-    x, y = (np.array(row["pixel_coords"]).T + 0.5) / s - 0.5             # at full size
+    x, y = (np.array(row["pixel_coords"]).T + 0.5) / s - 0.5  # at full size
     i, j = np.round((x - 3.25) / 7.5).astype(int), np.round((y - 3.25) / 7.5).astype(int)
     assert max(np.abs(7.5 * i + 3.25 - x).max(), np.abs(7.5 * j + 3.25 - y).max()) <= 1 / s
     zz = z[j, i]
@@ -601,11 +842,14 @@ def scannetpp_labels(out, row, z, camera, c2w):
 
 
 def test_scannetpp_pairs_by_name(tmp_path):
-    """Frames listed out of order keep their own depth, mask, K and aligned pose; both spellings of the pose key."""
+    """Frames listed out of order keep their own depth, mask, K and aligned pose; both spellings of
+    the pose key."""
     for scene, key in (("aaa", "aligned_pose"), ("bbb", "aligned_poses")):
         expected = scannetpp_scene(tmp_path / "raw", scene, (20, 0, 10), key)
         scannetpp_splits(tmp_path / "raw", [], [scene])
-        rows = prepared(tmp_path, "scannetpp", tmp_path / "raw", "--stride", 1, "--points", 300, out=scene)
+        rows = prepared(
+            tmp_path, "scannetpp", tmp_path / "raw", "--stride", 1, "--points", 300, out=scene
+        )
         assert len(rows) == 3 and all(scene in r["scene"] for r in rows)
         for row in rows:
             n = round(row["pose"][3])
@@ -614,12 +858,17 @@ def test_scannetpp_pairs_by_name(tmp_path):
 
 
 def test_scannetpp_splits_and_stride(tmp_path):
-    """Evaluation = the first 10 scenes of nvs_sem_val, the rest trains; every tenth frame by default."""
+    """Evaluation = the first 10 scenes of nvs_sem_val, the rest trains; every tenth frame by
+    default."""
     first = scannetpp_scene(tmp_path / "raw", "s00", [0])
     folder = tmp_path / "raw/data/s00/iphone"
     table = json.loads((folder / "pose_intrinsic_imu.json").read_text())["frame_000000"]
     for n in range(1, 21):
-        for name in ("rgb/frame_{:06d}.jpg", "rgb_masks/frame_{:06d}.png", "depth/frame_{:06d}.png"):
+        for name in (
+            "rgb/frame_{:06d}.jpg",
+            "rgb_masks/frame_{:06d}.png",
+            "depth/frame_{:06d}.png",
+        ):
             os.link(folder / name.format(0), folder / name.format(n))
     write_json(folder / "pose_intrinsic_imu.json", {f"frame_{n:06d}": table for n in range(21)})
     for n in range(1, 13):
@@ -643,52 +892,88 @@ OMNI = [256 / np.tan(FOV / 2)] * 2 + [255.5, 255.5, 512, 512]
 
 def blender(euler, place):
     """c2w in OpenCV axes of a Blender camera: Rz Ry Rx, looking along -z with y up."""
-    r = rotation([0, 0, 1], euler[2]) @ rotation([0, 1, 0], euler[1]) @ rotation([1, 0, 0], euler[0])
+    r = (
+        rotation([0, 0, 1], euler[2])
+        @ rotation([0, 1, 0], euler[1])
+        @ rotation([1, 0, 0], euler[0])
+    )
     return rigid(r @ np.diag([1.0, -1, -1]), place)
 
 
 def omnidata_view(path_of, n, domains, info):
-    """One view written through path_of(domain, suffix), 40 % of it 65535. Returns z, the Euclidean map that the domain
-    states (nan = invalid) and c2w."""
+    """One view written through path_of(domain, suffix), 40 % of it 65535. Returns z, the Euclidean
+    map that the domain states (nan = invalid) and c2w."""
     z = ramp(512, 512, base=2 + 0.6 * n)
-    raw = {"depth_euclidean": np.round(euclidean(z, OMNI) * 512), "depth_zbuffer": np.round(z * 512)}
-    exact = {"depth_euclidean": raw["depth_euclidean"] / 512,
-             "depth_zbuffer": euclidean(raw["depth_zbuffer"] / 512, OMNI)}
+    raw = {
+        "depth_euclidean": np.round(euclidean(z, OMNI) * 512),
+        "depth_zbuffer": np.round(z * 512),
+    }
+    exact = {
+        "depth_euclidean": raw["depth_euclidean"] / 512,
+        "depth_zbuffer": euclidean(raw["depth_zbuffer"] / 512, OMNI),
+    }
     for name in domains:
         raw[name][:, :200], exact[name][:, :200] = 65535, np.nan
         save_depth(raw[name], path_of(name, f"{name}.png"))
     save(painted(z), path_of("rgb", "rgb.png"))
     euler, place = [1.3, 0.05 * n, 0.7 + n], [1.0 + n, -2.0, 1.6]
-    write_json(path_of("point_info", f"{info}.json"), {
-        "field_of_view_rads": FOV, "resolution": 512, "camera_location": place, "camera_rotation_final": euler,
-        "camera_uuid": f"c{n}", "point_uuid": f"{n}", "point_location": [0, 0, 0], "camera_distance": 2.0,
-        "view_id": n})
+    write_json(
+        path_of("point_info", f"{info}.json"),
+        {
+            "field_of_view_rads": FOV,
+            "resolution": 512,
+            "camera_location": place,
+            "camera_rotation_final": euler,
+            "camera_uuid": f"c{n}",
+            "point_uuid": f"{n}",
+            "point_location": [0, 0, 0],
+            "camera_distance": 2.0,
+            "view_id": n,
+        },
+    )
     return z, exact[domains[0]], blender(euler, place)
 
 
-LAYOUTS = {"omnitools": "{domain}/{component}/{scene}/{stem}_domain_{suffix}",
-           "by_domain": "{domain}/{scene}/{stem}_domain_{suffix}",
-           "by_building": "{scene}/{domain}/{stem}_domain_{suffix}"}
+LAYOUTS = {
+    "omnitools": "{domain}/{component}/{scene}/{stem}_domain_{suffix}",
+    "by_domain": "{domain}/{scene}/{stem}_domain_{suffix}",
+    "by_building": "{scene}/{domain}/{stem}_domain_{suffix}",
+}
 
 
 def omnidata_root(raw, layout, component, scenes, domains, info):
     expected = {}
     for n, scene in enumerate(scenes):
+
         def path_of(domain, suffix):
-            return raw / LAYOUTS[layout].format(domain=domain, component=component, scene=scene, suffix=suffix,
-                                                stem=f"point_{n}_view_0")
+            return raw / LAYOUTS[layout].format(
+                domain=domain,
+                component=component,
+                scene=scene,
+                suffix=suffix,
+                stem=f"point_{n}_view_0",
+            )
+
         expected[scene] = omnidata_view(path_of, n, domains, info)
     return expected
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_taskonomy(tmp_path, layout):
-    """Three layouts in the wild: metres = raw / 512, 65535 is nothing, K from the field of view, the Blender pose."""
-    expected = omnidata_root(tmp_path / "raw", layout, "taskonomy", ("allensville", "ackermanville"),
-                             ("depth_euclidean", "depth_zbuffer"),
-                             "point_info" if layout == "omnitools" else "fixatedpose")
-    rows = prepared(tmp_path, "taskonomy", tmp_path / "raw", "--points", 300, "--max-depth", 300, split="train")
-    assert len(rows) == 2                                     # 65535 / 512 = 128 m is within that limit
+    """Three layouts in the wild: metres = raw / 512, 65535 is nothing, K from the field of view,
+    the Blender pose."""
+    expected = omnidata_root(
+        tmp_path / "raw",
+        layout,
+        "taskonomy",
+        ("allensville", "ackermanville"),
+        ("depth_euclidean", "depth_zbuffer"),
+        "point_info" if layout == "omnitools" else "fixatedpose",
+    )
+    rows = prepared(
+        tmp_path, "taskonomy", tmp_path / "raw", "--points", 300, "--max-depth", 300, split="train"
+    )
+    assert len(rows) == 2  # 65535 / 512 = 128 m is within that limit
     for row in rows:
         z, exact, c2w = expected[next(s for s in expected if s in row["scene"])]
         is_dense(tmp_path / "out", row, exact, OMNI, z)
@@ -696,21 +981,44 @@ def test_taskonomy(tmp_path, layout):
 
 
 def test_taskonomy_split_table_and_bad_buildings(tmp_path):
-    """Buildings outside of the train column of the fullplus table, and the five known bad ones, are left out."""
-    omnidata_root(tmp_path / "raw", "omnitools", "taskonomy", ("allensville", "mosquito", "beechwood"),
-                  ("depth_euclidean",), "point_info")
-    assert len(prepared(tmp_path, "taskonomy", tmp_path / "raw", "--points", 20, split="train", out="all")) == 2
+    """Buildings outside of the train column of the fullplus table, and the five known bad ones, are
+    left out."""
+    omnidata_root(
+        tmp_path / "raw",
+        "omnitools",
+        "taskonomy",
+        ("allensville", "mosquito", "beechwood"),
+        ("depth_euclidean",),
+        "point_info",
+    )
+    assert (
+        len(
+            prepared(
+                tmp_path, "taskonomy", tmp_path / "raw", "--points", 20, split="train", out="all"
+            )
+        )
+        == 2
+    )
     (tmp_path / "raw/train_val_test_fullplus.csv").write_bytes(
-        b"id,train,val,test\r\nallensville,0,1,0\r\nbeechwood,1,0,0\r\nmosquito,1,0,0\r\n")
-    row, = prepared(tmp_path, "taskonomy", tmp_path / "raw", "--points", 20, split="train")
+        b"id,train,val,test\r\nallensville,0,1,0\r\nbeechwood,1,0,0\r\nmosquito,1,0,0\r\n"
+    )
+    (row,) = prepared(tmp_path, "taskonomy", tmp_path / "raw", "--points", 20, split="train")
     assert "beechwood" in row["scene"]
 
 
 def test_hm3d_from_the_z_buffer(tmp_path):
     """Without depth_euclidean the z-buffer is converted with the view's own field of view."""
-    expected = omnidata_root(tmp_path / "raw", "omnitools", "hm3d", ("00000-kfPV7w3FaU5", "00001-UVdNNRcVyV1"),
-                             ("depth_zbuffer",), "fixatedpose")
-    rows = prepared(tmp_path, "hm3d", tmp_path / "raw", "--points", 300, "--max-depth", 300, split="train")
+    expected = omnidata_root(
+        tmp_path / "raw",
+        "omnitools",
+        "hm3d",
+        ("00000-kfPV7w3FaU5", "00001-UVdNNRcVyV1"),
+        ("depth_zbuffer",),
+        "fixatedpose",
+    )
+    rows = prepared(
+        tmp_path, "hm3d", tmp_path / "raw", "--points", 300, "--max-depth", 300, split="train"
+    )
     assert len(rows) == 2
     for row in rows:
         z, exact, c2w = expected[next(s for s in expected if s in row["scene"])]
@@ -720,25 +1028,41 @@ def test_hm3d_from_the_z_buffer(tmp_path):
 
 # ---- Matterport3D ----
 
+
 def matterport_house(root, house="17DRP5sb8fy"):
-    """Two cameras, each with its own intrinsics line before its scan lines. Returns (c, y) -> (z, camera, c2w)."""
+    """Two cameras, each with its own intrinsics line before its scan lines. Returns (c, y) -> (z,
+    camera, c2w)."""
     folder, expected = Path(root) / "v1/scans" / house / house, {}
-    lines = ["dataset matterport", "n_images 4", "depth_directory undistorted_depth_images",
-             "color_directory undistorted_color_images", ""]
+    lines = [
+        "dataset matterport",
+        "n_images 4",
+        "depth_directory undistorted_depth_images",
+        "color_directory undistorted_color_images",
+        "",
+    ]
     uuid = "03a8325e3b054e3fad7e1e7091f9d283"
-    for c, (fx, cx, fy, cy) in enumerate([(1076.45, 631.116, 1077.19, 490.202), (1176.01, 635.509, 1176.38, 511.999)]):
+    for c, (fx, cx, fy, cy) in enumerate(
+        [(1076.45, 631.116, 1077.19, 490.202), (1176.01, 635.509, 1176.38, 511.999)]
+    ):
         lines.append(f"intrinsics_matrix {fx} 0 {cx}  0 {fy} {cy}  0 0 1")
         for yaw in range(2):
             m = rigid(rotation([1, 0.1 * c, 0.3], 1.2 + yaw), [-2.9 + c, -14.4, 1.3])
             m[:3] = np.round(m[:3], 9)
-            lines.append(f"scan {uuid}_d{c}_{yaw}.png {uuid}_i{c}_{yaw}.jpg " + " ".join(str(v) for v in m.ravel()))
+            lines.append(
+                f"scan {uuid}_d{c}_{yaw}.png {uuid}_i{c}_{yaw}.jpg "
+                + " ".join(str(v) for v in m.ravel())
+            )
             raw = np.round(ramp(1280, 1024, base=2 + c + 0.4 * yaw) * 4000)
             raw[:200] = 0
             save(painted(raw / 4000), folder / f"undistorted_color_images/{uuid}_i{c}_{yaw}.jpg")
             save_depth(raw, folder / f"undistorted_depth_images/{uuid}_d{c}_{yaw}.png")
             # image origin at the bottom left, pixel centres at + 0.5
             camera = [fx, fy, cx - 0.5, 1024 - cy - 0.5, 1280, 1024]
-            expected[c, yaw] = np.where(raw > 0, raw / 4000, np.nan), camera, m @ np.diag([1.0, -1, -1, 1])
+            expected[c, yaw] = (
+                np.where(raw > 0, raw / 4000, np.nan),
+                camera,
+                m @ np.diag([1.0, -1, -1, 1]),
+            )
         lines.append("")
     conf = folder / f"undistorted_camera_parameters/{house}.conf"
     conf.parent.mkdir(parents=True)
@@ -747,7 +1071,8 @@ def matterport_house(root, house="17DRP5sb8fy"):
 
 
 def test_matterport_two_intrinsics_and_opengl_pose(tmp_path):
-    """One intrinsics line counts until the next one; metres = raw / 4000; y-up camera; flipped principal point."""
+    """One intrinsics line counts until the next one; metres = raw / 4000; y-up camera; flipped
+    principal point."""
     expected = matterport_house(tmp_path / "raw")
     rows = prepared(tmp_path, "matterport3d", tmp_path / "raw", split="train")
     assert len(rows) == 4 and all("17DRP5sb8fy" in r["scene"] for r in rows)
@@ -775,19 +1100,25 @@ def test_depth_without_image_and_image_without_depth(tmp_path):
 
 # ---- DDAD ----
 
-DDAD_CAMERAS = {"CAMERA_01": [541.9, 539.0, 237.8, 151.2, 480, 300],
-                "CAMERA_05": [265.6, 264.2, 234.8, 155.6, 480, 300]}
+DDAD_CAMERAS = {
+    "CAMERA_01": [541.9, 539.0, 237.8, 151.2, 480, 300],
+    "CAMERA_05": [265.6, 264.2, 234.8, 155.6, 480, 300],
+}
 
 
 def ddad_root(root, splits={"0": 1, "1": 1}):
-    """DGP JSON, zero fields left out, calibration names in lower case -> {(folder, camera): (table, c2w, points)}."""
+    """DGP JSON, zero fields left out, calibration names in lower case -> {(folder, camera): (table,
+    c2w, points)}."""
     root, expected, listing = Path(root) / "ddad_train_val", {}, {}
 
     def xyz(values, names):
-        return {k: float(v) for k, v in zip(names, values) if v != 0}                  # protobuf JSON drops zeros
+        return {k: float(v) for k, v in zip(names, values) if v != 0}  # protobuf JSON drops zeros
 
     def pose(m):
-        full = {"translation": xyz(m[:3, 3], "xyz"), "rotation": xyz(quaternion(m), ("qw", "qx", "qy", "qz"))}
+        full = {
+            "translation": xyz(m[:3, 3], "xyz"),
+            "rotation": xyz(quaternion(m), ("qw", "qx", "qy", "qz")),
+        }
         return {k: v for k, v in full.items() if v}
 
     number = 0
@@ -796,47 +1127,109 @@ def ddad_root(root, splits={"0": 1, "1": 1}):
         for _ in range(scenes):
             folder, number = f"{number:06d}", number + 1
             car = rigid(rotation([0, 0, 1], 0.5 * number), [400.0 * number, -259.0, 0.0])
-            lidar = rigid(np.eye(3), [0, 0, 0]) if number == 1 else car          # the identity: every zero field absent
+            lidar = (
+                rigid(np.eye(3), [0, 0, 0]) if number == 1 else car
+            )  # the identity: every zero field absent
             data, keys, points, stamp = [], [], [], f"1556919593820375{number}"
             for k, (name, camera) in enumerate(DDAD_CAMERAS.items()):
-                moved = rigid(rotation([0, 0, 1], 0.01), [0.25, 0.02, 0])              # 20 ms later
-                c2w = lidar @ moved @ rigid(rotation([0, 0, 1], 0.9 * k) @ OPENCV_IN_VEHICLE, [1.6, 0.3 * k, 0])
+                moved = rigid(rotation([0, 0, 1], 0.01), [0.25, 0.02, 0])  # 20 ms later
+                c2w = (
+                    lidar
+                    @ moved
+                    @ rigid(rotation([0, 0, 1], 0.9 * k) @ OPENCV_IN_VEHICLE, [1.6, 0.3 * k, 0])
+                )
                 seen = wall(camera, z=14 + k, step=14)
-                points.append(apply(np.linalg.inv(lidar) @ c2w, np.concatenate([seen, never_seen(camera)])))
+                points.append(
+                    apply(np.linalg.inv(lidar) @ c2w, np.concatenate([seen, never_seen(camera)]))
+                )
                 expected[folder, name] = c2w
                 save(painted(ramp(480, 300, 2 + k)), root / folder / f"rgb/{name}/{stamp}.png")
-                data.append({"key": f"{folder}k{k}", "next_key": "", "prev_key": "",
-                             "id": {"name": name, "timestamp": "2463-05-15T00:38:58.2Z", "log": "x", "index": "0"},
-                             "datum": {"image": {"filename": f"rgb/{name}/{stamp}.png", "height": 300, "width": 480,
-                                                 "channels": 3, "pose": pose(c2w), "annotations": {}, "metadata": {}}}})
+                data.append(
+                    {
+                        "key": f"{folder}k{k}",
+                        "next_key": "",
+                        "prev_key": "",
+                        "id": {
+                            "name": name,
+                            "timestamp": "2463-05-15T00:38:58.2Z",
+                            "log": "x",
+                            "index": "0",
+                        },
+                        "datum": {
+                            "image": {
+                                "filename": f"rgb/{name}/{stamp}.png",
+                                "height": 300,
+                                "width": 480,
+                                "channels": 3,
+                                "pose": pose(c2w),
+                                "annotations": {},
+                                "metadata": {},
+                            }
+                        },
+                    }
+                )
                 keys.append(f"{folder}k{k}")
             cloud = np.concatenate(points)
             path = root / folder / f"point_cloud/LIDAR/{stamp}.npz"
             path.parent.mkdir(parents=True)
             np.savez(path, data=np.pad(cloud, ((0, 0), (0, 1))))
-            data.append({"key": f"{folder}lidar", "id": {"name": "LIDAR", "timestamp": "2463-05-15T00:38:58.2Z"},
-                         "datum": {"point_cloud": {"filename": f"point_cloud/LIDAR/{stamp}.npz", "pose": pose(lidar),
-                                                   "point_format": ["X", "Y", "Z", "INTENSITY"]}}})
-            write_json(root / folder / "calibration/c0e1.json", {
-                "names": ["lidar", "camera_05", "camera_01"],
-                "intrinsics": [{}, *({k: v for k, v in zip(("fx", "fy", "cx", "cy"), DDAD_CAMERAS[n])}
-                                     for n in ("CAMERA_05", "CAMERA_01"))],
-                "extrinsics": [{}, {"rotation": {"qw": 1.0}}, {"rotation": {"qw": 1.0}}]})
+            data.append(
+                {
+                    "key": f"{folder}lidar",
+                    "id": {"name": "LIDAR", "timestamp": "2463-05-15T00:38:58.2Z"},
+                    "datum": {
+                        "point_cloud": {
+                            "filename": f"point_cloud/LIDAR/{stamp}.npz",
+                            "pose": pose(lidar),
+                            "point_format": ["X", "Y", "Z", "INTENSITY"],
+                        }
+                    },
+                }
+            )
+            write_json(
+                root / folder / "calibration/c0e1.json",
+                {
+                    "names": ["lidar", "camera_05", "camera_01"],
+                    "intrinsics": [
+                        {},
+                        *(
+                            {k: v for k, v in zip(("fx", "fy", "cx", "cy"), DDAD_CAMERAS[n])}
+                            for n in ("CAMERA_05", "CAMERA_01")
+                        ),
+                    ],
+                    "extrinsics": [{}, {"rotation": {"qw": 1.0}}, {"rotation": {"qw": 1.0}}],
+                },
+            )
             scene = f"{folder}/scene_{number}.json"
-            write_json(root / scene, {"name": "x", "data": data[::-1], "samples": [
-                {"id": {"index": "0"}, "datum_keys": [f"{folder}lidar", *keys], "calibration_key": "c0e1"}]})
+            write_json(
+                root / scene,
+                {
+                    "name": "x",
+                    "data": data[::-1],
+                    "samples": [
+                        {
+                            "id": {"index": "0"},
+                            "datum_keys": [f"{folder}lidar", *keys],
+                            "calibration_key": "c0e1",
+                        }
+                    ],
+                },
+            )
             listing[split]["filenames"].append(scene)
             for name, camera in DDAD_CAMERAS.items():
                 p = apply(np.linalg.inv(expected[folder, name]) @ lidar, cloud)
                 uvd = project(p, camera)
-                inside = (p[:, 2] > 0) & (uvd[:, :2] > 1).all(1) & (uvd[:, 0] < 478) & (uvd[:, 1] < 298)
+                inside = (
+                    (p[:, 2] > 0) & (uvd[:, :2] > 1).all(1) & (uvd[:, 0] < 478) & (uvd[:, 1] < 298)
+                )
                 expected[folder, name] = uvd[inside], expected[folder, name], p[inside]
     write_json(root / "ddad.json", {"metadata": {"name": "ddad"}, "scene_splits": listing})
     return expected
 
 
 def test_ddad_missing_zeros_and_letter_case(tmp_path):
-    """Both cameras of the one val scene; its pose with absent zero fields; calibration names in the other case."""
+    """Both cameras of the one val scene; its pose with absent zero fields; calibration names in the
+    other case."""
     expected = ddad_root(tmp_path / "raw", {"1": 1, "0": 1})
     rows = prepared(tmp_path, "ddad", tmp_path / "raw", "--points", 100000)
     assert sorted(r["camera"].upper() for r in rows) == sorted(DDAD_CAMERAS)
@@ -858,13 +1251,41 @@ def test_ddad_paper_labels(tmp_path):
 # ---- ETH3D ----
 
 ETH_W, ETH_H, ETH_S = 302, 202, 302 / 6048
-ETH_CAMERAS = {3: (3408.35, 3408.8, 3033.92, 2019.32, .21167, .20864, .00053, -.00015, -.16568, .4075, .00048, .00028),
-               0: (3411.42, 3410.02, 3041.29, 2014.07, .21047, .21102, -5.36231e-06, .00051541, -.158023, .406856,
-                   -8.46499e-05, .000861313)}
+ETH_CAMERAS = {
+    3: (
+        3408.35,
+        3408.8,
+        3033.92,
+        2019.32,
+        0.21167,
+        0.20864,
+        0.00053,
+        -0.00015,
+        -0.16568,
+        0.4075,
+        0.00048,
+        0.00028,
+    ),
+    0: (
+        3411.42,
+        3410.02,
+        3041.29,
+        2014.07,
+        0.21047,
+        0.21102,
+        -5.36231e-06,
+        0.00051541,
+        -0.158023,
+        0.406856,
+        -8.46499e-05,
+        0.000861313,
+    ),
+}
 
 
 def eth_camera(number):
-    """A courtyard camera at 302 x 202, its terms p, s made ten times as large so that leaving them out shows."""
+    """A courtyard camera at 302 x 202, its terms p, s made ten times as large so that leaving them
+    out shows."""
     p = np.array(ETH_CAMERAS[number])
     p[:4] *= ETH_S
     p[[6, 7, 10, 11]] *= 10
@@ -877,7 +1298,7 @@ def thin_prism(u, v, p):
     r = np.sqrt(u * u + v * v) + 1e-12
     a, b = u * np.arctan(r) / r, v * np.arctan(r) / r
     q = a * a + b * b
-    radial = k1 * q + k2 * q ** 2 + k3 * q ** 3 + k4 * q ** 4
+    radial = k1 * q + k2 * q**2 + k3 * q**3 + k4 * q**4
     x = a + a * radial + 2 * p1 * a * b + p2 * (q + 2 * a * a) + s1 * q
     y = b + b * radial + 2 * p2 * a * b + p1 * (q + 2 * b * b) + s2 * q
     return fx * x + cx, fy * y + cy
@@ -888,7 +1309,7 @@ def eth_rays(number):
     p = eth_camera(number)
     y, x = np.mgrid[:ETH_H, :ETH_W] + 0.5
     u, v = (x - p[2]) / p[0], (y - p[3]) / p[1]
-    for _ in range(12):                                       # Newton with a numeric Jacobian
+    for _ in range(12):  # Newton with a numeric Jacobian
         fx, fy = thin_prism(u, v, p)
         h = 1e-6
         (xu, yu), (xv, yv) = thin_prism(u + h, v, p), thin_prism(u, v + h, p)
@@ -902,12 +1323,15 @@ def eth_rays(number):
 
 
 def eth3d_root(root):
-    """Two scenes whose pictures have the same names, two cameras listed out of order. -> (scene, name) -> expected."""
+    """Two scenes whose pictures have the same names, two cameras listed out of order. -> (scene,
+    name) -> expected."""
     expected, solved = {}, {n: eth_rays(n) for n in ETH_CAMERAS}
     for s, scene in enumerate(("courtyard", "kicker")):
         folder, lines = Path(root) / scene, ["# Image list with two lines of data per image:"]
         cameras = ["# Camera list with one line of data per camera:"] + [
-            f"{n} THIN_PRISM_FISHEYE {ETH_W} {ETH_H} " + " ".join(f"{v:.9g}" for v in eth_camera(n)) for n in (3, 0)]
+            f"{n} THIN_PRISM_FISHEYE {ETH_W} {ETH_H} " + " ".join(f"{v:.9g}" for v in eth_camera(n))
+            for n in (3, 0)
+        ]
         for k, number in enumerate((0, 3)):
             name = f"DSC_030{7 + k}.JPG"
             z = ramp(ETH_W, ETH_H, base=2 + 2 * s + k).astype(np.float32)
@@ -918,8 +1342,15 @@ def eth3d_root(root):
             path.parent.mkdir(parents=True, exist_ok=True)
             z.astype("<f4").tofile(path)
             w2c = rigid(rotation([0.3, 1, k], 0.8 + s), [1.8, -0.8, -7 + k])
-            lines += [" ".join(map(repr, [22 + k, *(float(x) for x in (*quaternion(w2c), *w2c[:3, 3])), number]))
-                      + f" dslr_images/{name}", "" if k == 0 else "10.5 20.5 -1 30.5 40.5 7"]
+            lines += [
+                " ".join(
+                    map(
+                        repr, [22 + k, *(float(x) for x in (*quaternion(w2c), *w2c[:3, 3])), number]
+                    )
+                )
+                + f" dslr_images/{name}",
+                "" if k == 0 else "10.5 20.5 -1 30.5 40.5 7",
+            ]
             z = np.where(np.isfinite(z) & (z > 0), z, np.nan).astype(float)
             expected[scene, name] = u, v, z, np.linalg.inv(w2c)
         for path, text in (("images.txt", lines), ("cameras.txt", cameras)):
@@ -930,8 +1361,9 @@ def eth3d_root(root):
 
 @pytest.mark.parametrize("focal", [1000, 70])
 def test_eth3d_thin_prism(tmp_path, monkeypatch, focal):
-    """Each label is one laser pixel moved by the full model of its own image's camera, and the picture moves with it;
-    the same where the picture is made smaller (a real one of 24 Mpx always is)."""
+    """Each label is one laser pixel moved by the full model of its own image's camera, and the
+    picture moves with it; the same where the picture is made smaller (a real one of 24 Mpx always
+    is)."""
     monkeypatch.setattr(prepare, "ETH3D_FOCAL", focal)
     expected = eth3d_root(tmp_path / "raw")
     rows = prepared(tmp_path, "eth3d", tmp_path / "raw", "--points", 200, "--workers", 1)
@@ -939,19 +1371,23 @@ def test_eth3d_thin_prism(tmp_path, monkeypatch, focal):
     assert len(rows) == 4
     seen = set()
     for row in rows:
-        (scene, name), (u, v, z, c2w) = min(expected.items(), key=lambda e: np.abs(
-            e[1][3] - np.array(row["pose"]).reshape(4, 4)).max())
+        (scene, name), (u, v, z, c2w) = min(
+            expected.items(),
+            key=lambda e: np.abs(e[1][3] - np.array(row["pose"]).reshape(4, 4)).max(),
+        )
         seen.add((scene, name))
         assert scene in row["scene"]
         is_pose(row, c2w)
         fx, fy, cx, cy, w, h = row["intrinsics"]
-        x, y = fx * u + cx, fy * v + cy                        # where the reader's pinhole shows each laser pixel
+        x, y = fx * u + cx, fy * v + cy  # where the reader's pinhole shows each laser pixel
         exact = z * np.sqrt(1 + u * u + v * v)
         which = []
         for (px, py), d in zip(row["pixel_coords"], row["depth"]):
             near = (np.abs(x - px) <= 1) & (np.abs(y - py) <= 1)
             gap = np.where(near & np.isfinite(exact), np.abs(exact - d), np.inf)
-            assert gap.min() < 1e-3, f"{scene}/{name}: no laser pixel within 1 px of {px, py} has {d} m"
+            assert gap.min() < 1e-3, (
+                f"{scene}/{name}: no laser pixel within 1 px of {px, py} has {d} m"
+            )
             which.append(z.flat[gap.argmin()])
         red_is(tmp_path / "out", row, np.array(which))
     assert seen == set(expected)
@@ -959,7 +1395,7 @@ def test_eth3d_thin_prism(tmp_path, monkeypatch, focal):
 
 # ---- SUN RGB-D and NYUv2 ----
 
-SUN_CAMERA = [518.858, 519.470, 283.58, 207.74, 561, 427]     # index convention; the file is 1-based
+SUN_CAMERA = [518.858, 519.470, 283.58, 207.74, 561, 427]  # index convention; the file is 1-based
 
 
 def rotated(millimetres):
@@ -969,7 +1405,8 @@ def rotated(millimetres):
 
 
 def sun_scene(folder, base=2.0, far=None, camera=SUN_CAMERA, fx=None):
-    """One SUN folder -> z in metres (nan = hole). far: z of a block beyond the 13 bits; fx: what the file says."""
+    """One SUN folder -> z in metres (nan = hole). far: z of a block beyond the 13 bits; fx: what
+    the file says."""
     w, h = camera[4:]
     mm = np.round(ramp(w, h, base=base) * 1000)
     if far:
@@ -978,9 +1415,13 @@ def sun_scene(folder, base=2.0, far=None, camera=SUN_CAMERA, fx=None):
     name = Path(folder).name
     save(painted(mm / 1000), folder / f"image/{name}.jpg")
     save_depth(rotated(mm), folder / f"depth/{name}_abs.png")
-    save_depth(rotated(np.full_like(mm, 1234)), folder / f"depth_bfx/{name}_abs.png")     # inpainted: never a label
+    save_depth(
+        rotated(np.full_like(mm, 1234)), folder / f"depth_bfx/{name}_abs.png"
+    )  # inpainted: never a label
     k = [camera[0] if fx is None else fx, 0, camera[2] + 1, 0, camera[1], camera[3] + 1, 0, 0, 1]
-    (folder / "intrinsics.txt").write_text("{:f} {:f} {:f}\n{:f} {:f} {:f}\n{:f} {:f} {:f}\n".format(*k))
+    (folder / "intrinsics.txt").write_text(
+        "{:f} {:f} {:f}\n{:f} {:f} {:f}\n{:f} {:f} {:f}\n".format(*k)
+    )
     (folder / "extrinsics").mkdir()
     (folder / "extrinsics/20140915210114.txt").write_text("1 0 0 0\n0 0.99 0.1 0\n0 -0.1 0.99 0\n")
     (folder / "scene.txt").write_text("office")
@@ -988,13 +1429,18 @@ def sun_scene(folder, base=2.0, far=None, camera=SUN_CAMERA, fx=None):
 
 
 def test_sunrgbd_rotated_bits(tmp_path):
-    """mm = bits rotated right by 3; a 9 m block has bits in the wrap; 8 m is the default cap; NYUdata is left out."""
+    """mm = bits rotated right by 3; a 9 m block has bits in the wrap; 8 m is the default cap;
+    NYUdata is left out."""
     sun = tmp_path / "raw/SUNRGBD"
     z = sun_scene(sun / "kv2/align_kv2/2014-12-18_11", far=9.0)
     sun_scene(sun / "kv1/NYUdata/NYU0001")
-    row, = prepared(tmp_path, "sunrgbd", tmp_path / "raw", "--points", 2000)
-    is_dense(tmp_path / "out", row, np.where(z < 8, euclidean(z, SUN_CAMERA), np.nan), SUN_CAMERA, z)
-    row, = prepared(tmp_path, "sunrgbd", tmp_path / "raw", "--points", 2000, "--max-depth", 20, out="far")
+    (row,) = prepared(tmp_path, "sunrgbd", tmp_path / "raw", "--points", 2000)
+    is_dense(
+        tmp_path / "out", row, np.where(z < 8, euclidean(z, SUN_CAMERA), np.nan), SUN_CAMERA, z
+    )
+    (row,) = prepared(
+        tmp_path, "sunrgbd", tmp_path / "raw", "--points", 2000, "--max-depth", 20, out="far"
+    )
     is_dense(tmp_path / "far", row, euclidean(z, SUN_CAMERA), SUN_CAMERA, z)
     assert (np.array(row["depth"]) > 9).sum() > 20
 
@@ -1002,9 +1448,18 @@ def test_sunrgbd_rotated_bits(tmp_path):
 def test_sunrgbd_every_folder_and_missing_fx(tmp_path):
     """sun3ddata lies two levels deeper, and each of its frames counts; fx = 0 falls back to fy."""
     sun, camera, z = tmp_path / "raw/SUNRGBD", [525.0, 525.0, 79.0, 59.0, 160, 120], {}
-    for n, name in enumerate(("xtion/sun3ddata/hotel/room1/0001", "xtion/sun3ddata/hotel/room1/0002",
-                              "xtion/xtion_align_data/a3", "realsense/lg/b4", "kv1/b3dodata/img_0005")):
-        z[name.split("/")[-1]] = sun_scene(sun / name, base=2 + n, camera=camera, fx=0 if n == 3 else None)
+    for n, name in enumerate(
+        (
+            "xtion/sun3ddata/hotel/room1/0001",
+            "xtion/sun3ddata/hotel/room1/0002",
+            "xtion/xtion_align_data/a3",
+            "realsense/lg/b4",
+            "kv1/b3dodata/img_0005",
+        )
+    ):
+        z[name.split("/")[-1]] = sun_scene(
+            sun / name, base=2 + n, camera=camera, fx=0 if n == 3 else None
+        )
     rows = prepared(tmp_path, "sunrgbd", tmp_path / "raw")
     assert len(rows) == 5
     for row in rows:
@@ -1014,9 +1469,12 @@ def test_sunrgbd_every_folder_and_missing_fx(tmp_path):
 
 
 def test_nyuv2_from_sunrgbd(tmp_path):
-    """kv1/NYUdata: only the 654 test indices by default (here 1, 2, 1449 and not 3, 1448 .. are drawn), from depth/."""
-    z = {n: sun_scene(tmp_path / f"raw/SUNRGBD/kv1/NYUdata/NYU{n:04d}", base=2 + i / 2)
-         for i, n in enumerate((1, 2, 3, 10, 1440, 1449))}
+    """kv1/NYUdata: only the 654 test indices by default (here 1, 2, 1449 and not 3, 1448 .. are
+    drawn), from depth/."""
+    z = {
+        n: sun_scene(tmp_path / f"raw/SUNRGBD/kv1/NYUdata/NYU{n:04d}", base=2 + i / 2)
+        for i, n in enumerate((1, 2, 3, 10, 1440, 1449))
+    }
     rows = prepared(tmp_path, "nyuv2", tmp_path / "raw")
     assert sorted(Path(r["image"]).stem for r in rows) == ["NYU0001", "NYU0002", "NYU1449"]
     for row in rows:
@@ -1025,7 +1483,8 @@ def test_nyuv2_from_sunrgbd(tmp_path):
 
 
 def test_nyuv2_in_millimetres(tmp_path):
-    """The 640 x 480 distribution: 1-based principal point, Eigen crop, 10.0 m is saturation whatever the limit."""
+    """The 640 x 480 distribution: 1-based principal point, Eigen crop, 10.0 m is saturation
+    whatever the limit."""
     camera = [518.8579, 519.4696, 324.5824, 252.7362, 640, 480]
     mm = np.round(ramp(640, 480, base=3) * 1000)
     save(painted(mm / 1000), tmp_path / "raw/rgb/rgb_00001.jpg")
@@ -1034,19 +1493,22 @@ def test_nyuv2_in_millimetres(tmp_path):
     z = np.full((480, 640), np.nan)
     z[45:471, 41:601] = mm[45:471, 41:601] / 1000
     z[z >= 10] = np.nan
-    row, = prepared(tmp_path, "nyuv2", tmp_path / "raw", "--points", 3000, "--max-depth", 30)
+    (row,) = prepared(tmp_path, "nyuv2", tmp_path / "raw", "--points", 3000, "--max-depth", 30)
     is_dense(tmp_path / "out", row, euclidean(z, camera), camera, z)
 
 
 @pytest.mark.parametrize("dataset", ["nyuv2", "sunrgbd"])
 def test_nyuv2_and_sunrgbd_paper_labels(tmp_path, dataset):
-    """--paper-labels: raw / 10000, which is 0.8 x the true Euclidean depth; the record says which labels it has."""
+    """--paper-labels: raw / 10000, which is 0.8 x the true Euclidean depth; the record says which
+    labels it has."""
     part = "kv1/NYUdata/NYU0001" if dataset == "nyuv2" else "kv2/kinect2data/a1"
     raw = tmp_path / "raw/SUNRGBD" / part
     z = sun_scene(raw)
     bfx = Image.fromarray(rotated(np.round(np.nan_to_num(z) * 1000)).astype(np.uint16))
-    bfx.save(next((raw / "depth_bfx").iterdir()))             # the released SUN script read depth_bfx: make both equal
-    row, = prepared(tmp_path, dataset, tmp_path / "raw", "--paper-labels")
+    bfx.save(
+        next((raw / "depth_bfx").iterdir())
+    )  # the released SUN script read depth_bfx: make both equal
+    (row,) = prepared(tmp_path, dataset, tmp_path / "raw", "--paper-labels")
     is_dense(tmp_path / "out", row, 0.8 * euclidean(z, SUN_CAMERA), row["intrinsics"], z)
     assert "depth_type" in row
 
@@ -1061,7 +1523,7 @@ def ibims_root(root, names=("corridor_01", "lab_07")):
     for n, name in enumerate(names):
         raw = np.round(ramp(640, 480, base=2 + n) * 65535 / 50)
         valid, solid = np.full((480, 640), 255, np.uint8), np.full((480, 640), 255, np.uint8)
-        raw[:50], valid[:, :80], solid[:, 560:] = 0, 0, 0      # no return; invalid; transparent
+        raw[:50], valid[:, :80], solid[:, 560:] = 0, 0, 0  # no return; invalid; transparent
         save(painted(raw * 50 / 65535), root / f"rgb/{name}.png")
         save_depth(raw, root / f"depth/{name}.png")
         save(Image.fromarray(valid), root / f"mask_invalid/{name}.png")
@@ -1093,11 +1555,21 @@ def test_ibims1_paper_labels(tmp_path):
 
 
 def test_ibims1_inverted_mask_is_refused(tmp_path):
-    """If > 0 meant invalid, most of the first image would be masked: a message, not labels on invalid pixels."""
+    """If > 0 meant invalid, most of the first image would be masked: a message, not labels on
+    invalid pixels."""
     ibims_root(tmp_path / "raw")
     for f in (tmp_path / "raw/ibims1_core_raw/mask_invalid").iterdir():
         Image.fromarray(255 - np.asarray(Image.open(f))).save(f)
-    code, message = run("--dataset", "ibims1", "--root", tmp_path / "raw", "--split", "val", "--out", tmp_path / "out")
+    code, message = run(
+        "--dataset",
+        "ibims1",
+        "--root",
+        tmp_path / "raw",
+        "--split",
+        "val",
+        "--out",
+        tmp_path / "out",
+    )
     assert code != 0 and not (tmp_path / "out/val.jsonl").exists()
 
 
@@ -1105,8 +1577,11 @@ def test_ibims1_inverted_mask_is_refused(tmp_path):
 OWN_CAMERA = [70.0, 71.0, 39.5, 29.5, 80, 60]
 
 
-def own_folder(root, count=3, camera=OWN_CAMERA, scale=1000, npy=False, kind="z", hole=True, bases=None):
-    """rgb/, depth/, intrinsics.txt. Returns [(z, exact Euclidean)] in name order; the depth file holds `kind`."""
+def own_folder(
+    root, count=3, camera=OWN_CAMERA, scale=1000, npy=False, kind="z", hole=True, bases=None
+):
+    """rgb/, depth/, intrinsics.txt. Returns [(z, exact Euclidean)] in name order; the depth file
+    holds `kind`."""
     root, expected = Path(root), []
     for n in range(count):
         z = ramp(camera[4], camera[5], base=2 + (n % 7) * 0.7 if bases is None else bases[n])
@@ -1133,7 +1608,9 @@ def test_folder(tmp_path, npy, kind):
     """PNG or .npy, a scale, and either kind of depth: the labels are Euclidean."""
     scale = 1 if npy else 5000
     expected = own_folder(tmp_path / "raw", scale=scale, npy=npy, kind=kind)
-    rows = prepared(tmp_path, "folder", tmp_path / "raw", "--depth-scale", scale, "--depth-type", kind)
+    rows = prepared(
+        tmp_path, "folder", tmp_path / "raw", "--depth-scale", scale, "--depth-type", kind
+    )
     assert len(rows) == 3
     for row in rows:
         z, exact = expected[int(Path(row["image"]).stem)]

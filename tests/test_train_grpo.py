@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import ROOT, plain_inputs, run_script, stock, views_for
 from safetensors.torch import load_file
 
 import evaluate
 import render
 import train_grpo
 import train_sft
-from conftest import ROOT, plain_inputs, run_script, stock, views_for
 
 CPU = torch.device("cpu")
 PAPER = dict(render.DEFAULTS)

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import ROOT, make_world, plain_inputs, run_script, stock, write_jsonl
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import evaluate
 import render
 import train_sft
-from conftest import ROOT, make_world, plain_inputs, run_script, stock, write_jsonl
 
 CPU = torch.device("cpu")
 CROP = (56, 112, 56, 112)
@@ -376,6 +376,13 @@ def test_weights_load_under_the_names_of_the_hub(tiny, tmp_path, one_process):
         sharded(tmp_path)
 
 
+def test_a_download_that_was_cut_off_is_one_line(tiny, distances, tmp_path, capsys):
+    base = shutil.copytree(tiny, tmp_path / "base")
+    os.truncate(base / "model.safetensors", 700_000)
+    line = refused(capsys, command(base, distances, tmp_path / "run"))
+    assert line.startswith(f"error: {base}/model.safetensors: is damaged")
+
+
 # --------------------------------------------------------------------------------------------------
 # whole runs
 
@@ -671,6 +678,20 @@ def test_a_task_needs_positive_values(tiny, distances, tmp_path, monkeypatch, ca
     argv = command(tiny, distances, tmp_path / "run", "--tasks", "height")
     message = refused(capsys, argv)
     assert "task 'height': the true value -" in message and "not a positive number" in message
+
+
+def test_an_optimizer_is_one_line(tiny, distances, tmp_path, monkeypatch):
+    """Another one in place of AdamW trains, and resumes bit for bit."""
+    def sgd(params, lr, **options):
+        return torch.optim.SGD(params, lr=lr, momentum=0.9)
+
+    monkeypatch.setattr(torch.optim, "AdamW", sgd)
+    for out, parts in (("whole", [[]]), ("parts", [["--stop-after", 4], ["--resume"]])):
+        for more in parts:
+            train(tiny, distances, tmp_path / out, "--lr", 0.1, *more)
+    whole, parts = losses(tmp_path / "whole"), losses(tmp_path / "parts")
+    assert whole == parts and whole[-1] < whole[0]
+    assert equal(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
 
 
 def test_chat_is_mixed_in(tiny, distances, tmp_path):
