@@ -31,6 +31,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
+from safetensors import SafetensorError, safe_open
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
@@ -205,17 +208,107 @@ def setup_distributed(device: str = "auto", **options) -> tuple[int, int, torch.
     return dist.get_rank(), dist.get_world_size(), device
 
 
+# --------------------------------------------------------------------------------------------------
+# the model: built without memory, then filled from the checkpoint's files
+
+
 def load_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype):
-    """The checkpoint's model, ready for the functions below."""
+    """The checkpoint's model on one device, ready for the functions below."""
+    model = build_model(checkpoint.folder, dtype, dtype)
+    return fill_model(model, checkpoint.folder, device).eval()
+
+
+def build_model(folder: Path, dtype: torch.dtype, master: torch.dtype):
+    """The model of a folder's config.json, without memory: its parameters are `master`, it computes
+    in `dtype`."""
     import transformers
-    transformers.utils.logging.disable_progress_bar()
     try:
-        model = transformers.AutoModelForImageTextToText.from_pretrained(checkpoint.folder,
-                                                                         dtype=dtype)
-    except OSError as e:
-        reason = str(e).splitlines()[0]
-        raise ValueError(f"{checkpoint.name}: cannot be loaded ({reason}).") from None
-    return prepare_model(model, dtype).to(device).eval()
+        config = transformers.AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            model = transformers.AutoModelForImageTextToText.from_config(config, dtype=master)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f"{folder}/config.json: gives no model ({first_line(e)}). Download the "
+                         "folder again.") from None
+    return prepare_model(model, dtype)
+
+
+def first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def fill_model(model, folder: Path, device: torch.device):
+    """Give a model of build_model, sharded or not, memory and weights."""
+    model.to_empty(device=device)
+    if not isinstance(model, FSDPModule):  # there a tie survives
+        model.tie_weights()
+    for module in model.modules():  # rotary frequencies are in no file
+        if module._non_persistent_buffers_set:
+            model._init_weights(module)
+    load_weights(model, folder)
+    return model
+
+
+@torch.no_grad()
+def load_weights(model, folder: Path) -> None:
+    """Copy each parameter, or this rank's rows of it, from the safetensors files: no rank ever
+    holds all of them. Raises ValueError if one is missing, of another shape, or not finite."""
+    where, files = weight_files(folder), {}
+    unused = {name for name in where if not name.endswith(("lm_head.weight", "inv_freq"))}
+    for name, parameter in model.named_parameters():
+        found = [n for n in file_names(model, name) if n in where]
+        if not found:
+            raise ValueError(f"{folder}: the weight '{name}' is in none of its files; is the "
+                             "download complete?")
+        unused.discard(found[0])
+        path = folder / where[found[0]]
+        if path not in files:
+            files[path] = open_weights(path)
+        stored = files[path].get_slice(found[0])
+        shape, kind = tuple(stored.get_shape()), stored.get_dtype()
+        if shape != tuple(parameter.shape) or kind not in ("F32", "BF16", "F16"):
+            raise ValueError(f"{path}: the weight '{found[0]}' is {kind} {shape}, the model of "
+                             f"config.json has numbers of {tuple(parameter.shape)}. They are not "
+                             "of one model: download the folder again.")
+        local, first, last = parameter, 0, shape[0]
+        if isinstance(parameter, DTensor):
+            local = parameter.to_local()
+            share = -(-shape[0] // dist.get_world_size())  # equal chunks of the first dimension
+            first = min(dist.get_rank() * share, shape[0])
+            last = min(first + share, shape[0])
+        local.copy_(stored[first:last])
+        if not local.isfinite().all():
+            raise ValueError(f"{path}: the weight '{found[0]}' holds NaN or infinity; the training "
+                             "that wrote it has failed. Take an earlier checkpoint.")
+    if unused:
+        raise ValueError(f"{folder}: its model has no place for {len(unused)} of its weights, such "
+                         f"as '{min(unused)}'; config.json and weights are not of one model.")
+
+
+def file_names(model, name: str) -> list[str]:
+    """How a parameter may be called in a checkpoint file: as the family was published on the hub,
+    or as its module."""
+    published = render.FAMILIES[model.config.model_type].published
+    names = [old + name[len(new):] for new, old in published if name.startswith(new)]
+    return [*names, name]
+
+
+def weight_files(folder: Path) -> dict[str, str]:
+    """Weight name -> the safetensors file that holds it."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return render.read_json(index)["weight_map"]
+    if not (folder / "model.safetensors").is_file():
+        raise ValueError(f"{folder}: holds no *.safetensors weights; download the whole folder.")
+    with open_weights(folder / "model.safetensors") as file:
+        return dict.fromkeys(file.keys(), "model.safetensors")
+
+
+def open_weights(path: Path):
+    try:
+        return safe_open(path, "pt")
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f"{path}: is damaged or missing ({first_line(e)}). Download it "
+                         "again.") from None
 
 
 # --------------------------------------------------------------------------------------------------

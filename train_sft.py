@@ -32,7 +32,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.checkpoint.api import CheckpointException
@@ -216,11 +216,7 @@ def shard_model(folder: Path, device: torch.device, dtype: torch.dtype, reshard:
     """Build the model without memory, shard it (each vision block, each decoder layer, the root),
     and fill each rank's own slices from the safetensors files: no rank ever holds all of it.
     Parameters are `master`, compute is `dtype`."""
-    from transformers import AutoConfig, AutoModelForImageTextToText
-    with torch.device("meta"):
-        config = AutoConfig.from_pretrained(folder)
-        model = AutoModelForImageTextToText.from_config(config, dtype=master)
-    evaluate.prepare_model(model, dtype)
+    model = evaluate.build_model(folder, dtype, master)
     vision, text = layers_of(model)
     if checkpointing:
         for layer in vision + text:
@@ -239,58 +235,7 @@ def shard_model(folder: Path, device: torch.device, dtype: torch.dtype, reshard:
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
 
-    model.to_empty(device=device)
-    for module in model.modules():  # rotary frequencies are in no file
-        if module._non_persistent_buffers_set:
-            model._init_weights(module)
-    load_weights(model, folder)
-    return model
-
-
-def file_names(model_type: str, name: str) -> list[str]:
-    """How a parameter may be called in a checkpoint file: as the family was published on the hub,
-    or as its module."""
-    names = [old + name[len(new):] for new, old in FAMILIES[model_type].published
-             if name.startswith(new)]
-    return [*names, name]
-
-
-def load_weights(model, folder: Path) -> None:
-    """Copy each rank's rows of each parameter from the checkpoint files. Raises ValueError if one
-    is missing."""
-    where, files = weight_files(folder), {}
-    rank, world = dist.get_rank(), dist.get_world_size()
-    for name, parameter in model.named_parameters():
-        found = [n for n in file_names(model.config.model_type, name) if n in where]
-        if not found:
-            raise ValueError(f"{folder}: the weight '{name}' is in none of its files; is the "
-                             "download complete?")
-        file = where[found[0]]
-        if file not in files:
-            files[file] = open_weights(folder / file)
-        rows = parameter.shape[0]
-        share = -(-rows // world)  # FSDP2 shards the first dimension in equal chunks
-        first, last = min(rank * share, rows), min((rank + 1) * share, rows)
-        with torch.no_grad():
-            parameter.to_local().copy_(files[file].get_slice(found[0])[first:last])
-
-
-def weight_files(folder: Path) -> dict[str, str]:
-    """Weight name -> the safetensors file that holds it."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return render.read_json(index)["weight_map"]
-    if not (folder / "model.safetensors").is_file():
-        raise ValueError(f"{folder}: holds no *.safetensors weights; download the whole folder.")
-    with open_weights(folder / "model.safetensors") as file:
-        return dict.fromkeys(file.keys(), "model.safetensors")
-
-
-def open_weights(path: Path):
-    try:
-        return safe_open(path, "pt")
-    except SafetensorError as e:
-        raise ValueError(f"{path}: is damaged ({e}). Download it again.") from None
+    return evaluate.fill_model(model, folder, device)
 
 
 @contextmanager
@@ -416,7 +361,7 @@ def save_model(model, source: Path, out: Path, settings: dict, dtype: torch.dtyp
             if size + full.nbytes > SHARD_BYTES:
                 flush()
                 size = 0
-            shard[file_names(model.config.model_type, name)[0]] = full
+            shard[evaluate.file_names(model, name)[0]] = full
             size += full.nbytes
     flush()
     if rank == 0:

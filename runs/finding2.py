@@ -1,8 +1,10 @@
 """
-Finding 2b: the validation curves of SFT and GRPO in out/finding2/{sft,l1}-<seed>/log.jsonl -> curves.md, curves.png.
+Finding 2b: the validation curves of SFT and GRPO in out/finding2/{sft,l1}-<seed>/log.jsonl
+-> curves.md, curves.png.
 
     python runs/finding2.py out/finding2
 """
+
 import json
 import sys
 from pathlib import Path
@@ -18,7 +20,9 @@ def read_curve(path: Path) -> list[tuple[float, float, float]]:
     seconds, points = 0.0, []
     for line in map(json.loads, path.read_text().splitlines()):
         if "val" in line:
-            points.append((line["step"] * BATCH, seconds, next(iter(line["val"].values()))["delta1"]))
+            points.append(
+                (line["step"] * BATCH, seconds, next(iter(line["val"].values()))["delta1"])
+            )
         elif "rollout_s" in line:
             seconds += line["rollout_s"] + line["update_s"] + line["wait_s"]
         else:
@@ -33,21 +37,28 @@ def at(points: list, axis: int, value: float) -> float | None:
 
 
 def table(curves: dict[str, list]) -> str:
-    """One line a seed: what the same samples and the same seconds give, and all checks over the later half of the
-    samples that all runs saw, since greedy answers come and go from check to check."""
+    """One line a seed: what the same samples and the same seconds give, and all checks over the
+    later half of the training that both have."""
     samples = min(points[-1][0] for points in curves.values())
     seconds = min(points[-1][1] for points in curves.values())
     marks = [(0, f * samples, f"{f * samples:.0f} samples") for f in (0.1, 0.2, 0.5, 1.0)]
     marks += [(1, f * seconds, f"{f * seconds:.0f} s") for f in (0.1, 0.2, 0.5, 1.0)]
-    lines = ["| run | ms a sample | " + " | ".join(f"delta1 at {name}" for *_, name in marks)
-             + f" | mean (lowest-highest) at {samples / 2:.0f}-{samples:.0f} samples |",
-             "|---" * (3 + len(marks)) + "|"]
+    lines = [
+        "| run | ms a sample | "
+        + " | ".join(f"delta1 at {name}" for *_, name in marks)
+        + f" | mean (lowest-highest) at {samples / 2:.0f}-{samples:.0f} samples |",
+        "|---" * (3 + len(marks)) + "|",
+    ]
     for label, points in curves.items():
         found = [at(points, axis, value) for axis, value, _ in marks]
         cells = ["-" if v is None else f"{v:.3f}" for v in found]
         late = [p[2] for p in points if samples / 2 <= p[0] <= samples]
-        cells.append(f"{sum(late) / len(late):.3f} ({min(late):.3f}-{max(late):.3f})" if late else "-")  # a very short run
-        lines.append(f"| {label} | {1e3 * points[-1][1] / points[-1][0]:.1f} | " + " | ".join(cells) + " |")
+        cells.append(
+            f"{sum(late) / len(late):.3f} ({min(late):.3f}-{max(late):.3f})" if late else "-"
+        )  # a very short run
+        lines.append(
+            f"| {label} | {1e3 * points[-1][1] / points[-1][0]:.1f} | " + " | ".join(cells) + " |"
+        )
     return "\n".join(lines)
 
 
@@ -68,7 +79,10 @@ def picture(curves: dict[str, list]) -> Image.Image:
             draw.text((x - 8, top + height + 6), f"{longest * k / 4:.0f}", "black")
             draw.text((left - 36, y - 6), f"{low + (high - low) * k / 4:.2f}", "black")
         for label, points in curves.items():
-            spots = [(left + width * p[axis] / longest, top + height * (high - p[2]) / (high - low)) for p in points]
+            spots = [
+                (left + width * p[axis] / longest, top + height * (high - p[2]) / (high - low))
+                for p in points
+            ]
             draw.line(spots, COLORS[label.split()[0]], 2)
     for k, (label, color) in enumerate(COLORS.items()):
         draw.text((gap + 140 * k, 12), f"{label}, delta1", color)
@@ -80,7 +94,9 @@ def main(folder: str) -> None:
     for label, name in (("SFT", "sft"), ("GRPO", "l1")):
         for path in sorted(out.glob(f"{name}-*/log.jsonl")):
             points = read_curve(path)
-            if points[0][0]:  # all start from the same model; GRPO validates it before its first step
+            if points[0][
+                0
+            ]:  # all start from the same model; GRPO validates it before its first step
                 same = out / path.parent.name.replace("sft", "l1")
                 first = json.loads((same / "log.jsonl").read_text().splitlines()[0])
                 points.insert(0, (0, 0.0, next(iter(first["val"].values()))["delta1"]))

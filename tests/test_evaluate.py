@@ -46,6 +46,11 @@ def open_quietly(folder: Path) -> render.Checkpoint:
     return render.open_checkpoint(str(folder), quiet=True)
 
 
+def greedy(model, checkpoint, samples, form, max_new_tokens):
+    batch = evaluate.pack_prompts(checkpoint, samples, form)
+    return evaluate.greedy_answers(model, checkpoint, batch, max_new_tokens)
+
+
 def load(checkpoint: render.Checkpoint):
     return evaluate.load_model(checkpoint, CPU, torch.float32)
 
@@ -364,7 +369,7 @@ def test_answers_equal_generate(family):
     assert len(set(map(tuple, expected))) > 1
     paper = render.answer_form("distance", render.DEFAULTS)
     for form, n in itertools.product((None, paper, "{x} m"), (1, 4, 20)):
-        got, _ = evaluate.greedy_answers(model, checkpoint, evaluate.pack_prompts(checkpoint, samples, form), n)
+        got, _ = greedy(model, checkpoint, samples, form, n)
         assert got == [tokens[:n] for tokens in expected]
 
 
@@ -424,20 +429,20 @@ def test_drafted_answers_equal_generate(taught):
     assert all(t[-1] == checkpoint.end_id for t in expected)
     release = render.answer_form("distance", {**render.DEFAULTS, "prompt": "release"})
     for form in (FORM, None, "The point is near {x} m.", release, "{x}"):
-        assert evaluate.greedy_answers(model, checkpoint, evaluate.pack_prompts(checkpoint, samples, form), 64)[0] == expected
+        assert greedy(model, checkpoint, samples, form, 64)[0] == expected
     for n in (1, 3, 6, 7, 10):
-        got, _ = evaluate.greedy_answers(model, checkpoint, evaluate.pack_prompts(checkpoint, samples, FORM), n)
+        got, _ = greedy(model, checkpoint, samples, FORM, n)
         assert got == [tokens[:n] for tokens in expected]
     for sample, tokens in zip(samples, expected):  # each alone, too
-        assert evaluate.greedy_answers(model, checkpoint, evaluate.pack_prompts(checkpoint, [sample], FORM), 64)[0] == [tokens]
+        assert greedy(model, checkpoint, [sample], FORM, 64)[0] == [tokens]
 
 
 def test_drafts_save_forward_passes(taught):
     """An answer in the template costs a pass for the prompt and its words, one per digit, one for
     the rest: 2.35 m in 6, where plain decoding needs one a token."""
     checkpoint, model, samples, _ = taught
-    said, plain = evaluate.greedy_answers(model, checkpoint, evaluate.pack_prompts(checkpoint, samples[:2], None), 64)
-    drafted, few = evaluate.greedy_answers(model, checkpoint, evaluate.pack_prompts(checkpoint, samples[:2], FORM), 64)
+    said, plain = greedy(model, checkpoint, samples[:2], None, 64)
+    drafted, few = greedy(model, checkpoint, samples[:2], FORM, 64)
     assert said == drafted and plain == max(map(len, said)) >= 15
     assert few <= len("17.08") + 3 < plain
 
@@ -465,7 +470,8 @@ def unsure(tiny):
 
 def medians(unsure, samples) -> tuple[list[dict], int]:
     checkpoint, model, _ = unsure
-    return evaluate.median_answers(model, checkpoint, evaluate.pack_prompts(checkpoint, samples, FORM), 64)
+    batch = evaluate.pack_prompts(checkpoint, samples, FORM)
+    return evaluate.median_answers(model, checkpoint, batch, 64)
 
 
 def said_with(model, checkpoint, sample, number: str) -> float:
@@ -491,7 +497,8 @@ def test_numbers_have_the_probabilities_of_teacher_forcing(unsure, monkeypatch):
     monkeypatch.setattr(evaluate, "NARROW", 0.0)
     template = evaluate.get_template(checkpoint, FORM)
     with torch.no_grad():
-        prefix = evaluate.prefill(model, checkpoint, evaluate.pack_prompts(checkpoint, samples, FORM))
+        batch = evaluate.pack_prompts(checkpoint, samples, FORM)
+        prefix = evaluate.prefill(model, checkpoint, batch)
         leaves, _ = evaluate.number_leaves(model, checkpoint, prefix, template.numbers)
     for sample, row in ((samples[0], leaves[0]), (samples[2], leaves[2])):
         assert 0.95 < sum(p for *_, p in row) <= 1 + 1e-9
@@ -528,10 +535,10 @@ def test_rows_outside_of_the_template_are_answered_greedily(unsure):
     checkpoint, model, samples = unsure
     together, _ = medians(unsure, samples)
     alone = [medians(unsure, [sample])[0][0] for sample in samples]
-    tokens, _ = evaluate.greedy_answers(model, checkpoint, evaluate.pack_prompts(checkpoint, samples, None), 64)
-    greedy = [checkpoint.text(t) for t in tokens]
-    assert together == alone and together[1] == {"text": greedy[1]}
-    assert not greedy[1].startswith("The point")
+    tokens, _ = greedy(model, checkpoint, samples, None, 64)
+    texts = [checkpoint.text(t) for t in tokens]
+    assert together == alone and together[1] == {"text": texts[1]}
+    assert not texts[1].startswith("The point")
     assert set(together[0]) == {"text", "q10", "q90", "confidence", "lost"}
     assert together[2]["confidence"] > together[0]["confidence"]  # one lesson against many
 
@@ -1281,7 +1288,7 @@ def test_bad_calls(tmp_path, world, tiny, capsys, monkeypatch):
                       (("config.json", "empty"), (tmp_path / "empty", "--data", world)),
                       (("gpt2", "qwen2_5_vl"), (tmp_path / "other", "--data", world)),
                       (("bare",), (tmp_path / "bare", "--data", world)),
-                      (("weightless", "cannot be loaded"), (weightless, "--data", world)),
+                      (("weightless", "holds no *.safetensors"), (weightless, "--data", world)),
                       (("'shadow'", "two_point", "--tasks"), (forked, "--data", world)),
                       (("--data", "prepare.py"), ("--constant", "2")),
                       (("holds no record",), (tiny, "--data", "none.jsonl")),

@@ -1,4 +1,5 @@
-"""The house: what the six scripts import, what they do at import, and whether the README tells the truth about them."""
+"""The house: what the six scripts import, what they do at import, and whether the README tells the
+truth about them."""
 import ast
 import re
 import subprocess
@@ -7,8 +8,9 @@ import sys
 import pytest
 from conftest import ROOT
 
-SCRIPTS = {"render": set(), "prepare": set(), "evaluate": {"render"}, "train_sft": {"render", "evaluate"},
-           "train_grpo": {"render", "evaluate", "train_sft"}, "pointcloud": {"render", "evaluate"}}
+SCRIPTS = {"render": set(), "prepare": {"render"}, "evaluate": {"render"},
+           "train_sft": {"render", "evaluate"}, "train_grpo": {"render", "evaluate", "train_sft"},
+           "pointcloud": {"render", "evaluate"}}
 PACKAGES = {"torch", "transformers", "PIL", "numpy", "tqdm", "safetensors"}
 COME_WITH_TRANSFORMERS = {"tokenizers", "huggingface_hub"}
 
@@ -17,10 +19,14 @@ def imports(name: str) -> dict[str, bool]:
     """Top-level packages that a script imports -> whether at its top."""
     tree, found = ast.parse((ROOT / f"{name}.py").read_text()), {}
     for node in ast.walk(tree):
-        names = [a.name for a in node.names] if isinstance(node, ast.Import) else \
-            [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names = [node.module]
         for module in names:
-            found[module.split(".")[0]] = found.get(module.split(".")[0], False) or node in tree.body
+            package = module.split(".")[0]
+            found[package] = found.get(package, False) or node in tree.body
     return found
 
 
@@ -30,36 +36,56 @@ def test_six_scripts_and_no_other_python_at_the_top():
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_imports(name):
-    """Ours form the DAG of the design; others are the standard library and the six packages, pyarrow only inside the
-    readers that need it."""
+    """Ours form the DAG of the design; others are the standard library and the six packages,
+    pyarrow only inside the readers that need it, torch not at render's top."""
     found = imports(name)
     assert {m for m in found if m in SCRIPTS} <= SCRIPTS[name]
     others = {m for m in found if m not in SCRIPTS and m not in sys.stdlib_module_names}
-    assert others <= PACKAGES | COME_WITH_TRANSFORMERS | ({"pyarrow"} if name == "prepare" else set())
+    allowed = PACKAGES | COME_WITH_TRANSFORMERS | ({"pyarrow"} if name == "prepare" else set())
+    assert others <= allowed
     assert not found.get("pyarrow")
+    assert name not in ("render", "prepare") or not found.get("torch")
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_import_does_nothing_and_help_works(name, tmp_path):
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {name}"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, list(tmp_path.iterdir())) == (0, "", []), done.stderr
-    done = subprocess.run([sys.executable, str(ROOT / f"{name}.py"), "--help"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and "usage" in done.stdout.lower() and not list(tmp_path.iterdir()), done.stderr
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
+                          text=True)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    done = subprocess.run([sys.executable, ROOT / f"{name}.py", "--help"], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and "usage" in done.stdout.lower(), done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_requirements_are_the_six_packages():
     lines = [line for line in (ROOT / "requirements.txt").read_text().split("\n") if line]
-    assert {line.split("==")[0] for line in lines} == {"pillow" if p == "PIL" else p for p in PACKAGES}
+    packages = {"pillow" if p == "PIL" else p for p in PACKAGES}
+    assert {line.split("==")[0] for line in lines} == packages
     assert all("==" in line for line in lines)
 
 
 def commands(text: str) -> list[list[str]]:
-    """The commands of a text's code blocks that run one of our scripts, joined over their continued lines."""
+    """The commands of a text's code blocks that run a script of ours, joined over continued
+    lines: [path of the script, words ...]."""
     blocks = "\n".join(re.findall(r"```(?:bash|sh)?\n(.*?)```", text, re.S)).replace("\\\n", " ")
-    lines = [line.split("#")[0].split() for line in blocks.splitlines()]
-    return [line[next(i for i, w in enumerate(line) if w.endswith(".py")):] for line in lines
-            if line and any(w in {f"{s}.py" for s in SCRIPTS} for w in line)]
+    found = []
+    for line in blocks.splitlines():
+        words = line.split("#")[0].split()
+        script = next((k for k, word in enumerate(words) if word.endswith(".py")), None)
+        if script is not None and (ROOT / words[script]).is_file():
+            found.append(words[script:])
+    return found
+
+
+def flags_of(script: str) -> set[str]:
+    """The flags that a script and the scripts that it imports define."""
+    text = (ROOT / script).read_text()
+    for name in SCRIPTS:
+        if re.search(rf"^(?:import|from) {name}\b", text, re.M):
+            text += (ROOT / f"{name}.py").read_text()
+    return set(re.findall(r'"(--[a-z][a-z0-9-]+)"', text))
 
 
 def test_readme_names_scripts_and_flags_that_exist():
@@ -67,12 +93,9 @@ def test_readme_names_scripts_and_flags_that_exist():
     found = commands(text) + commands((ROOT / "runs" / "DATA.md").read_text())
     assert len(found) > 10
     for script, *words in found:
-        source = (ROOT / script).read_text() + (ROOT / "render.py").read_text()
-        for word in words:
-            if word.startswith("--"):
-                assert f'"{word.split("=")[0]}"' in source, f"{script} {word}"
-            if word.startswith("@"):
-                assert (ROOT / word[1:]).is_file(), word
+        given = {word.split("=")[0].replace("--no-", "--") for word in words if word[:2] == "--"}
+        assert given <= flags_of(script), script
+        assert all((ROOT / word[1:]).is_file() for word in words if word[0] == "@"), words
     for path in re.findall(r"\]\(((?!http)[^)#]+)\)", text):
         assert (ROOT / path).exists(), path
 
@@ -96,16 +119,29 @@ def test_recipes_parse():
 
 
 def test_shell_recipes_are_valid():
-    """bash can read them, and the flags that they pass are flags of our scripts, of finding.sh or of torchrun."""
+    """bash can read them, and the flags that they pass are flags of our scripts, of finding.sh or
+    of torchrun."""
     known = {"--gpu", "--seeds", "--samples", "--standalone", "--nproc-per-node"}
-    known |= {flag for name in SCRIPTS for flag in re.findall(r'"(--[a-z][a-z-]+)"', (ROOT / f"{name}.py").read_text())}
+    for path in [*ROOT.glob("*.py"), *(ROOT / "runs").glob("*.py")]:
+        known |= flags_of(path.relative_to(ROOT))
     for path in sorted((ROOT / "runs").glob("*.sh")):
         assert subprocess.run(["bash", "-n", path]).returncode == 0, path
-        code = "\n".join(line.split(" #")[0] for line in path.read_text().splitlines() if not line.startswith("#"))
-        assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", code)) <= known, path
+        lines = path.read_text().splitlines()
+        code = "\n".join(line.split(" #")[0] for line in lines if not line.startswith("#"))
+        found = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", code))
+        assert {flag.replace("--no-", "--") for flag in found} <= known, path
+
+
+def test_ruff():
+    """Unused and undefined names, complexity, import order, 100 columns, one statement a line."""
+    done = subprocess.run([sys.executable, "-m", "ruff", "check", ROOT], capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_findings_say_how_they_are_used():
     for words in (["--seeds"], ["--samples"], ["--seeds", "x"], ["--help"]):
-        done = subprocess.run(["bash", ROOT / "runs" / "finding3.sh", *words], capture_output=True, text=True)
-        assert done.returncode == 2 and done.stderr.startswith("usage") and len(done.stderr.splitlines()) == 1, done.stderr
+        done = subprocess.run(["bash", ROOT / "runs" / "finding3.sh", *words],
+                              capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.startswith("usage"), done.stderr
+        assert len(done.stderr.splitlines()) == 1, done.stderr

@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-
 from test_prepare_readers import (
     NUSC_CAMERA,
     OPENCV_IN_VEHICLE,

@@ -64,7 +64,7 @@ def losses(out: Path) -> list[float]:
 def weights(folder: Path) -> dict:
     """Those that a reader of the folder finds, in one file or in several."""
     tensors = {}
-    for name, file in train_sft.weight_files(folder).items():
+    for name, file in evaluate.weight_files(folder).items():
         with safe_open(folder / file, "pt") as opened:
             tensors[name] = opened.get_tensor(name)
     return tensors
