@@ -1921,7 +1921,7 @@ def shard_of(text):
 
 def parse_args(argv=None):
     parser = render.make_parser(__doc__)
-    group = parser.add_argument_group("what to do")
+    group = parser.add_argument_group("what to do: one of these, there is no default")
     flag = group.add_mutually_exclusive_group(required=True).add_argument
     flag("--dataset", choices=sorted(DATASETS), help="prepare this")
     flag("--check", type=file_path, nargs="+", metavar="JSONL",

@@ -38,7 +38,8 @@ def at(points: list, axis: int, value: float) -> float | None:
 
 def table(curves: dict[str, list]) -> str:
     """One line a seed: what the same samples and the same seconds give, and all checks over the
-    later half of the training that both have."""
+    later half of the samples that all runs saw, since greedy answers come and go from check to
+    check."""
     samples = min(points[-1][0] for points in curves.values())
     seconds = min(points[-1][1] for points in curves.values())
     marks = [(0, f * samples, f"{f * samples:.0f} samples") for f in (0.1, 0.2, 0.5, 1.0)]

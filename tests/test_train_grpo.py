@@ -366,7 +366,8 @@ def test_log_probs_of_rollout_update_and_plain_copies_agree(family, one_process)
     answer."""
     checkpoint, samples, views = prompts_of(family)
     model = load(family)
-    evaluate.prefill(model, checkpoint, prompts_of(family, [(6, 2)])[1])
+    other = evaluate.pack_prompts(checkpoint, prompts_of(family, [(6, 2)])[1])
+    evaluate.prefill(model, checkpoint, other)
     rollout = train_grpo.sample_answers(model, checkpoint, samples, uniform_for(3), TEMPERATURE)
     tokens, mask = rollout.tokens, rollout.mask
     assert len(tokens.unique()) > 10
@@ -416,13 +417,13 @@ def test_each_image_is_encoded_once_and_no_prompt_is_copied(tiny, one_process):
 
 def test_tree_mask_by_hand():
     mask = train_grpo.tree_mask(torch.tensor([0, 1]), 2, 2, 2)
-    assert mask.shape == (2, 1, 6, 6)
+    assert mask.shape == (2, 6, 6)
     # prompt prompt a a b b
     rows = ["100000", "110000", "111000", "111100", "110010", "110011"]
-    assert ["".join(str(int(x)) for x in row) for row in mask[0, 0]] == rows
+    assert ["".join(str(int(x)) for x in row) for row in mask[0]] == rows
     # padding sees itself, nobody sees it
     rows = ["100000", "010000", "011000", "011100", "010010", "010011"]
-    assert ["".join(str(int(x)) for x in row) for row in mask[1, 0]] == rows
+    assert ["".join(str(int(x)) for x in row) for row in mask[1]] == rows
 
 
 # --------------------------------------------------------------------------------------------------
@@ -507,8 +508,8 @@ def test_kl_to_the_reference_model(update, monkeypatch):
     """No divergence from itself, and a gradient back to it once it differs."""
     models, shard_model, factor = [], train_sft.shard_model, [1.0]
 
-    def shard_and_scale(*args):
-        models.append(shard_model(*args))
+    def shard_and_scale(*args, **options):
+        models.append(shard_model(*args, **options))
         if len(models) % 2 == 0:  # the reference comes second
             with torch.no_grad():
                 for p in models[-1].parameters():
@@ -679,9 +680,9 @@ def limits_seen(monkeypatch) -> list[int]:
     """How many tokens evaluate.py's greedy answers may have, in each call from now on."""
     limits, greedy = [], evaluate.greedy_answers
 
-    def look(model, checkpoint, samples, form, max_new_tokens):
+    def look(model, checkpoint, batch, max_new_tokens):
         limits.append(max_new_tokens)
-        return greedy(model, checkpoint, samples, form, max_new_tokens)
+        return greedy(model, checkpoint, batch, max_new_tokens)
 
     monkeypatch.setattr(evaluate, "greedy_answers", look)
     return limits
