@@ -53,6 +53,7 @@ import render
 from render import COUNT, NATURAL, POSITIVE, file_path, ray_length, read_json, replacing, write_json
 
 MIN_POINTS = 10  # an image with fewer labelled pixels is left out
+BAD_SHARE = 0.01  # more unreadable images than this are a warning
 BOTH = ("train", "val")
 
 
@@ -1532,6 +1533,9 @@ def prepare_split(path, inputs, info, workers, overwrite):
           f"labels, {state['bad']} cannot be read")
     for example in state["bad_examples"]:
         print(f"left out: {example}", file=sys.stderr)
+    if state["bad"] > BAD_SHARE * len(frames):
+        print(f"WARNING: {state['bad']} of {len(frames)} images cannot be read: is the download "
+              "complete?", file=sys.stderr)
     return True
 
 
@@ -1944,7 +1948,7 @@ def parse_args(argv=None):
     flag = parser.add_argument_group("images and labels").add_argument
     flag("--points", type=COUNT, default=100, help="labelled pixels an image (Sec. 4)")
     flag("--seed", type=NATURAL, default=0, help="which pixels are drawn; toy: also the rooms")
-    flag("--min-depth", type=POSITIVE, help="Euclidean [m]; default: by dataset")
+    flag("--min-depth", type=render.number(float, 0), help="Euclidean [m]; default: by dataset")
     flag("--max-depth", type=POSITIVE, help="Euclidean [m]; default: by dataset")
     flag("--occlusion", action="store_true", help="drop LiDAR points that the camera cannot see")
     flag("--paper-labels", action="store_true", help="the published labels (z, 0.8 x), marked")
