@@ -21,7 +21,6 @@ import re
 import sys
 import time
 from collections import Counter
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -184,7 +183,13 @@ def pick_device(device: str = "auto") -> torch.device:
     if device == "auto":
         local_rank = os.environ.get("LOCAL_RANK", 0)
         device = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
-    return torch.device(device)
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # before any use
+    try:
+        device = torch.device(device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e:  # unknown, or not on this machine
+        raise ValueError(f"--device {device}: {first_line(e)}.") from None
+    return device
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
@@ -199,7 +204,6 @@ def setup_distributed(device: str = "auto", **options) -> tuple[int, int, torch.
     device = pick_device(device)
     backend = "gloo"
     if device.type == "cuda":
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     if "RANK" not in os.environ:
@@ -661,13 +665,10 @@ class QueryBatches(torch.utils.data.Dataset):
 
     def __getitem__(self, b):
         queries, samples = [], []
-        try:
-            for pair in self.pairs[b * self.batch_size:(b + 1) * self.batch_size]:
-                query = query_of(self.records, self.task, pair, self.seed)
-                queries.append(query)
-                samples += [self.encode(part) for part in self.parts(query)]
-        except ValueError as e:  # raised by run_queries: a worker would send its whole traceback
-            return None, str(e)
+        for pair in self.pairs[b * self.batch_size:(b + 1) * self.batch_size]:
+            query = query_of(self.records, self.task, pair, self.seed)
+            queries.append(query)
+            samples += [self.encode(part) for part in self.parts(query)]
         return queries, pack_prompts(self.checkpoint, samples, self.form)
 
     def parts(self, query: Query) -> list[Query]:
@@ -696,11 +697,10 @@ def run_queries(model, checkpoint: Checkpoint, records: Records, pairs: list,
     get_template(checkpoint, form)  # once, and not in each worker
     dataset = QueryBatches(checkpoint, records, task, pairs, batch_size, seed, singly, form)
     loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=workers,
+                                         worker_init_fn=render.start_worker,
                                          collate_fn=tuple, pin_memory=model.device.type == "cuda")
     limit = settings["max_new_tokens"]
     for queries, batch in loader:
-        if queries is None:
-            raise ValueError(batch)
         if decode == "median":
             answers, forwards = median_answers(model, checkpoint, batch, limit)
         else:
@@ -744,11 +744,7 @@ def prediction(query: Query, answer: dict, **more) -> dict:
 def export_queries(groups: list, settings: dict, grid: int, seed: int, folder: Path) -> None:
     """What a model would see, as files: <folder>/images/*.png and queries.jsonl, one query a line.
     Any system can answer them; its answers, a number or the text, go into each line as "pred", and
-    --predictions scores that file."""
-    if (folder / "images").exists():
-        raise ValueError(f"{folder}: holds exported queries already, or the beginning of some. "
-                         "Give another folder.")
-    (folder / "images").mkdir(parents=True)
+    --predictions scores that file. Images that are there are kept."""
     asked = [(name, records, task, pair) for name, records, task, pairs in groups for pair in pairs]
     lines = []
     bar = tqdm(asked, desc="queries", disable=None)
@@ -758,7 +754,9 @@ def export_queries(groups: list, settings: dict, grid: int, seed: int, folder: P
         letters = "ab" if len(views) > 1 else [""]
         images = [f"images/{number:06d}{letter}.png" for letter in letters]
         for path, view in zip(images, views):
-            Image.fromarray(view.pixels).save(folder / path)
+            if not (folder / path).exists():
+                with render.replacing(folder / path) as temporary:
+                    Image.fromarray(view.pixels).save(temporary, "PNG")
         known = prediction(query, {"text": ""})
         del known["pred"], known["text"]
         lines.append({"id": number, "dataset": name, "images": images, "question": question,
@@ -1033,23 +1031,21 @@ def weights_hash(checkpoint: Checkpoint) -> list[str]:
     return [file_hash(path) for path in sorted(checkpoint.folder.glob("*.safetensors"))]
 
 
-def identity(args, checkpoint: Checkpoint, groups: list, dtype: torch.dtype) -> dict:
+def identity(args, settings: dict, groups: list, **more) -> dict:
     """What an evaluation's answers depend on, by content: a copied folder or a touched file is the
     same evaluation, another label is another one."""
     labels = {records.path: file_hash(records.path) for _, records, *_ in groups}
-    found = {"weights": weights_hash(checkpoint), "settings": checkpoint.settings,
-             "dtype": str(dtype), "decode": args.decode, "two_point": args.two_point,
-             "seed": args.seed, "all": args.all, "label_type": args.label_type,
-             "queries": [(name, labels[records.path], task, len(pairs))
-                         for name, records, task, pairs in groups]}
-    return json.loads(json.dumps(found))
+    queries = [(name, labels[records.path], task, len(pairs))
+               for name, records, task, pairs in groups]
+    return {"settings": settings, "seed": args.seed, "all": args.all,
+            "label_type": args.label_type, "queries": queries, **more}
 
 
-def claim(out: Path, args, inputs: dict) -> None:
-    """Make `out` the folder of the evaluation of `inputs`. Raises ValueError if it holds another
-    one, finished or not."""
-    finished = out / "predictions.jsonl"
-    there = [*out.glob("predictions.part-*.jsonl"), *([finished] if finished.exists() else [])]
+def claim(out: Path, args, inputs: dict, products: tuple[str, ...]) -> None:
+    """Make `out` the folder of what depends on `inputs`, of which `products` (patterns) may be
+    there, in part or whole: they are kept. Raises ValueError if they depend on anything else."""
+    inputs = json.loads(json.dumps(inputs))
+    there = [path for pattern in products for path in out.glob(pattern)]
     before = {}
     if (out / "run.json").is_file():
         before = render.read_json(out / "run.json").get("inputs") or {}
@@ -1058,10 +1054,9 @@ def claim(out: Path, args, inputs: dict) -> None:
             path.unlink()
     elif there and before != inputs:
         other = ", ".join(key for key in inputs if before.get(key) != inputs[key])
-        raise ValueError(f"{out}: holds another evaluation (another {other}). Give another --out, "
-                         "or --overwrite.")
-    if before != inputs or args.overwrite:
-        render.write_json(out / "run.json", render.run_info(args, inputs=inputs))
+        raise ValueError(f"{out}: holds another result (another {other}). Give another --out, or "
+                         "--overwrite.")
+    render.write_json(out / "run.json", render.run_info(args, inputs=inputs))
 
 
 def read_parts(out: Path) -> dict[int, dict]:
@@ -1132,26 +1127,28 @@ def default_out(args) -> Path:
     return Path("out") / (kind.replace("/", "--") + way)
 
 
-def evaluate_checkpoint(args, checkpoint: Checkpoint, out: Path) -> list[dict] | None:
-    """Query the model about all points, or read what was answered before. -> all lines of
-    predictions.jsonl on rank 0, else None."""
-    rank, world, device = setup_distributed(args.device, timeout=timedelta(days=1))
+def answer_queries(args, checkpoint: Checkpoint, groups: list, out: Path, rank: int, world: int,
+                   device: torch.device) -> None:
+    """Query the model about all points -> predictions.jsonl, or keep what was answered before."""
     dtype = pick_dtype(args.dtype, device)
-    groups = list_queries(args, args.tasks or checkpoint.settings["tasks"])
     finished = out / "predictions.jsonl"
-    with render.lock_folder(out) if rank == 0 else nullcontext():
+    if rank == 0:
+        inputs = identity(args, checkpoint.settings, groups, weights=weights_hash(checkpoint),
+                          dtype=str(dtype), decode=args.decode, two_point=args.two_point)
+        claim(out, args, inputs, ("predictions*.jsonl",))
+    dist.barrier()
+    if finished.exists():
         if rank == 0:
-            claim(out, args, identity(args, checkpoint, groups, dtype))
-        dist.barrier()
-        if not finished.exists():
-            query_model(args, checkpoint, groups, out, rank, world, device, dtype)
-            dist.barrier()
-            if rank == 0:
-                join_parts(out, sum(len(pairs) for *_, pairs in groups))
-        elif rank == 0:
             print(f"{out}: was evaluated before; its answers are scored again (--overwrite "
                   "queries the model anew)")
-    return read_predictions(finished) if rank == 0 else None
+    else:
+        query_model(args, checkpoint, groups, out, rank, world, device, dtype)
+        dist.barrier()
+        if rank == 0:
+            join_parts(out, sum(len(pairs) for *_, pairs in groups))
+    if rank == 0:
+        for path in out.glob("predictions.part-*.jsonl"):
+            path.unlink()
 
 
 def join_parts(out: Path, total: int) -> None:
@@ -1161,8 +1158,6 @@ def join_parts(out: Path, total: int) -> None:
         raise ValueError(f"{out}: has {len(done)} of {total} answers, though all ranks have ended. "
                          "Give an --out that all of them share.")
     render.write_jsonl(out / "predictions.jsonl", [done[number] for number in sorted(done)])
-    for path in out.glob("predictions.part-*.jsonl"):
-        path.unlink()
 
 
 def query_model(args, checkpoint: Checkpoint, groups: list, out: Path, rank: int, world: int,
@@ -1200,17 +1195,19 @@ def query_model(args, checkpoint: Checkpoint, groups: list, out: Path, rank: int
         print(f"{left} queries, {forwards / batches:.1f} forward passes a batch")
 
 
-def write_export(args) -> None:
-    """--export-queries: as the checkpoint would see them, if there is one."""
-    given = render.settings_from_flags(args)
-    if args.checkpoint:
-        checkpoint = render.open_checkpoint(args.checkpoint, given)
-        settings, grid = checkpoint.settings, checkpoint.grid
-    else:
-        given = {key: value for key, value in given.items() if value is not None}
-        settings, grid = render.check_settings(render.DEFAULTS | given), 1
-    groups = list_queries(args, args.tasks or settings["tasks"])
-    export_queries(groups, settings, grid, args.seed, Path(args.export_queries))
+def answer_constant(args, groups: list, out: Path) -> None:
+    """--constant: the same answer to all queries -> predictions.jsonl."""
+    claim(out, args, identity(args, {}, groups, constant=args.constant), ("predictions*.jsonl",))
+    answer = {"text": f"{args.constant:g}"}
+    lines = [prediction(query_of(records, task, pair, args.seed), answer, dataset=name)
+             for name, records, task, pairs in groups for pair in pairs]
+    render.write_jsonl(out / "predictions.jsonl", lines)
+
+
+def report(lines: list[dict], out: Path) -> None:
+    result = summarize(lines)
+    render.write_json(out / "metrics.json", result)
+    print(f"{table(result)}\n{out}/metrics.json")
 
 
 @render.command
@@ -1223,31 +1220,35 @@ def main(argv=None) -> None:
     if wrong:
         raise ValueError("give one of: a checkpoint, --constant NUMBER, --predictions FILE, "
                          "--export-queries DIR.")
-    if args.export_queries:
-        return write_export(args)
-
-    out = Path(args.out or default_out(args))
+    out = Path(args.export_queries or args.out or default_out(args))
     if args.predictions:
         lines = read_predictions(args.predictions)
-    elif args.constant is not None:
-        text = {"text": f"{args.constant:g}"}
-        lines = [prediction(query_of(records, task, pair, args.seed), text, dataset=name)
-                 for name, records, task, pairs in list_queries(args, args.tasks or ["distance"])
-                 for pair in pairs]
-        render.write_json(out / "run.json", render.run_info(args))
-        render.write_jsonl(out / "predictions.jsonl", lines)
-    else:
-        try:
-            checkpoint = render.open_checkpoint(args.checkpoint, render.settings_from_flags(args),
-                                                quiet=int(os.environ.get("RANK", 0)) > 0)
-            lines = evaluate_checkpoint(args, checkpoint, out)
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
-    if lines is not None:
-        result = summarize(lines)
-        render.write_json(out / "metrics.json", result)
-        print(f"{table(result)}\n{out}/metrics.json")
+        with render.lock_folder(out):
+            return report(lines, out)
+
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    given = render.settings_from_flags(args)
+    settings, grid = render.DEFAULTS | {k: v for k, v in given.items() if v is not None}, 1
+    if args.checkpoint:
+        checkpoint = render.open_checkpoint(args.checkpoint, given, quiet=rank > 0)
+        settings, grid = checkpoint.settings, checkpoint.grid
+    groups = list_queries(args, args.tasks or settings["tasks"])
+    try:
+        with render.lock_folder(out, when=rank == 0):
+            if args.export_queries:  # as the checkpoint would see them, if there is one
+                inputs = identity(args, render.check_settings(settings), groups, grid=grid)
+                claim(out, args, inputs, ("queries.jsonl", "images/*.png"))
+                return export_queries(groups, settings, grid, args.seed, out)
+            if args.checkpoint:
+                *_, device = setup_distributed(args.device, timeout=timedelta(days=1))
+                answer_queries(args, checkpoint, groups, out, rank, world, device)
+            else:
+                answer_constant(args, groups, out)
+            if rank == 0:
+                report(read_predictions(out / "predictions.jsonl"), out)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -200,29 +200,20 @@ def query_pixels(model, checkpoint, photo: Photo, pixels: np.ndarray, batch_size
         yield batch
 
 
-def read_answers(path: Path, inputs: dict) -> dict[tuple, dict]:
-    """Answers of an earlier run, by pixel. Raises ValueError if it was about anything else."""
-    if not path.exists():
-        return {}
-    lines = [line for _, line in render.read_jsonl(path, interrupted=True)]
-    found = lines[0].get("inputs", {}) if lines else {}
-    if different := [key for key in inputs if found.get(key) != inputs[key]]:
-        raise ValueError(f"{path}: holds the answers of another cloud (another "
-                         f"{', '.join(different)}). Give another --out, or --overwrite.")
-    return {tuple(line["pixel"]): line for line in lines[1:] if "pixel" in line}
-
-
-def answer_grid(load_model, checkpoint, photo: Photo, pixels: np.ndarray, path: Path, inputs: dict,
-                done: dict, batch_size: int, workers: int, decode: str) -> tuple[list[dict], str]:
-    """Query the model about all pixels (N, 2) that are not `done`; answers are on disk before the
-    next batch begins. -> lines in the order of the pixels, and what a query took."""
+def answer_grid(load_model, checkpoint, photo: Photo, pixels: np.ndarray, path: Path,
+                batch_size: int, workers: int, decode: str) -> tuple[list[dict], str]:
+    """Query the model about all pixels (N, 2) whose answers are not in `path`; they are on disk
+    before the next batch begins. -> lines in the order of the pixels, and what a query took."""
+    done = {}
+    if path.exists():
+        done = {tuple(line["pixel"]): line for _, line in render.read_jsonl(path, True)}
     order = [tuple(pixel) for pixel in pixels.tolist()]
     kept = next((k for k, pixel in enumerate(order) if pixel not in done), len(order))
     if kept == len(order):
         return [done[pixel] for pixel in order], "answered before"
     kept -= kept % batch_size  # the rest is batched as it is without an interruption
     lines = [done[pixel] for pixel in order[:kept]]
-    render.write_jsonl(path, [{"inputs": inputs}, *lines])
+    render.write_jsonl(path, lines)
     if kept:
         print(f"{path}: resumes after {kept:,} answers", flush=True)
 
@@ -515,20 +506,11 @@ def run(args: argparse.Namespace, out: Path, photo: Photo, checkpoint, device, d
     inputs = {"weights": evaluate.weights_hash(checkpoint), "settings": checkpoint.settings,
               "dtype": str(dtype), "decode": args.decode, "grid": grid.shape[:2],
               "image": evaluate.file_hash(photo.path), "intrinsics": photo.intrinsics}
-    inputs = json.loads(json.dumps(inputs))
-    if args.overwrite:
-        (out / ANSWERS).unlink(missing_ok=True)
-    elif not (out / ANSWERS).exists():
-        there = [name for name in FILES if (out / name).exists()]
-        if there:
-            raise ValueError(f"{out}: holds a cloud of an unknown photo ({', '.join(there)}). Give "
-                             "another --out, or --overwrite.")
-    done = read_answers(out / ANSWERS, inputs)
-    render.write_json(out / "run.json", render.run_info(args, inputs=inputs))
+    evaluate.claim(out, args, inputs, (ANSWERS, *FILES))
 
     lines, cost = answer_grid(lambda: evaluate.load_model(checkpoint, device, dtype), checkpoint,
-                              photo, grid.reshape(-1, 2), out / ANSWERS, inputs, done,
-                              args.batch_size, args.workers, args.decode)
+                              photo, grid.reshape(-1, 2), out / ANSWERS, args.batch_size,
+                              args.workers, args.decode)
     unparsed = sum(line["pred"] is None for line in lines)
     if unparsed == len(lines):
         (out / ANSWERS).unlink()

@@ -30,9 +30,7 @@ import json
 import math
 import os
 import shutil
-import signal
 import sys
-import threading
 import time
 import urllib.request
 from collections.abc import Callable
@@ -1419,19 +1417,6 @@ def make_chunk(frames, make):
     return len(frames), list(filter(None, lines)), bad
 
 
-def start_worker():
-    """A worker dies with Ctrl-C, silently, and when its parent was killed."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    parent = os.getppid()
-
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 def in_order(function, chunks, workers):
     """Results of function(chunk) in order, with a bounded number of chunks at work."""
     if workers == 1:
@@ -1439,7 +1424,7 @@ def in_order(function, chunks, workers):
         return
     waiting = []
     try:
-        with ProcessPoolExecutor(workers, initializer=start_worker) as pool:
+        with ProcessPoolExecutor(workers, initializer=render.start_worker) as pool:
             for chunk in chunks:
                 waiting.append(pool.submit(function, chunk))
                 if len(waiting) > 2 * workers:

@@ -15,16 +15,18 @@ Reads a jsonl (README, "File formats"), writes a PNG.
 Paper: Sec. 3.1 (markers, prompts), Sec. 3.3 (camera strategies), Sec. 3.4 (focal length, tasks).
 """
 import argparse
-import fcntl
 import json
 import math
+import multiprocessing
 import os
 import re
 import shlex
+import signal
 import string
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -34,6 +36,11 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
+
+try:
+    import fcntl
+except ImportError:  # on Windows: no lock
+    fcntl = None
 
 # --------------------------------------------------------------------------------------------------
 # files
@@ -121,16 +128,44 @@ def run_info(args: argparse.Namespace, **more) -> dict:
 
 
 @contextmanager
-def lock_folder(folder) -> Iterator[None]:
-    """Keep other runs out of a folder, which is made if need be. Raises ValueError if one is in."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with open(Path(folder) / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{folder}: another run is at work in it. Wait for its end, or choose "
-                             "another --out.") from None
+def lock_folder(folder, when: bool = True) -> Iterator[None]:
+    """Keep other runs out of a folder, which is made if need be, and sweep what dead ones have left
+    half-written. Raises ValueError if one is in. when: on rank 0 only; the others wait for it."""
+    folder = Path(folder)
+    if not when:
         yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        if fcntl:  # not on Windows
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"{folder}: another run is at work in it. Wait for its end, or "
+                                 "choose another --out.") from None
+        for leftover in folder.glob(".*.tmp"):
+            leftover.unlink()
+        held_locks.append(file)
+        try:
+            yield
+        finally:
+            held_locks.remove(file)
+
+
+held_locks: list = []  # of this process
+
+
+def start_worker(*_) -> None:
+    """For each loader worker: it dies with Ctrl-C, silently, and when its parent was killed."""
+    for file in held_locks:  # inherited, a lock would outlive the parent
+        file.close()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    def watch():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def text_table(rows: list[list[str]]) -> str:
@@ -143,9 +178,14 @@ def text_table(rows: list[list[str]]) -> str:
     return "\n".join(lines)
 
 
+def printable(text) -> str:
+    """What comes from data, without characters that would control the terminal."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
+
 def fail(message, code: int = 2) -> None:
     """End with one line that says what is wrong and what helps."""
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {printable(message)}", file=sys.stderr)
     raise SystemExit(code)
 
 
@@ -156,9 +196,15 @@ def command(main: Callable) -> Callable:
     def run(argv=None):
         try:
             return main(argv)
+        except BrokenPipeError:  # the reader of our output, such as head, has enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except (ValueError, OSError) as e:
-            fail(e)
+            # a loader worker sends its whole traceback
+            fail(str(e).rstrip().splitlines()[-1].removeprefix("ValueError: ") if str(e) else e)
         except RuntimeError as e:
+            if "DataLoader worker" in str(e):
+                fail("a loader worker was killed, most likely for lack of memory. Give the same "
+                     "command with fewer --workers to resume.")
             if type(e).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
                 raise
             fail(f"the GPU has not enough memory ({str(e).splitlines()[0]}). Lower --micro-batch "

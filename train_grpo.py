@@ -371,7 +371,7 @@ def train(args: argparse.Namespace, rank: int, world: int, device: torch.device)
     prompts = train_sft.Samples(run.datasets, run.tasks, checkpoint, args.crop, args.seed,
                                 answers=False)
     loader = iter(torch.utils.data.DataLoader(
-        prompts, num_workers=args.workers, collate_fn=list,
+        prompts, num_workers=args.workers, collate_fn=list, worker_init_fn=render.start_worker,
         batch_sampler=train_sft.batch_indices(run.first, run.last, batch, share, rank, world)))
     micro_batches = [slice(k, k + args.micro_batch) for k in range(0, share, args.micro_batch)]
 

@@ -18,10 +18,11 @@ micro-batch change nothing. Flags in a file are given as @file; a later flag win
 import argparse
 import json
 import math
+import pickle
 import shutil
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -50,6 +51,10 @@ DATASETS = {"argoverse2": 1, "waymo": 1, "nuscenes": 1, "scannetpp": 1, "taskono
             "matterport3d": 0.1}  # Sec. 4: the mixture and its weights
 MIX_SHARE = 0.1  # of ordinary chat samples, if --mix does not say
 BAD_SHARE = 0.01  # a run stops when more of its samples than this cannot be read
+STATE_CLASSES = {"PosixPath", "WindowsPath", "Size", "float32", "bfloat16", "_StorageInfo",
+                 "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
+                 "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+                 "_get_layout"}
 SHARD_BYTES = 4 << 30  # of one safetensors file; also all that rank 0 holds at once while saving
 # what may differ when a run is resumed
 FREE_FLAGS = {"resume", "out", "workers", "micro_batch", "rollout_batch", "checkpointing",
@@ -192,7 +197,7 @@ def report_bad(messages: list[str], bad: int, seen: int) -> None:
     """Print a few of this step's unreadable samples; end the run when there were too many on all
     ranks so far."""
     for message in messages[:3]:
-        print(f"skipped: {message}", file=sys.stderr, flush=True)
+        print(f"skipped: {render.printable(message)}", file=sys.stderr, flush=True)
     if bad > max(10, BAD_SHARE * seen):
         raise ValueError(f"{bad} of {seen} samples could not be read, more than {BAD_SHARE:.0%}. "
                          "The messages above name the files; prepare the data again, or leave the "
@@ -339,16 +344,20 @@ def save_model(model, source: Path, out: Path, settings: dict, dtype: torch.dtyp
     gathered, rank 0 holds one file's worth. A reader finds the old model or the new one at any
     moment: the index, or the only file, is renamed last."""
     rank, size, shard = dist.get_rank(), 0, {}
+    if rank == 0:
+        copy_model_files(source, out, dtype)
+        render.write_json(out / "depthlm.json", settings)
     parts: list[tuple[Path, list[str]]] = []  # files, and the weights in each
 
     def flush():
         if shard and rank == 0:
-            path = out / f".part-{len(parts) + 1}.safetensors"
+            path = out / f".part-{len(parts) + 1}.tmp"
             try:
                 save_file(shard, path, metadata={"format": "pt"})
             except SafetensorError as e:
                 path.unlink(missing_ok=True)
                 raise save_failed(path, e) from None
+            shutil.copymode(out / "config.json", path)  # as the umask says; here it is 600
             parts.append((path, list(shard)))
         shard.clear()
 
@@ -357,6 +366,7 @@ def save_model(model, source: Path, out: Path, settings: dict, dtype: torch.dtyp
         if isinstance(parameter, DTensor):  # all ranks take part
             full = parameter.full_tensor()
         if rank == 0:
+            check_finite(**{name: full.abs().max().item()})
             full = full.detach().to("cpu", dtype, copy=True).contiguous()
             if size + full.nbytes > SHARD_BYTES:
                 flush()
@@ -365,8 +375,6 @@ def save_model(model, source: Path, out: Path, settings: dict, dtype: torch.dtyp
             size += full.nbytes
     flush()
     if rank == 0:
-        copy_model_files(source, out, dtype)
-        render.write_json(out / "depthlm.json", settings)
         publish_weights(parts, out)
     dist.barrier()
 
@@ -385,7 +393,7 @@ def copy_model_files(source: Path, out: Path, dtype: torch.dtype) -> None:
 
 
 def publish_weights(parts: list[tuple[Path, list[str]]], out: Path) -> None:
-    """Give written files their names, then drop those of the model before, and what a kill left."""
+    """Give written files their names, then drop those of the model before."""
     index, current = out / "model.safetensors.index.json", []
     if len(parts) == 1:
         current.append(parts[0][0].replace(out / "model.safetensors"))
@@ -399,7 +407,7 @@ def publish_weights(parts: list[tuple[Path, list[str]]], out: Path) -> None:
             weight_map |= dict.fromkeys(names, name)
             total += current[-1].stat().st_size
         render.write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    for path in [*out.glob("model*.safetensors"), *out.glob(".part-*.safetensors")]:
+    for path in out.glob("model*.safetensors"):
         if path not in current:
             path.unlink()
 
@@ -412,8 +420,9 @@ def save_failed(path: Path, error: Exception) -> ValueError:
 
 
 def training_state(model, optimizer) -> dict:
+    """Tensors alone: anything else would be pickled. The optimizer's settings are flags."""
     return {"model": dcp_state.get_model_state_dict(model),
-            "optimizer": dcp_state.get_optimizer_state_dict(model, optimizer)}
+            "optimizer": dcp_state.get_optimizer_state_dict(model, optimizer)["state"]}
 
 
 def save_resume(model, optimizer, out: Path, step: int, bad: int) -> None:
@@ -449,11 +458,31 @@ def load_resume(model, optimizer, out: Path) -> dict | None:
     if not path.is_file():
         return None
     named = render.read_json(path)
-    state = training_state(model, optimizer)
-    dcp.load(state, checkpoint_id=out / "resume" / named["folder"])
+    try:
+        folder = out / "resume" / Path(named["folder"]).name
+        named = {"step": int(named["step"]), "bad": int(named["bad"])}
+        with open(folder / ".metadata", "rb") as file:
+            MetadataUnpickler(file).load()
+        state = training_state(model, optimizer)
+        dcp.load(state, checkpoint_id=folder)
+    except (KeyError, TypeError, AttributeError, OSError, RuntimeError, ValueError, EOFError,
+            pickle.UnpicklingError, CheckpointException) as e:
+        raise ValueError(f"{path}: names no state that can be loaded ({evaluate.first_line(e)}). "
+                         "Start again in another --out, or bring the folder back.") from None
     dcp_state.set_model_state_dict(model, state["model"])
-    dcp_state.set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    settings = dcp_state.get_optimizer_state_dict(model, optimizer)
+    dcp_state.set_optimizer_state_dict(model, optimizer, settings | {"state": state["optimizer"]})
     return named
+
+
+class MetadataUnpickler(pickle.Unpickler):
+    """torch reads the state's .metadata by pickle, which would run whatever code a stranger's file
+    names. This reads it first, and refuses all but what torch writes for tensors."""
+
+    def find_class(self, module, name):
+        if name not in STATE_CLASSES or module.split(".")[0] not in ("torch", "pathlib"):
+            raise pickle.UnpicklingError(f"it holds {module}.{name}, no part of a training state")
+        return super().find_class(module, name)
 
 
 def open_run(args: argparse.Namespace, out: Path, world: int) -> None:
@@ -713,7 +742,7 @@ def claimed(out: Path):
     """-> rank, world, device of a run that is alone in its folder."""
     rank, world, device = evaluate.setup_distributed()
     try:
-        with render.lock_folder(out) if rank == 0 else nullcontext():
+        with render.lock_folder(out, when=rank == 0):
             yield rank, world, device
     finally:
         dist.destroy_process_group()
@@ -764,6 +793,7 @@ def train(args: argparse.Namespace, rank: int, world: int, device: torch.device)
     ahead = 1 + -(-micro_steps // args.workers) if args.workers else None  # a step, and one each
     loader = iter(torch.utils.data.DataLoader(
         samples, num_workers=args.workers, prefetch_factor=ahead,
+        worker_init_fn=render.start_worker,
         batch_sampler=batch_indices(run.first, run.last, args.batch, args.micro_batch, rank, world),
         collate_fn=partial(collate, filler=blank_sample(checkpoint) if chats else None),
         pin_memory=device.type == "cuda"))

@@ -929,7 +929,7 @@ def test_other_parts_are_refused(speaker, world, tmp_path, capsys):
     for argv in ((speaker, world, out, "--focal", 120), (speaker, world, out, "--seed", 1),
                  (speaker, more, out)):
         message = fails(capsys, *arguments(*argv))
-        assert "another evaluation" in message and part.exists()
+        assert "another result" in message and part.exists()
     copy = shutil.copytree(speaker, tmp_path / "copy")
     assert run(copy, world, out)["datasets"]["world"]["n"] == 48
 
@@ -1053,7 +1053,6 @@ def test_missing_answers(tmp_path):
     write_jsonl(tmp_path / "predictions.part-1-of-2-1.jsonl", [{"id": 1}, {"id": 3}])
     evaluate.join_parts(tmp_path, 4)
     assert [line["id"] for line in lines_of(tmp_path / "predictions.jsonl")] == [0, 1, 2, 3]
-    assert os.listdir(tmp_path) == ["predictions.jsonl"]
 
 
 def test_large_files_are_not_read_into_memory(tmp_path):
@@ -1131,12 +1130,16 @@ def test_constant(world, tmp_path, monkeypatch):
 
 
 def test_constant_is_not_taken_for_a_model(speaker, world, tmp_path, capsys):
-    """A baseline that was written over a model's answers is not read as theirs."""
+    """A baseline is not written over a model's answers unless that is said, nor read as them."""
     out = tmp_path / "eval"
     run(speaker, world, out)
-    evaluate.main(["--constant", "2", "--data", str(world), "--all", "--out", str(out)])
+    constant = ("--constant", 2, "--data", world, "--all", "--out", out)
+    answers = (out / "predictions.jsonl").read_bytes()
+    assert "constant" in fails(capsys, *constant)
+    assert (out / "predictions.jsonl").read_bytes() == answers
+    evaluate.main([*map(str, constant), "--overwrite"])
     assert json.loads((out / "run.json").read_text())["flags"]["constant"] == 2
-    assert "another weights" in fails(capsys, *arguments(speaker, world, out))
+    assert "another" in fails(capsys, *arguments(speaker, world, out))
 
 
 def test_predictions(reference, tmp_path):
@@ -1250,7 +1253,12 @@ def test_exported_queries(world, moving, tiny_pixtral, tmp_path, capsys):
     result = json.loads((tmp_path / "scored" / "metrics.json").read_text())
     assert set(result["tasks"]) == {"distance", "two_point", "motion"}
     assert result["tasks"]["motion"]["delta1"] == 0.6
-    assert "exported queries already" in fails(capsys, "--export-queries", out, *argv)
+    images = {path: path.stat().st_mtime_ns for path in (out / "images").iterdir()}
+    (out / lines[3]["images"][0]).unlink()
+    evaluate.main([str(a) for a in ("--export-queries", out, *argv)])  # resumes: one is missing
+    again = {path: path.stat().st_mtime_ns for path in (out / "images").iterdir()}
+    assert sum(again[path] != images[path] for path in images) == 1
+    assert "another seed" in fails(capsys, "--export-queries", out, *argv, "--seed", 1)
     assert "give one of" in fails(capsys, "--export-queries", tmp_path / "x", "--constant", 2,
                                   *argv)
     theirs = tmp_path / "theirs"
