@@ -15,6 +15,7 @@ Reads a jsonl (README, "File formats"), writes a PNG.
 Paper: Sec. 3.1 (markers, prompts), Sec. 3.3 (camera strategies), Sec. 3.4 (focal length, tasks).
 """
 import argparse
+import copy
 import json
 import math
 import multiprocessing
@@ -543,11 +544,13 @@ def whole_pixels(length: float) -> int:
 
 
 def crop_window(length: int, keep: list[float], limits, grid: int, rng) -> tuple[int, int]:
-    """-> start and size of a random window along one axis of `length` px: a multiple of the grid
-    within `limits` (low, high) around the places `keep`, with a margin where there is room."""
+    """-> start and size of a random window along one axis of `length` px around the places `keep`,
+    with a margin where there is room: of as many cells of the grid as fit within `limits` (low,
+    high), each number as likely."""
     needed = math.ceil(max(keep) - min(keep) + 2 * MARGIN + 1)
-    size = int(rng.integers(limits[0], limits[1] + 1)) // grid
-    size = max(size, -(-needed // grid)) * grid
+    most = max(1, limits[1] // grid)
+    cells = int(rng.integers(min(-(-limits[0] // grid), most), most + 1))
+    size = max(cells, -(-needed // grid)) * grid
     size = min(size, length)  # a smaller image is not cut, and padded as in evaluation
     first = math.ceil(max(0, min(max(keep) + MARGIN, length - 1) - size + 1))
     last = math.floor(min(length - size, max(min(keep) - MARGIN, 0)))
@@ -670,18 +673,18 @@ def two_point(records: Records, i: int, rng, point: int | None = None) -> Query:
 
 
 def motion(records: Records, i: int, rng, point: int | None = None) -> Query:
-    """How far the camera moved [m] from a record to one near it in the file, of the same scene and
-    camera."""
+    """How far a camera moved [m] from a record to one near it in the file, of the same scene and
+    camera. Images without a time are no path: such sets share no view."""
     record = records[i]
-    if record.get("pose") is None:
-        raise Unfit(f"{record['where']}: has no 'pose', so nobody knows how far the camera moved.")
+    if record.get("pose") is None or record.get("time") is None:
+        raise Unfit(f"{record['where']}: has no 'pose' and 'time', so no camera moved here.")
     around = [*range(-MOTION_WINDOW, 0), *range(1, MOTION_WINDOW + 1)]
     for offset in rng.permutation(around):
         if not 0 <= i + offset < len(records):
             continue
         other = records[i + int(offset)]
         same = all(other.get(k) == record.get(k) for k in ("scene", "camera"))
-        if other.get("pose") is None or not same:
+        if other.get("pose") is None or other.get("time") is None or not same:
             continue
         moved = float(np.linalg.norm(camera_center(other) - camera_center(record)))
         if MOTION[0] <= moved <= MOTION[1]:
@@ -798,7 +801,7 @@ TASKS = {
     "motion": Task(motion, {
         "paper": ("How many meters has the camera moved between the two images?", MOVED),
         "release": think("How far has the camera moved between the two images?", "meter", MOVED),
-    }, METERS, markers=0, needs="'pose', 'scene' and 'camera'"),
+    }, METERS, markers=0, needs="'pose', 'time', 'scene' and 'camera'"),
 }
 
 
@@ -891,7 +894,8 @@ def render(query: Query, settings: dict, grid: int, crop=None,
     views = []
     for k, record in enumerate(query.records):
         points = query.points if k == 0 else []
-        view = record_view(record, focal, grid, crop, points, rng)
+        # the same random numbers: two images are cropped alike
+        view = record_view(record, focal, grid, crop, points, copy.deepcopy(rng))
         if settings["prompt"] != "text":
             for point, color in zip(points, COLORS.values()):
                 draw_marker(view.pixels, *view.move(*point), settings["marker"],

@@ -368,8 +368,8 @@ def train(args: argparse.Namespace, rank: int, world: int, device: torch.device)
 
     # ----------------------------------------------------------------------------------------- data
     share = batch // world
-    prompts = train_sft.Samples(run.datasets, run.tasks, checkpoint, args.crop, args.seed,
-                                answers=False)
+    streams = train_sft.make_streams(run.datasets, run.tasks)
+    prompts = train_sft.Samples(streams, checkpoint, args.crop, args.seed, answers=False)
     loader = iter(torch.utils.data.DataLoader(
         prompts, num_workers=args.workers, collate_fn=list, worker_init_fn=render.start_worker,
         batch_sampler=train_sft.batch_indices(run.first, run.last, batch, share, rank, world)))

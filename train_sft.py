@@ -26,6 +26,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -65,81 +66,126 @@ FREE_FLAGS = {"resume", "out", "workers", "micro_batch", "rollout_batch", "check
 # --------------------------------------------------------------------------------------------------
 # samples: which comes when
 
+BLOCK = 4096  # samples in which each stream has its share
+
+
+class Stream(NamedTuple):
+    """A task over a dataset, or chat (records None), and its share of all samples."""
+    task: str
+    records: Records | None
+    share: float
+
+
+def make_streams(datasets: list[tuple[Records, float]], tasks: dict[str, tuple[float, list[str]]],
+                 chat_share: float = 0.0) -> list[Stream]:
+    """tasks: name -> weight, and the names of its datasets (none: all). Motion needs poses, which
+    not all datasets have: a task goes over those that it fits."""
+    names = evaluate.dataset_names([records.path for records, _ in datasets])
+    streams = [Stream("chat", None, chat_share)] if chat_share else []
+    total = sum(weight for weight, _ in tasks.values())
+    for task, (weight, only) in tasks.items():
+        if unknown := set(only) - set(names):
+            raise ValueError(f"--tasks {task}@{min(unknown)}: the datasets are {', '.join(names)}.")
+        fitting = [dataset for dataset, name in zip(datasets, names)
+                   if (not only or name in only) and render.task_fits(task, dataset[0])]
+        if not fitting:
+            paths = ", ".join(records.path for records, _ in datasets)
+            raise ValueError(f"task '{task}' fits none of the records of {paths}. It needs "
+                             f"{TASKS[task].needs or 'labelled points'}.")
+        share = (1 - chat_share) * weight / total / sum(w for _, w in fitting)
+        streams += [Stream(task, records, share * w) for records, w in fitting]
+    return streams
+
+
+def permute(i: int, n: int, seed: int) -> int:
+    """Where i goes in a random permutation of range(n), without the permutation in memory: a
+    Feistel network over the next power of 4, walked until it ends below n."""
+    bits = max(1, ((n - 1).bit_length() + 1) // 2)
+    mask = (1 << bits) - 1
+    while True:
+        left, right = i >> bits, i & mask
+        for turn in range(4):
+            mixed = (right + 1) * 0x9E3779B97F4A7C15 + (seed * 4 + turn) * 0xD1B54A32D192ED03
+            mixed = ((mixed ^ mixed >> 29) * 0xBF58476D1CE4E5B9) & (1 << 64) - 1
+            left, right = right, left ^ (mixed >> 33 & mask)
+        i = left << bits | right
+        if i < n:
+            return i
+
 
 class Samples(torch.utils.data.Dataset):
-    """Endless training samples: item i is a pure function of (seed, i). An unreadable image or
-    record is replaced by another draw and reported in "bad". answers False: the prompts alone, as
-    GRPO wants them. images: this number of images in all, over and over, each time with another of
-    their points (Fig. 5). chats: ordinary chat samples, and their share."""
+    """Endless training samples: item i is a pure function of (seed, i). In each block of samples
+    every stream has its share, and each stream sees all of its images once before one comes again
+    (Sec. 3.4). An unreadable image or record is replaced by another and reported in "bad".
 
-    def __init__(self, datasets: list[tuple[Records, float]], tasks: dict[str, float],
-                 checkpoint: Checkpoint, crop: tuple, seed: int, answers: bool = True,
-                 images: int | None = None, chats: tuple[list[dict], float] = ([], 0.0)):
-        self.tasks, self.checkpoint, self.crop, self.seed = tasks, checkpoint, crop, seed
+    answers False: the prompts alone, as GRPO wants them. images: this number of images in all, over
+    and over, each time with another of their points (Fig. 5)."""
+
+    def __init__(self, streams: list[Stream], checkpoint: Checkpoint, crop: tuple, seed: int,
+                 answers: bool = True, images: int | None = None, chats: list[dict] = ()):
+        self.streams, self.checkpoint, self.crop, self.seed = streams, checkpoint, crop, seed
         self.answers, self.images, self.chats = answers, images, chats
-        # motion needs poses, which not all datasets have: a task is asked of those that it fits
-        self.fitting = {task: [d for d in datasets if render.task_fits(task, d[0])]
-                        for task in tasks}
-        for task, fitting in self.fitting.items():
-            if not fitting:
-                paths = ", ".join(records.path for records, _ in datasets)
-                raise ValueError(f"task '{task}' fits none of the records of {paths}. It needs "
-                                 f"{TASKS[task].needs or 'labelled points'}.")
+        # the streams of a block's samples in mixed order, and how many of each come before
+        ends = np.round(np.cumsum([stream.share for stream in streams]) * BLOCK).astype(int)
+        self.quota = np.diff(ends, prepend=0)
+        if not self.quota.all():
+            least = streams[int(self.quota.argmin())]
+            raise ValueError(f"{least.task} of {least.records and least.records.path}: its share "
+                             f"{least.share:.2g} is too small. Give it a larger weight.")
+        self.order = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(ends)),
+                                                                       self.quota))
+        self.before = np.empty(BLOCK, int)
+        for s, count in enumerate(self.quota):
+            self.before[self.order == s] = np.arange(count)
 
     def __getitem__(self, i: int) -> dict:
+        block, slot = divmod(i, BLOCK)
+        s = self.order[slot]
+        stream, k = self.streams[s], int(block * self.quota[s] + self.before[slot])
         bad, last = [], ""
-        for attempt in range(20):
+        for attempt in range(100):
             try:
-                return {**self.draw(i, attempt), "bad": bad}
+                return {**self.draw(i, stream, k, attempt), "bad": bad}
             except ValueError as e:
                 last = str(e)
                 if not isinstance(e, render.Unfit):
                     bad.append(last)
-        raise ValueError(f"20 samples in a row could not be read; the last: {last}")
+                if len(bad) == 20:
+                    break
+        raise ValueError(f"{attempt + 1} samples in a row could not be used; the last: {last}")
 
-    def draw(self, i: int, attempt: int) -> dict:
+    def draw(self, i: int, stream: Stream, k: int, attempt: int) -> dict:
         """Sample i as its `attempt`-th draw has it. Raises Unfit or another ValueError."""
         rng = np.random.default_rng((self.seed, i, attempt))
-        task = list(self.tasks)[draw_index(rng, list(self.tasks.values()))]
-        value, (chats, share), grid = math.nan, self.chats, self.checkpoint.grid
-        if share > 0 and rng.random() < share:
-            task, chat = "chat", chats[rng.integers(len(chats))]
+        grid, value = self.checkpoint.grid, math.nan
+        if stream.records is None:
+            chat = self.chats[permute(k % len(self.chats), len(self.chats), self.seed)]
             views, question, answer = chat_views(chat, grid), chat["question"], chat["answer"]
         else:
-            records, record, point = self.place(self.fitting[task], i, attempt, rng)
-            query = render.make_query(task, records, record, rng, point)
+            record, point = self.pick(stream, k, attempt, rng)
+            query = render.make_query(stream.task, stream.records, record, rng, point)
             views, question, answer = render.render(query, self.checkpoint.settings, grid,
                                                     self.crop, rng)
             value = query.value
         tail = []
         if self.answers:
             tail = self.checkpoint.tokens(answer) + [self.checkpoint.end_id]
-        return {**render.encode(self.checkpoint, views, question, tail), "task": task,
+        return {**render.encode(self.checkpoint, views, question, tail), "task": stream.task,
                 "value": value}
 
-    def place(self, datasets: list[tuple[Records, float]], i: int, attempt: int,
-              rng) -> tuple[Records, int, int | None]:
-        """-> records, which of them, which point (None: any). With self.images, sample i is point
-        i // images of image i % images; these are spread over the file, and differ if it has as
-        many."""
-        weights = [weight for _, weight in datasets]
+    def pick(self, stream: Stream, k: int, attempt: int, rng) -> tuple[int, int | None]:
+        """-> which record, which of its points (None: any)."""
+        records, images = stream.records, len(stream.records)
+        if self.images:
+            images = max(1, round(self.images * stream.share))
+        epoch, k = divmod(k, images)
         if not self.images:
-            records, _ = datasets[draw_index(rng, weights)]
-            return records, int(rng.integers(len(records))), None
-        turn, image = divmod(i, self.images)
-        rng = np.random.default_rng((self.seed, image, attempt))  # the same for all its points
-        records, _ = datasets[draw_index(rng, weights)]
-        count = len(records)
-        stride = int(0.618 * count) + 1
-        while math.gcd(stride, count) != 1:
-            stride += 1
-        record = (image + attempt) * stride % count
+            record = permute(k, images, self.seed + epoch)
+            return (int(rng.integers(images)) if attempt else record), None
+        rng = np.random.default_rng((self.seed, k))  # the same for all points of an image
+        record = permute((k + attempt) % len(records), len(records), self.seed)
         points = rng.permutation(len(records[record]["depth"]))
-        return records, record, int(points[turn % len(points)]) if len(points) else None
-
-
-def draw_index(rng, weights: list[float]) -> int:
-    return int(np.searchsorted(np.cumsum(weights), rng.random() * sum(weights), side="right"))
+        return record, int(points[epoch % len(points)]) if len(points) else None
 
 
 def batch_indices(first_step: int, steps: int, batch: int, micro_batch: int, rank: int, world: int):
@@ -569,11 +615,13 @@ def weighted(default: float, high: float = math.inf):
     return parse
 
 
-def weighted_task(text: str) -> tuple[str, float]:
+def weighted_task(text: str) -> tuple[str, tuple[float, list[str]]]:
+    """An argparse type: TASK[:WEIGHT][@DATASET,...] -> (task, (weight, names of its datasets))."""
+    text, _, only = text.partition("@")
     name, weight = weighted(1.0)(text)
     if name not in TASKS:
         raise argparse.ArgumentTypeError(f"{name} is no task; there are {', '.join(TASKS)}")
-    return name, weight
+    return name, (weight, only.split(",") if only else [])
 
 
 def add_training_flags(parser: argparse.ArgumentParser) -> None:
@@ -589,8 +637,9 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     flag("--data", type=weighted(1.0), nargs="+", metavar="JSONL[:WEIGHT]",
          help="training files; default: the paper's mixture, as far as it is in data/ (Sec. 4)")
     render.add_record_flags(flag)
-    flag("--tasks", type=weighted_task, nargs="+", metavar="TASK[:WEIGHT]",
-         help=f"default: distance; there are {', '.join(TASKS)} (Sec. 3.4: equal weights)")
+    flag("--tasks", type=weighted_task, nargs="+", metavar="TASK[:WEIGHT][@SET,...]",
+         help=f"default: distance; there are {', '.join(TASKS)} (Sec. 3.4: equal weights); @SET: "
+         "over these datasets alone")
     flag("--crop", type=COUNT, nargs=4, default=[1000, 1400, 700, 1200],
          metavar=("W0", "W1", "H0", "H1"), help="random crop, px (Sec. 4)")
     flag("--seed", type=NATURAL, default=0, help="which samples, in which order")
@@ -667,7 +716,7 @@ class Run:
     dtype: torch.dtype
     checkpoint: Checkpoint  # that it started from, with the settings that it trains
     datasets: list[tuple[Records, float]]
-    tasks: dict[str, float]
+    tasks: dict[str, tuple[float, list[str]]]  # weight, names of datasets (none: all)
     validation: list[tuple[str, Records, list]]
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
@@ -687,7 +736,7 @@ def start_run(args: argparse.Namespace, rank: int, world: int, device: torch.dev
         raise ValueError(f"--batch {args.batch}: {batch} do not divide among {world} processes.")
     if steps < 1:
         raise ValueError(f"--samples {args.samples}: less than one batch of {batch}.")
-    data, tasks = args.data or default_data(), dict(args.tasks or [("distance", 1.0)])
+    data, tasks = args.data or default_data(), dict(args.tasks or [("distance", (1.0, []))])
     datasets = [(Records(path, args.image_root, args.label_type), weight) for path, weight in data]
     validation = open_validation(args, data)
     given = {**render.settings_from_flags(args), "tasks": list(tasks)}
@@ -787,8 +836,8 @@ def train(args: argparse.Namespace, rank: int, world: int, device: torch.device)
         images = images_to_see(run.datasets, run.steps * args.batch, args.points_per_image)
     chats, chat_share = args.mix
     chats = read_chats(chats) if chats else []
-    samples = Samples(run.datasets, run.tasks, checkpoint, args.crop, args.seed, images=images,
-                      chats=(chats, chat_share))
+    streams = make_streams(run.datasets, run.tasks, chat_share)
+    samples = Samples(streams, checkpoint, args.crop, args.seed, images=images, chats=chats)
     micro_steps = -(-(args.batch // world) // args.micro_batch)
     ahead = 1 + -(-micro_steps // args.workers) if args.workers else None  # a step, and one each
     loader = iter(torch.utils.data.DataLoader(

@@ -65,7 +65,7 @@ def make_world(folder: Path, images: int = 6, points: int = 8, seed: int = 0,
                         "depth": [round(float(depth[b, a]), 4) for a, b in zip(x, y)]})
         if poses:
             pose = [1, 0, 0, 0.3 * k, 0, 1, 0, 0, 0, 0, 1, 0.4 * k, 0, 0, 0, 1]
-            records[-1].update(scene="walls", camera="a", pose=pose)
+            records[-1].update(scene="walls", camera="a", pose=pose, time=0.5 * k)
     return write_jsonl(folder / "val.jsonl", records)
 
 

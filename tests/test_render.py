@@ -1308,3 +1308,34 @@ def test_contact_sheet_of_a_checkpoint(world, tiny_pixtral, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         render.main([str(tmp_path / "none.jsonl")])
     assert stop.value.code == 2 and not re.search("sheet", " ".join(os.listdir(tmp_path)))
+
+
+# --------------------------------------------------------------------------------------------------
+# crops
+
+
+def test_crops_are_of_each_number_of_cells_alike():
+    """Within the limits, both ends, none more likely; the recipe's 1000-1400 x 700-1200 px."""
+    for limits, cells in (((1000, 1400), range(36, 51)), ((700, 1200), range(25, 43)),
+                          ((84, 112), (3, 4)), ((100, 110), (3,)), ((10, 20), (1,))):
+        rng, sizes = np.random.default_rng(0), []
+        for _ in range(3000):
+            start, size = render.crop_window(3000, [1500.0], limits, 28, rng)
+            assert start <= 1500 - 6 and start + size > 1500 + 6
+            sizes.append(size // 28)
+        counts = np.array([sizes.count(n) for n in cells])
+        assert counts.sum() == 3000 and counts.min() > 0.7 * 3000 / len(cells)
+
+
+def test_two_images_of_a_motion_are_cropped_alike(tmp_path):
+    path = make_world(tmp_path, poses=True)
+    records = [record for _, record in render.read_jsonl(path)]
+    same = {key: records[0][key] for key in ("image", "intrinsics", "pixel_coords", "depth")}
+    write_jsonl(path, [{**record, **same} for record in records])
+    settings = {**render.DEFAULTS, "focal": 100}
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        query = render.make_query("motion", render.Records(path), 1, rng)
+        views, _, _ = render.render(query, settings, 14, (56, 84, 42, 70), rng)
+        assert views[0].offset == views[1].offset
+        assert (views[0].pixels == views[1].pixels).all()

@@ -98,7 +98,8 @@ def refused(capsys, argv) -> str:
 def samples_of(tiny, path, seed=0):
     checkpoint = render.open_checkpoint(str(tiny), {"focal": 100}, quiet=True)
     datasets = [(render.Records(path), 1.0)]
-    return checkpoint, train_sft.Samples(datasets, {"distance": 1.0}, checkpoint, CROP, seed)
+    streams = train_sft.make_streams(datasets, {"distance": (1.0, [])})
+    return checkpoint, train_sft.Samples(streams, checkpoint, CROP, seed)
 
 
 def sharded(folder, dtype=torch.float32, **options):
@@ -261,7 +262,7 @@ def places(tiny, path, images: int, samples: int) -> list[tuple]:
     """(record, point) of each sample when `images` images share them."""
     _, dataset = samples_of(tiny, path)
     dataset.images = images
-    return [dataset.place(dataset.fitting["distance"], i, 0, None)[1:] for i in range(samples)]
+    return [dataset.pick(dataset.streams[0], k, 0, None) for k in range(samples)]
 
 
 def test_points_per_image(tiny, tmp_path):
@@ -297,26 +298,81 @@ def test_tasks_by_weight_and_of_the_files_that_fit(tiny, distances, tmp_path):
     """Equal shares of the tasks; motion comes from the file with poses alone, and is no bad sample
     elsewhere; where no file has any it is refused at the start."""
     checkpoint, _ = samples_of(tiny, distances)
-    posed = make_world(tmp_path, poses=True)
+    posed = make_world(tmp_path / "posed", poses=True)
     records = lines_of(posed)
     records[0]["pose"] = None  # neither is one frame without a pose
     write_jsonl(posed, records)
     datasets = [(render.Records(path), 1.0) for path in (distances, posed)]
-    tasks = dict.fromkeys(render.TASKS, 1.0)
-    dataset = train_sft.Samples(datasets, tasks, checkpoint, CROP, 0)
+    tasks = dict.fromkeys(render.TASKS, (1.0, []))
+    dataset = train_sft.Samples(train_sft.make_streams(datasets, tasks), checkpoint, CROP, 0)
     drawn = [dataset[i] for i in range(240)]
     assert not any(sample["bad"] for sample in drawn)
     for task in tasks:
         images = [len(sample["sizes"]) for sample in drawn if sample["task"] == task]
-        assert 20 < len(images) < 65 and set(images) == {2 if task == "motion" else 1}
+        assert 25 < len(images) < 56 and set(images) == {2 if task == "motion" else 1}
     with pytest.raises(ValueError, match="motion.*pose"):
-        train_sft.Samples(datasets[:1], tasks, checkpoint, CROP, 0)
+        train_sft.make_streams(datasets[:1], tasks)
+    streams = train_sft.make_streams(datasets, {"distance": (1.0, []), "axis": (3.0, ["posed"])})
+    assert [(s.task, s.records.path == str(posed), s.share) for s in streams] == [
+        ("distance", False, 0.125), ("distance", True, 0.125), ("axis", True, 0.75)]
+    with pytest.raises(ValueError, match="axis@nowhere.*posed"):
+        train_sft.make_streams(datasets, {"axis": (1.0, ["nowhere"])})
 
 
-def test_datasets_are_drawn_by_weight():
-    draws = [train_sft.draw_index(np.random.default_rng(i), [1.0, 0.1]) for i in range(4000)]
-    assert set(draws) == {0, 1}
-    assert np.mean(draws) == pytest.approx(0.1 / 1.1, abs=0.015)
+def order_of(dataset, count: int) -> list[tuple]:
+    """(stream, record) of the first samples."""
+    found = []
+    for i in range(count):
+        block, slot = divmod(i, train_sft.BLOCK)
+        s = dataset.order[slot]
+        k = int(block * dataset.quota[s] + dataset.before[slot])
+        found.append((s, dataset.pick(dataset.streams[s], k, 0, None)[0]))
+    return found
+
+
+def test_each_stream_sees_its_images_once_an_epoch(tiny, tmp_path):
+    """Without replacement, in another order each time, with shares that are exact in each block."""
+    paths = [make_world(tmp_path / name, images=n) for name, n in (("a", 30), ("b", 17))]
+    checkpoint, _ = samples_of(tiny, paths[0])
+    datasets = [(render.Records(paths[0]), 1.0), (render.Records(paths[1]), 0.1)]
+    streams = train_sft.make_streams(datasets, {"distance": (1.0, [])})
+    dataset = train_sft.Samples(streams, checkpoint, CROP, 3)
+    count = 2 * train_sft.BLOCK
+    drawn = order_of(dataset, count)
+    shares = [sum(s == k for s, _ in drawn) / count for k in (0, 1)]
+    assert shares == pytest.approx([1 / 1.1, 0.1 / 1.1], abs=1 / train_sft.BLOCK)
+    for k, images in ((0, 30), (1, 17)):
+        records = [record for s, record in drawn if s == k]
+        epochs = [records[n:n + images] for n in range(0, len(records) - images, images)]
+        assert all(sorted(epoch) == list(range(images)) for epoch in epochs)
+        assert len(set(map(tuple, epochs))) > len(epochs) / 2
+    with pytest.raises(ValueError, match="too small"):
+        tasks = {"distance": (1.0, []), "axis": (1e-6, [])}
+        train_sft.Samples(train_sft.make_streams(datasets, tasks), checkpoint, CROP, 0)
+
+
+def test_permute():
+    for n in (1, 2, 3, 5, 64, 100, 4096, 5000):
+        for seed in (0, 1, 12345):
+            assert sorted(train_sft.permute(i, n, seed) for i in range(n)) == list(range(n))
+    places = np.array([train_sft.permute(i, 5000, 7) for i in range(5000)])
+    assert abs(np.corrcoef(places, np.arange(5000))[0, 1]) < 0.05
+    assert abs(np.corrcoef(places[1:], places[:-1])[0, 1]) < 0.05
+
+
+def test_a_task_that_does_not_suit_a_record_keeps_its_share(tiny, tmp_path):
+    """Another record is drawn, not another task."""
+    path = make_world(tmp_path, images=24, points=2, poses=True)
+    records = lines_of(path)
+    for record in records[6:]:
+        del record["time"]  # no motion
+    write_jsonl(path, records)
+    checkpoint, _ = samples_of(tiny, path)
+    tasks = {"distance": (1.0, []), "motion": (1.0, [])}
+    streams = train_sft.make_streams([(render.Records(path), 1.0)], tasks)
+    dataset = train_sft.Samples(streams, checkpoint, CROP, 0)
+    drawn = [dataset[i]["task"] for i in range(60)]
+    assert abs(drawn.count("motion") - 30) < 9
 
 
 # --------------------------------------------------------------------------------------------------
@@ -705,9 +761,10 @@ def test_chat_is_mixed_in(tiny, distances, tmp_path):
     assert train_sft.parse_args([]).mix == (None, 0.0)
 
     checkpoint, plain = samples_of(tiny, distances)
-    chats = train_sft.read_chats(str(path)), 0.25
-    mixed = train_sft.Samples(plain.fitting["distance"], plain.tasks, checkpoint, plain.crop, 0,
-                              chats=chats)
+    datasets = [(plain.streams[0].records, 1.0)]
+    streams = train_sft.make_streams(datasets, {"distance": (1.0, [])}, 0.25)
+    mixed = train_sft.Samples(streams, checkpoint, plain.crop, 0,
+                              chats=train_sft.read_chats(str(path)))
     drawn = [mixed[i] for i in range(200)]
     talk = [sample for sample in drawn if sample["task"] == "chat"]
     assert 30 < len(talk) < 70 and not any(sample["bad"] for sample in drawn)
@@ -841,7 +898,9 @@ def test_bad_weights_of_files(text):
 
 def test_weights_of_tasks():
     args = train_sft.parse_args(["--tasks", "distance", "speed:0.5"])
-    assert args.tasks == [("distance", 1.0), ("speed", 0.5)]
+    assert args.tasks == [("distance", (1.0, [])), ("speed", (0.5, []))]
+    args = train_sft.parse_args(["--tasks", "motion:1@argoverse2", "axis@nyuv2,toy"])
+    assert args.tasks == [("motion", (1.0, ["argoverse2"])), ("axis", (1.0, ["nyuv2", "toy"]))]
 
 
 @pytest.mark.parametrize("flag, value, message", [
