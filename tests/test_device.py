@@ -1,5 +1,6 @@
 """What a GPU changes, as far as a CPU can tell: the scripts on a pretended device (pretended.py),
 bfloat16, and the forms that a model computes faster in."""
+import gc
 import json
 import shutil
 import subprocess
@@ -8,6 +9,7 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
+import bench
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,7 @@ import torch.nn.functional as F
 from conftest import ROOT, make_world, run_script, stock, views_for
 from pretended import slow_varlen
 from test_evaluate import fit, generate, lesson
+from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -413,3 +416,48 @@ def test_prefetch_follows_the_micro_batches(tiny, poses, tmp_path, monkeypatch, 
                          micro_batch, "--workers", workers, "--val-every", 0, "--out",
                          tmp_path / "sft"))
     assert seen == {"workers": workers, "ahead": ahead}
+
+
+# --------------------------------------------------------------------------------------------------
+# memory
+
+
+def allocated(run) -> int:
+    """Peak of the CPU memory that a function takes, in bytes."""
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    changes = [event.nbytes() for event in profiler.profiler.kineto_results.events()
+               if event.name() == "[memory]"]
+    return int(np.cumsum(changes).max())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_simulated_memory_is_what_a_step_takes(checkpointing, tmp_path):
+    """bench.py memory against the allocations of real steps, by the path of the CPU."""
+    folder = bench.make_model_folder(tmp_path, "toy")
+    checkpoint = render.open_checkpoint(str(folder), quiet=True)
+    answer = checkpoint.tokens(bench.FORM.format(x="2.35")) + [checkpoint.end_id]
+    views = bench.noise_views(checkpoint, *bench.image_tokens("toy"), 6)
+    batch = bench.training_batch(checkpoint, views, bench.QUESTION, answer)
+
+    def run():
+        evaluate.setup_distributed()
+        model = train_sft.shard_model(folder, CPU, BF16, False, checkpointing).train()
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        for _ in range(2):  # the moments are made at the end of the first
+            bench.sft_step(model, optimizer, checkpoint, [batch, batch], CPU)
+        dist.destroy_process_group()
+
+    peak = allocated(run)
+    simulated = bench.simulate("toy", 1, 6, 2, checkpointing, False, gpu=False)
+    assert simulated["peak"] * 2**30 == pytest.approx(peak, rel=0.05)
+
+
+def test_memory_of_recipes(capsys):
+    """Eight processes with --reshard take less than one; by the path of CUDA, with its kernels."""
+    one = bench.simulate("toy", 1, 4, 2, True, False)
+    eight = bench.simulate("toy", 8, 4, 2, True, True)
+    assert eight["peak"] < 0.8 * one["peak"] and eight["moments"] < 0.2 * one["moments"]
+    bench.main(["memory", "--size", "toy", "--micro-batch", "1", "--grpo"])
+    assert "| toy, 1 | micro-batch 1 x 1, GRPO, 8 answers" in capsys.readouterr().out
