@@ -305,7 +305,8 @@ def gathered(model, reshard: bool):
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):  # decoding has too many shapes
+            yield
     finally:
         for module in modules:
             module.reshard()
