@@ -2,6 +2,7 @@
 bfloat16, and the forms that a model computes faster in."""
 import gc
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -482,3 +483,26 @@ def test_memory_of_recipes(capsys):
     assert eight["peak"] < 0.8 * one["peak"] and eight["moments"] < 0.2 * one["moments"]
     bench.main(["memory", "--size", "toy", "--micro-batch", "1", "--grpo"])
     assert "| toy, 1 | micro-batch 1 x 1, GRPO, 8 answers" in capsys.readouterr().out
+
+
+# --------------------------------------------------------------------------------------------------
+# the script for a GPU
+
+
+def test_gpu_check_runs(tmp_path):
+    """With tiny sizes: each step ends, and nothing fails."""
+    env = {**os.environ, "CHECK_TINY": "1", "OUT": str(tmp_path / "out"),
+           "WORK": str(tmp_path / "work")}
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(["bash", ROOT / "tests" / "gpu_check.sh"], env={**env, "PATH": path},
+                          capture_output=True, text=True, timeout=900)
+    summary = (tmp_path / "out" / "summary.txt").read_text()
+    assert done.returncode == 0 and done.stdout.endswith(summary)
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert "FAIL" not in summary and "NOTE" not in summary, summary + log[-3000:]
+    for found in ("HashStore", "against float64", "--reshard, against the CPU", "generate's",
+                  "plain copies", "SFT, resumed", "not the CPU's", "without aligned_mlp",
+                  "no checkpointing", "profile", "ratio", "queries/s", "--compile", "toy: delta1",
+                  "larger: {"):
+        assert found in summary, found
+    assert len(list((tmp_path / "out").iterdir())) <= 8
