@@ -640,14 +640,16 @@ def simulate_grpo(model, optimizer, checkpoint, samples: list[dict], micro_batch
 
 # size, world, micro-batch, how many of them, checkpointing, --reshard, GRPO
 RECIPES = [("3b", 1, 2, 2, True, False, False), ("3b", 1, 4, 2, True, False, False),
-           ("3b", 1, 1, 1, False, False, False), ("3b", 1, 1, 2, False, False, False),
-           ("3b", 1, 2, 1, False, False, False), ("3b", 1, 1, 16, True, False, True),
-           ("3b", 1, 2, 8, True, False, True), ("3b", 8, 2, 2, True, False, True),
+           ("3b", 1, 1, 1, False, False, False), ("3b", 1, 2, 1, False, False, False),
+           ("3b", 1, 1, 16, True, False, True), ("3b", 8, 2, 2, True, False, True),
            ("3b", 8, 4, 2, True, False, False), ("3b", 8, 2, 2, False, False, False),
-           ("3b", 128, 4, 2, True, False, False), ("3b", 128, 2, 2, False, False, False),
-           ("7b", 8, 4, 2, True, False, False), ("7b", 8, 4, 2, True, True, False),
-           ("7b", 128, 4, 2, True, False, False), ("7b", 128, 2, 2, False, False, False),
-           ("pixtral", 8, 4, 2, True, True, False), ("pixtral", 128, 3, 1, True, True, False)]
+           ("3b", 128, 2, 2, False, False, False),
+           ("7b", 2, 1, 2, True, True, False), ("7b", 8, 4, 2, True, False, False),
+           ("7b", 8, 4, 2, True, True, False), ("7b", 8, 1, 2, False, True, False),
+           ("7b", 128, 4, 2, True, False, False), ("7b", 128, 1, 2, False, False, False),
+           ("pixtral", 4, 1, 2, True, True, False), ("pixtral", 8, 4, 2, True, True, False),
+           ("pixtral", 8, 1, 2, False, True, False), ("pixtral", 128, 3, 1, True, True, False),
+           ("pixtral", 128, 1, 2, False, True, False)]
 USABLE = 79.1 - 2  # GiB of an 80 GB card, without context, NCCL and workspaces
 
 
