@@ -178,10 +178,15 @@ FASTER = {"VisionPatchEmbed": patch_product, "RMSNorm": rms_norm, "2_5_VLMLP": a
 
 
 def pick_device(device: str = "auto") -> torch.device:
-    if device == "auto":
-        local_rank = os.environ.get("LOCAL_RANK", 0)
-        device = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
-    return torch.device(device)
+    if device != "auto":
+        return torch.device(device)
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if local_rank >= count:
+        raise ValueError(f"process {local_rank} of this machine has no GPU of its own, there are "
+                         f"{count}. Start one process a GPU: torchrun --nproc-per-node gpu.")
+    return torch.device(f"cuda:{local_rank}")
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:

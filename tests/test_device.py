@@ -381,6 +381,17 @@ def test_compiled_layers_compute_the_same(tiny, poses, tmp_path, monkeypatch, ca
     assert ours == pytest.approx(plain, rel=1e-5)
 
 
+def test_a_process_without_a_gpu_is_one_line(monkeypatch):
+    assert evaluate.pick_device() == CPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert evaluate.pick_device() == torch.device("cuda:0")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert evaluate.pick_device("cpu") == CPU
+    with pytest.raises(ValueError, match="process 1 .* there are 1. .* --nproc-per-node gpu"):
+        evaluate.pick_device()
+
+
 def test_out_of_memory_is_one_line(tiny, poses, tmp_path, capsys, monkeypatch):
     def full(*args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has")
