@@ -180,9 +180,12 @@ FASTER = {"VisionPatchEmbed": patch_product, "RMSNorm": rms_norm, "2_5_VLMLP": a
 
 
 def pick_device(device: str = "auto") -> torch.device:
+    local_rank, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if device == "auto":
-        local_rank = os.environ.get("LOCAL_RANK", 0)
-        device = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+        device = f"cuda:{local_rank}" if count else "cpu"
+        if count and local_rank >= count:
+            raise ValueError(f"process {local_rank} of this machine has no GPU of its own, there "
+                             f"are {count}. Start one process a GPU: torchrun --nproc-per-node gpu.")
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # before any use
     try:
         device = torch.device(device)

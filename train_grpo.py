@@ -26,7 +26,7 @@ optimizer step. What is decided where the paper leaves it open:
    of an answer without a number.
 
 Prompt i and its random numbers are functions of (seed, i): resuming needs the step alone, and the
-number of processes and the micro-batch change nothing.
+number of processes and the micro-batch change nothing (on a GPU: nothing but rounding).
 """
 import argparse
 import math

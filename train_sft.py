@@ -13,7 +13,8 @@ a Hugging Face model folder with depthlm.json (what it was trained to see), and 
 One code path from one CPU process to many nodes: FSDP2, bf16 compute over fp32 master weights,
 packed samples, logits and loss on the answer only. Sample i is a pure function of (seed, i), so a
 run resumes from its step number alone, and the number of processes, loader workers and the
-micro-batch change nothing. Flags in a file are given as @file; a later flag wins.
+micro-batch change nothing (on a GPU: nothing but rounding). Flags in a file are given as @file; a
+later flag wins.
 """
 import argparse
 import json
@@ -301,7 +302,8 @@ def gathered(model, reshard: bool):
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):  # decoding has too many shapes
+            yield
     finally:
         for module in modules:
             module.reshard()

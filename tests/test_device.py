@@ -1,6 +1,8 @@
 """What a GPU changes, as far as a CPU can tell: the scripts on a pretended device (pretended.py),
 bfloat16, and the forms that a model computes faster in."""
+import gc
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -8,6 +10,7 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
+import bench
 import numpy as np
 import pytest
 import torch
@@ -16,6 +19,7 @@ import torch.nn.functional as F
 from conftest import ROOT, make_world, run_script, stock, views_for
 from pretended import slow_varlen
 from test_evaluate import fit, generate, lesson
+from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -356,6 +360,38 @@ def test_weights_are_gathered_once_a_step(tiny, eight_processes):
     assert all(2 * once[op] < thrice[op] for op in once)
 
 
+def test_compiled_layers_compute_the_same(tiny, poses, tmp_path, monkeypatch, caplog):
+    """In few graphs: inference between the steps, whose shapes never end, adds none to theirs."""
+    def whole(module, query, key, value, attention_mask, scaling=None, **kwargs):
+        out = F.scaled_dot_product_attention(query, key, value, attention_mask, scale=scaling)
+        return out.transpose(1, 2), None
+
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile",
+                        lambda self, **flags: compile_module(self, backend="eager", **flags))
+    monkeypatch.setattr(evaluate, "attend", whole)  # the CPU's groups segments in Python
+    flags = ["--model", tiny, "--data", poses, "--val", poses, "--val-queries", 2, "--val-every",
+             1, *SFT, "--samples", 18]
+    torch._dynamo.utils.counters.clear()
+    train_sft.main(words(flags, "--compile", "--out", tmp_path / "compiled"))
+    assert 1 < torch._dynamo.utils.counters["stats"]["unique_graphs"] < 8
+    assert "recompile_limit" not in caplog.text
+    train_sft.main(words(flags, "--out", tmp_path / "plain"))
+    ours, plain = (logged(tmp_path / name, "loss") for name in ("compiled", "plain"))
+    assert ours == pytest.approx(plain, rel=1e-5)
+
+
+def test_a_process_without_a_gpu_is_one_line(monkeypatch):
+    assert evaluate.pick_device() == CPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert evaluate.pick_device() == torch.device("cuda:0")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert evaluate.pick_device("cpu") == CPU
+    with pytest.raises(ValueError, match="process 1 .* there are 1. .* --nproc-per-node gpu"):
+        evaluate.pick_device()
+
+
 def test_out_of_memory_is_one_line(tiny, poses, tmp_path, capsys, monkeypatch):
     def full(*args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has")
@@ -413,3 +449,71 @@ def test_prefetch_follows_the_micro_batches(tiny, poses, tmp_path, monkeypatch, 
                          micro_batch, "--workers", workers, "--val-every", 0, "--out",
                          tmp_path / "sft"))
     assert seen == {"workers": workers, "ahead": ahead}
+
+
+# --------------------------------------------------------------------------------------------------
+# memory
+
+
+def allocated(run) -> int:
+    """Peak of the CPU memory that a function takes, in bytes."""
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    changes = [event.nbytes() for event in profiler.profiler.kineto_results.events()
+               if event.name() == "[memory]"]
+    return int(np.cumsum(changes).max())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_simulated_memory_is_what_a_step_takes(checkpointing, tmp_path):
+    """bench.py memory against the allocations of real steps, by the path of the CPU."""
+    folder = bench.make_model_folder(tmp_path, "toy")
+    checkpoint = render.open_checkpoint(str(folder), quiet=True)
+    answer = checkpoint.tokens(bench.FORM.format(x="2.35")) + [checkpoint.end_id]
+    views = bench.noise_views(checkpoint, *bench.image_tokens("toy"), 6)
+    batch = bench.training_batch(checkpoint, views, bench.QUESTION, answer)
+
+    def run():
+        evaluate.setup_distributed()
+        model = train_sft.shard_model(folder, CPU, BF16, False, checkpointing).train()
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        for _ in range(2):  # the moments are made at the end of the first
+            bench.sft_step(model, optimizer, checkpoint, [batch, batch], CPU)
+        dist.destroy_process_group()
+
+    peak = allocated(run)
+    simulated = bench.simulate("toy", 1, 6, 2, checkpointing, False, gpu=False)
+    assert simulated["peak"] * 2**30 == pytest.approx(peak, rel=0.05)
+
+
+def test_memory_of_recipes(capsys):
+    """Eight processes with --reshard take less than one; by the path of CUDA, with its kernels."""
+    one = bench.simulate("toy", 1, 4, 2, True, False)
+    eight = bench.simulate("toy", 8, 4, 2, True, True)
+    assert eight["peak"] < 0.8 * one["peak"] and eight["moments"] < 0.2 * one["moments"]
+    bench.main(["memory", "--size", "toy", "--micro-batch", "1", "--grpo"])
+    assert "| toy, 1 | micro-batch 1 x 1, GRPO, 8 answers" in capsys.readouterr().out
+
+
+# --------------------------------------------------------------------------------------------------
+# the script for a GPU
+
+
+def test_gpu_check_runs(tmp_path):
+    """With tiny sizes: each step ends, and nothing fails."""
+    env = {**os.environ, "CHECK_TINY": "1", "OUT": str(tmp_path / "out"),
+           "WORK": str(tmp_path / "work")}
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(["bash", ROOT / "tests" / "gpu_check.sh"], env={**env, "PATH": path},
+                          capture_output=True, text=True, timeout=900)
+    summary = (tmp_path / "out" / "summary.txt").read_text()
+    assert done.returncode == 0 and done.stdout.endswith(summary)
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert "FAIL" not in summary and "NOTE" not in summary, summary + log[-3000:]
+    for found in ("HashStore", "against float64", "--reshard, against the CPU", "generate's",
+                  "plain copies", "SFT, resumed", "not the CPU's", "without aligned_mlp",
+                  "no checkpointing", "profile", "ratio", "queries/s", "--compile", "toy: delta1",
+                  "larger: {"):
+        assert found in summary, found
+    assert len(list((tmp_path / "out").iterdir())) <= 8
