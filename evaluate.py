@@ -180,13 +180,15 @@ FASTER = {"VisionPatchEmbed": patch_product, "RMSNorm": rms_norm, "2_5_VLMLP": a
 
 
 def pick_device(device: str = "auto") -> torch.device:
-    local_rank, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-    if device == "auto":
-        device = f"cuda:{local_rank}" if count else "cpu"
-        if count and local_rank >= count:
-            raise ValueError(f"process {local_rank} of this machine has no GPU of its own, there "
-                             f"are {count}. Start one process a GPU: torchrun --nproc-per-node gpu.")
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # before any use
+    local_rank, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if device == "auto" and count == 0:
+        return torch.device("cpu")
+    if device == "auto":
+        if local_rank >= count:
+            raise ValueError(f"process {local_rank} of this machine has no GPU of its own, there "
+                             f"are {count}. Start one a GPU: torchrun --nproc-per-node gpu.")
+        return torch.device(f"cuda:{local_rank}")
     try:
         device = torch.device(device)
         torch.empty(0, device=device)

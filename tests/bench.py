@@ -581,7 +581,7 @@ def simulated(world: int, gpu: bool):
         for place, name, value in (
                 (torch.UntypedStorage, "resize_", resize_counted),
                 (ShardingPropagator, "_propagate_tensor_meta_non_cached", propagate_uncounted),
-                (train_sft, "load_weights", lambda *args: None),
+                (evaluate, "load_weights", lambda *args: None),
                 # CUDA's kernels for a mask need as much as the CPU's: no matrix of scores
                 (evaluate, "sdpa_kernel", lambda kinds: contextlib.nullcontext()),
                 (FakeTensor, "is_cuda", gpu)):

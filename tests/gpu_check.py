@@ -335,7 +335,7 @@ def right() -> None:
 
 
 def random_weights(model, folder: Path) -> None:
-    """In place of train_sft.load_weights: no 7 GB are written and read."""
+    """In place of evaluate.load_weights: no 7 GB are written and read."""
     for name, parameter in model.named_parameters():
         local = parameter.to_local().detach()
         if parameter.ndim > 1:
@@ -496,7 +496,7 @@ def compiled(folder: Path, size: str) -> None:
 
 def speed() -> None:
     size = "toy" if TINY else "3b"
-    train_sft.load_weights = random_weights
+    evaluate.load_weights = random_weights
     evaluate.setup_distributed()
     with tempfile.TemporaryDirectory() as tmp:
         folder = bench.make_model_folder(Path(tmp), size, weights=False)
