@@ -57,6 +57,7 @@ STATE_CLASSES = {"PosixPath", "WindowsPath", "Size", "float32", "bfloat16", "_St
                  "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
                  "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
                  "_get_layout"}
+SMALL_UNIT = 1_000_000  # parameters; a smaller layer is gathered with the root, in one message
 SHARD_BYTES = 4 << 30  # of one safetensors file; also all that rank 0 holds at once while saving
 # what may differ when a run is resumed
 FREE_FLAGS = {"resume", "out", "workers", "micro_batch", "rollout_batch", "checkpointing",
@@ -284,6 +285,8 @@ def shard_model(folder: Path, device: torch.device, dtype: torch.dtype, reshard:
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32,
                                   cast_forward_inputs=False)
     for layer in vision + text:
+        if sum(p.numel() for p in layer.parameters()) < SMALL_UNIT:
+            continue
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
 

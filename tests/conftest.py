@@ -18,7 +18,10 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
+import train_sft  # noqa: E402
+
 torch.set_num_threads(1)
+train_sft.SMALL_UNIT = 0  # each layer of a tiny model is sharded on its own, as those of a real one
 
 # (width, height, focal) of the small world's images: sides off every patch grid, several cameras,
 # landscape and upright
@@ -33,6 +36,8 @@ def run_script(*command, cwd=None, processes: int = 0,
     launch = []
     if processes:
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        if (ROOT / script).parent == ROOT:
+            launch.append(str(ROOT / "tests" / "drive.py"))
     return subprocess.run([sys.executable, *launch, str(ROOT / script), *rest], cwd=cwd,
                           capture_output=True, text=True, timeout=timeout)
 
