@@ -200,8 +200,10 @@ def command(main: Callable) -> Callable:
         except BrokenPipeError:  # the reader of our output, such as head, has enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except (ValueError, OSError) as e:
-            # a loader worker sends its whole traceback
-            fail(str(e).rstrip().splitlines()[-1].removeprefix("ValueError: ") if str(e) else e)
+            said = str(e)
+            if "Original Traceback" in said:  # of a loader worker, which sends the whole of it
+                said = said.rstrip().splitlines()[-1].removeprefix("ValueError: ")
+            fail(said)
         except RuntimeError as e:
             if "DataLoader worker" in str(e):
                 fail("a loader worker was killed, most likely for lack of memory. Give the same "
