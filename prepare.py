@@ -23,7 +23,6 @@ Paper: Sec. 4 (DepthLMBench) and App. A.2. Deviations are marked by comments: "#
 import argparse
 import csv
 import errno
-import glob
 import hashlib
 import io
 import json
@@ -35,6 +34,7 @@ import sys
 import threading
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -55,6 +55,7 @@ from render import COUNT, NATURAL, POSITIVE, file_path, ray_length, read_json, r
 MIN_POINTS = 10  # an image with fewer labelled pixels is left out
 BAD_SHARE = 0.01  # more unreadable images than this are a warning
 BOTH = ("train", "val")
+MAPS = ("z", "euclidean")
 
 
 class Frame(NamedTuple):
@@ -71,6 +72,8 @@ class Frame(NamedTuple):
     kind: str = "z"  # what depth holds: a map (H, W) of "z" or "euclidean"; or points (N, 4) of
     # x, y [px], Euclidean, z [m]: "points", or "lidar", where some hide others
     depth: np.ndarray | None = None
+    scale: float = 1  # numbers of the depth file per metre
+    notes: tuple = ()  # (what the user should know, how often)
     pixels: Image.Image | None = None
 
 
@@ -207,26 +210,61 @@ def read_text(path):
 
 
 def read_image(path):
-    with naming(path), Image.open(path) as image:
-        return np.asarray(image)
+    """The stored pixels, (H, W) or (H, W, channels)."""
+    with render.image_file(path) as file:
+        return np.asarray(render.stored_pixels(file))
 
 
-def read_png(path, scale=None):
-    """16-bit grey PNG (H, W) -> float32 metres at `scale` units a metre, or uint16 as it is."""
-    raw = read_image(path)
-    if raw.ndim != 2 or raw.dtype.itemsize == 1:
-        raise ValueError(f"{path}: is not a 16-bit grey PNG ({raw.dtype}, {raw.ndim} axes).")
-    return raw.astype(np.float32) / np.float32(scale) if scale else raw.astype(np.uint16)
+# what says "no return" in a depth file
+NOTHING = [np.iinfo(kind).max for kind in (np.int16, np.uint16, np.int32, np.uint32)]
+
+
+def load_map(path, scale, frame):
+    """A depth file: 16-bit grey PNG, TIFF, .npy or .npz -> the frame with its depth."""
+    with naming(path):
+        raw = np.load(path) if path.suffix in (".npy", ".npz") else read_image(path)
+        if isinstance(raw, np.lib.npyio.NpzFile):
+            (raw,) = raw.values()
+        return add_depth(raw, scale, frame)
+
+
+def add_depth(raw, scale, frame):
+    """-> the frame with a depth map (H, W): float32 metres at `scale` numbers a metre (None: a
+    floating-point file holds metres, one of integers millimetres), 0 where nothing is said to be
+    there."""
+    while raw.ndim > 2 and 1 in (raw.shape[0], raw.shape[-1]):
+        raw = raw[0] if raw.shape[0] == 1 else raw[..., 0]
+    if raw.ndim != 2 or raw.dtype.kind not in "fiu" or raw.dtype.itemsize == 1:
+        raise ValueError(f"needs one number of 16 bits or more a pixel; it has the shape {raw.shape}"
+                         f" of {raw.dtype}.")
+    floats = raw.dtype.kind == "f"
+    zero = ~((raw > 0) & (raw < np.inf))
+    thousandths = np.round(raw * 1000) if floats else raw  # written by who forgot to leave them out
+    top = ~zero & (np.isin(raw, NOTHING) | np.isin(thousandths, NOTHING) | (raw > 1e9))
+    notes = [("depth pixels are 0, negative, NaN or infinite: nothing there", zero.sum()),
+             ("depth pixels hold the largest number of their type, as 65535: nothing there",
+              top.sum())]
+    if scale is None:
+        scale = 1 if floats else 1000
+        unit = "floating-point numbers: metres" if floats else "integers: millimetres"
+        notes.append((f"depth files hold {unit}, unless you give --depth-scale", 1))
+    metres = raw.astype(np.float32) / np.float32(scale)
+    metres[zero | top] = 0
+    return frame._replace(depth=metres, scale=scale, notes=(*frame.notes, *notes))
 
 
 def image_size(path):
-    """(w, h) of an image whose end is there, too: a half-extracted archive leaves cut files."""
-    with naming(path), Image.open(path) as image, open(path, "rb") as file:
+    """Stored (w, h) and EXIF orientation of an image whose end is there, too: a half-extracted
+    archive leaves cut files."""
+    with render.image_file(path) as image, open(path, "rb") as file:
+        size, orientation = render.stored_size(image), render.exif_orientation(image)
         file.seek(max(0, file.seek(0, os.SEEK_END) - 1024))
-        end = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}.get(image.format, b"")
-        if end not in file.read():
-            image.load()  # cut, or unusual at the end: only decoding can tell
-        return image.size
+        end = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}.get(image.format)
+        if not (end and file.read().rstrip(b"\0").endswith(end)):
+            for number in range(getattr(image, "n_frames", 1)):
+                image.seek(number)
+                image.load()  # cut, or unusual at the end: only decoding can tell
+        return size, orientation
 
 
 def need_pyarrow():
@@ -259,13 +297,33 @@ def read_sweep(path):
         return points[:, :3].astype(np.float64)
 
 
+SYSTEM_NAMES = ("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir", "@tmp",
+                "@recycle", "#recycle", "#snapshot", "$recycle.bin", "recycler", "lost+found",
+                "system volume information")
+
+
+def is_data(name):
+    """Whether a file or folder belongs to the data, rather than to macOS, Windows, a NAS or an
+    editor."""
+    name = name.lower()
+    own = name.startswith((".", "~")) or name.endswith(("~", ".tmp", ".aae", ":zone.identifier"))
+    return not (own or name in SYSTEM_NAMES)
+
+
+def listed(folder, pattern="*"):
+    """Sorted paths in a folder that fit a glob pattern and are data."""
+    return sorted(path for path in folder.glob(pattern)
+                  if all(map(is_data, path.relative_to(folder).parts)))
+
+
 def stems(path, ending):
     """Names of the files in a folder that end so, without the ending, sorted."""
-    return sorted(name.removesuffix(ending) for name in os.listdir(path) if name.endswith(ending))
+    names = filter(is_data, os.listdir(path))
+    return sorted(name.removesuffix(ending) for name in names if name.endswith(ending))
 
 
 def only_file(path):
-    found = list(path.iterdir())
+    found = listed(path)
     if len(found) != 1:
         raise ValueError(f"{path}: holds {len(found)} files instead of one.")
     return found[0]
@@ -326,7 +384,7 @@ def frames_argoverse2(root, split):
     {train,val}/<log>/city_SE3_egovehicle.feather         pose of the car
     {train,val}/<log>/sensors/cameras/<camera>/<ns>.jpg   undistorted
     {train,val}/<log>/sensors/lidar/<ns>.feather          in the car's frame at that time"""
-    train, val = (sorted((root / name).glob("*/")) for name in BOTH)
+    train, val = (listed(root / name, "*/") for name in BOTH)
     held_out, rest = val[:ARGOVERSE2_VAL_LOGS], val[ARGOVERSE2_VAL_LOGS:]
     return one_by_one(held_out if split == "val" else train + rest, argoverse2_log)
 
@@ -435,7 +493,8 @@ def load_waymo(place, camera, frame):
         a, b = distort((u - cx) / fx, (v - cy) / fy, *lens)
         return fx * a + cx, fy * b + cy
 
-    jpeg = Image.open(io.BytesIO(image["image"])).convert("RGB")
+    with render.image_file(frame.id, io.BytesIO(image["image"])) as file:
+        jpeg = file.convert("RGB")
     return frame._replace(
         pixels=remap(jpeg, jpeg.size, source),
         intrinsics=(fx, fy, cx - 0.5, cy - 0.5),
@@ -627,7 +686,7 @@ def frames_scannetpp(root, split, stride):
     def frames(scene):
         folder = root / f"data/{scene}/iphone"
         infos = read_json(folder / "pose_intrinsic_imu.json")
-        for image in sorted((folder / "rgb").glob("frame_*")):
+        for image in listed(folder / "rgb", "frame_*"):
             number = int(image.stem.removeprefix("frame_"))
             if number % (stride or SCANNETPP_EVERY) == 0:
                 yield Frame(
@@ -643,26 +702,30 @@ def frames_scannetpp(root, split, stride):
 
 
 def load_scannetpp(folder, info, frame):
-    """256 x 192 z for the 1920 x 1440 image, with the frame's own intrinsics: each depth pixel
-    labels the image pixel at its centre. Anonymised pixels are left out."""
+    """256 x 192 z for the 1920 x 1440 image (it may have been decoded smaller), with the frame's
+    own intrinsics. Depth pixel i lies at 7.5 i of the image: on 30 real frames, colour edges are 3
+    px left of and above 7.5 (i + 0.5) - 0.5. Anonymised pixels are left out."""
     name = frame.image.stem
     if info is None:
         raise ValueError(f"{folder}/pose_intrinsic_imu.json: has no {name}.")
     (fx, _, cx), (_, fy, cy), _ = info["intrinsic"]
-    intrinsics = (fx, fy, cx, cy, 1920, 1440)
+    (w, h), _ = image_size(frame.image)
+    s = w / 1920
+    intrinsics = (fx * s, fy * s, (cx + 0.5) * s - 0.5, (cy + 0.5) * s - 0.5, w, round(1440 * s))
     pose = info.get("aligned_pose", info.get("aligned_poses"))
 
-    depth = read_png(folder / f"depth/{name}.png", 1000)
+    frame = load_map(folder / f"depth/{name}.png", 1000, frame)
+    depth = frame.depth
     j, i = np.nonzero(depth)
-    x = np.floor((i + 0.5) * 1920 / depth.shape[1]).astype(int)
-    y = np.floor((j + 0.5) * 1440 / depth.shape[0]).astype(int)
+    x = np.floor((i * 1920 / depth.shape[1] + 0.5) * s).astype(int)
+    y = np.floor((j * 1440 / depth.shape[0] + 0.5) * s).astype(int)
     z = depth[j, i].astype(np.float64)
     points = np.stack([x, y, z * ray_length(x, y, intrinsics), z], 1)
     mask = folder / f"rgb_masks/{name}.png"
     if mask.exists():
         mask = read_image(mask)
         rows, columns = mask.shape
-        points = points[mask[y * rows // 1440, x * columns // 1920] > 0]
+        points = points[mask[y * rows // h, x * columns // w] > 0]
     return frame._replace(
         depth=points,
         kind="points",
@@ -701,12 +764,12 @@ def frames_omnidata(root, table, skip):
         listed = {row["id"] for row in rows if row["train"] == "1"}
 
     for folder, below, files in os.walk(root):
-        below[:] = ["rgb"] if "rgb" in below else sorted(set(below) - set(skip))
+        below[:] = ["rgb"] if "rgb" in below else sorted(set(filter(is_data, below)) - set(skip))
         folder = Path(folder)
         scene = folder.parent.name if folder.name == "rgb" else folder.name
         if tables and scene not in listed:
             continue
-        for name in sorted(files):
+        for name in sorted(filter(is_data, files)):
             if name.endswith("_domain_rgb.png"):
                 view = name.removesuffix("_domain_rgb.png")
                 yield Frame(f"{scene}/{view}", folder / name, load_omnidata, scene=scene)
@@ -734,10 +797,7 @@ def load_omnidata(frame):
     kind, path = "euclidean", other("depth_euclidean", "depth_euclidean.png")
     if not path.exists():
         kind, path = "z", other("depth_zbuffer", "depth_zbuffer.png")
-    depth = read_png(path, 512)
-    depth[depth >= 65535 / 512] = 0  # nothing there
-    return frame._replace(
-        depth=depth,
+    return load_map(path, 512, frame)._replace(
         kind=kind,
         intrinsics=(focal, focal, centre, centre, size, size),
         camera=info.get("camera_uuid"),
@@ -754,7 +814,7 @@ def frames_matterport3d(root, split):
     .../<house>/undistorted_camera_parameters/<house>.conf   images, depth and poses, line by line
     .../<house>/undistorted_color_images/*.jpg
     .../<house>/undistorted_depth_images/*.png"""
-    confs = sorted(root.rglob("undistorted_camera_parameters/*.conf"))
+    confs = listed(root, "**/undistorted_camera_parameters/*.conf")
     return one_by_one(confs, matterport3d_house)
 
 
@@ -782,10 +842,6 @@ def matterport3d_house(conf):
             )
     if missing > 0:
         raise ValueError(f"{conf}: is cut off; {missing} of the images it announces are missing.")
-
-
-def load_map(path, scale, frame):
-    return frame._replace(depth=read_png(path, scale))
 
 
 # ---- DDAD, in the DGP format. In its protobuf JSON, numbers that are zero may be absent
@@ -850,7 +906,7 @@ def frames_eth3d(root, split):
     <scene>/dslr_calibration_jpg/{cameras,images}.txt    COLMAP's
     <scene>/images/dslr_images/*.JPG                     fisheye
     <scene>/ground_truth_depth/dslr_images/*.JPG         raw float32 z of the fisheye pixels"""
-    return one_by_one(sorted(root.glob("*/dslr_calibration_jpg")), eth3d_scene)
+    return one_by_one(listed(root, "*/dslr_calibration_jpg"), eth3d_scene)
 
 
 def eth3d_scene(calibration):
@@ -881,12 +937,13 @@ def load_eth3d(depth, camera, frame):
     """Fisheye image and z map -> pinhole image of focal length ETH3D_FOCAL, and labels where it
     shows the laser pixels. camera: THIN_PRISM_FISHEYE w h fx fy cx cy k1 ..."""
     fx, fy, cx, cy, *lens = map(float, camera[3:])  # cx, cy from the corner of the first pixel
-    image = Image.open(frame.image).convert("RGB")
+    with render.image_file(frame.image) as file:
+        image = render.stored_pixels(file).convert("RGB")
     w, h = image.size
     inner = slice(ETH3D_BORDER, -ETH3D_BORDER)
-    z = np.fromfile(depth, "<f4").reshape(h, w)[inner, inner]
-    j, i = np.nonzero(np.isfinite(z) & (z > 0))
-    z = z[j, i].astype(np.float64)
+    frame = add_depth(np.fromfile(depth, "<f4").reshape(h, w)[inner, inner], 1, frame)
+    j, i = np.nonzero(frame.depth)
+    z = frame.depth[j, i].astype(np.float64)
     x, y = i + ETH3D_BORDER + 0.5, j + ETH3D_BORDER + 0.5
     u, v = undistort(distort_fisheye, (x - cx) / fx, (y - cy) / fy, *lens)
 
@@ -917,7 +974,7 @@ def frames_sunrgbd(root, split, paper_labels):
 
     .../<frame>/{image,depth,depth_bfx}/*   one file each
     .../<frame>/intrinsics.txt              3 x 3"""
-    for folder in sorted(image.parent for image in root.rglob("image")):
+    for folder in sorted(image.parent for image in listed(root, "**/image")):
         name = os.path.relpath(folder, root)
         if "NYUdata" in name:
             continue
@@ -932,7 +989,8 @@ def load_sunrgbd(part, paper_labels, frame):
     intrinsics are 1-based; a few have fx = 0."""
     folder = frame.image
     fx, fy, cx, cy = read_intrinsics(folder / "intrinsics.txt")
-    raw = read_png(only_file(folder / part))
+    frame = load_map(only_file(folder / part), 1, frame)
+    raw = frame.depth.astype(np.uint16)
     if paper_labels:
         # paper: this is 0.8 x the true depth, and wraps beyond 8.19 m
         depth = raw / np.float32(10000)
@@ -970,13 +1028,13 @@ def frames_nyuv2(root, split, paper_labels, all_images):
         first, _, last = part.partition("-")
         test |= set(range(int(first), int(last or first) + 1))
 
-    scenes = sorted(root.rglob("NYU[0-9]*/"))
+    scenes = listed(root, "**/NYU[0-9]*/")
     for folder in scenes:
         if all_images or int(folder.name.removeprefix("NYU")) in test:
             load = partial(load_sunrgbd, "depth", paper_labels)
             yield Frame(folder.name, folder, load, scene=folder.name)
 
-    for depth in [] if scenes else sorted(root.rglob("sync_depth_*.png")):
+    for depth in [] if scenes else listed(root, "**/sync_depth_*.png"):
         name = depth.stem.replace("sync_depth_", "rgb_") + ".jpg"
         image = depth.with_name(name)
         if not image.exists():
@@ -988,10 +1046,11 @@ def frames_nyuv2(root, split, paper_labels, all_images):
 
 def load_nyuv2_png(path, frame):
     """Millimetres, cut to the Eigen crop (SUN RGB-D's version is that crop); 10 m is saturation."""
-    metres = read_png(path, 1000)
+    frame = load_map(path, 1000, frame)
+    metres = frame.depth
     metres[:45] = metres[471:] = metres[:, :41] = metres[:, 601:] = 0
     metres[metres >= 10] = 0
-    return frame._replace(depth=metres)
+    return frame
 
 
 # ---- iBims-1
@@ -1013,11 +1072,10 @@ def frames_ibims1(root, split):
 
 def load_ibims1(root, frame):
     name = frame.image.stem
-    metres = read_png(root / f"depth/{name}.png", 65535 / 50)
+    frame = load_map(root / f"depth/{name}.png", 65535 / 50, frame)
     for mask in ("mask_invalid", "mask_transp"):  # both: > 0 means usable
-        metres[read_image(root / f"{mask}/{name}.png") == 0] = 0
-    intrinsics = read_intrinsics(root / f"calib/{name}.txt")
-    return frame._replace(depth=metres, intrinsics=intrinsics)
+        frame.depth[read_image(root / f"{mask}/{name}.png") == 0] = 0
+    return frame._replace(intrinsics=read_intrinsics(root / f"calib/{name}.txt"))
 
 
 # ---- your own RGB-D images
@@ -1026,14 +1084,14 @@ def load_ibims1(root, frame):
 def frames_folder(root, split, intrinsics, depth_scale, depth_type):
     """The same in root, or in folders of root, each one a scene:
 
-    rgb/<name>.jpg or .png
-    depth/<name>.png (16 bit) or .npy
+    rgb/<name>.jpg, .png, ...
+    depth/<name>.png (16 bit), .tif, .npy or .npz
     intrinsics.txt                      here or in root: fx fy cx cy, or 3 x 3
     poses/<name>.txt                    optional: 4 x 4 camera-to-world"""
     def frames(folder):
         scene = os.path.relpath(folder, root).removeprefix(".")
         images, depths = (
-            {path.stem: path for path in sorted((folder / part).iterdir())}
+            {path.stem: path for path in listed(folder / part)}
             for part in ("rgb", "depth")
         )
         places = [folder / "intrinsics.txt", root / "intrinsics.txt"]
@@ -1052,23 +1110,18 @@ def frames_folder(root, split, intrinsics, depth_scale, depth_type):
                 scene or None,
             )
 
-    rgb = [root / "rgb"] if (root / "rgb").is_dir() else sorted(root.glob("[!.]*/rgb/"))
+    rgb = [root / "rgb"] if (root / "rgb").is_dir() else listed(root, "*/rgb/")
     return one_by_one([path.parent for path in rgb], frames)
 
 
 def load_folder(depth, depth_scale, depth_type, pose, frame):
-    """A depth map of the image's size, .npy or PNG, and the pose if there is one."""
+    """A depth map of the image's size, and the pose if there is one."""
     if depth is None or not frame.image.exists():
         raise ValueError(f"{depth or frame.image}: has no counterpart in depth/ or rgb/.")
-    if depth.suffix == ".npy":
-        with naming(depth):
-            metres = np.load(depth).astype(np.float32) / np.float32(depth_scale or 1)
-    else:
-        metres = read_png(depth, depth_scale or 1000)
     if pose.exists():
         with naming(pose):
             frame = frame._replace(pose=matrix(np.loadtxt(pose)))
-    return frame._replace(depth=metres, kind=depth_type)
+    return load_map(depth, depth_scale, frame)._replace(kind=depth_type)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1309,7 +1362,7 @@ DATASETS = {
         SUNRGBD_ZIP, raw="sunrgbd", flags="paper_labels all_images"),
     "folder": Dataset(
         frames_folder, (0.1, 200), "train val", "rgb */rgb", """
-        your own RGB-D images: rgb/<name>.jpg or .png, depth/<name>.png (16 bit) or .npy,
+        your own RGB-D images: rgb/<name>.jpg or .png, depth/<name>.png (16 bit), .tif or .npy,
         intrinsics.txt (fx fy cx cy, or 3 x 3) or --intrinsics; optional poses/<name>.txt (4 x 4
         camera-to-world)""",
         flags="intrinsics depth_scale depth_type"),
@@ -1357,26 +1410,62 @@ def cloud_labels(cloud, occlusion, intrinsics):
     return x[first], y[first], *cloud[first, 2:].T
 
 
+class Refused(ValueError):
+    """Wrong with an image, and most likely with all others, too: a camera, a unit."""
+
+
+# of lengths, by how many are a metre
+UNITS = {1: "metres", 100: "centimetres", 1000: "millimetres", 10**6: "micrometres"}
+BELIEVABLE = (0.02, 200)  # m: of the median depth of an image
+
+
+def likely_scale(number):
+    """Of UNITS, that in which a median depth is nearest to 3 m."""
+    return min(UNITS, key=lambda scale: abs(math.log(number / scale / 3)))
+
+
+def label_orientation(frame, size, exif):
+    """Which pixels of an image with an EXIF orientation the depth belongs to -> "stored" or
+    "upright", the image's size there, and notes."""
+    if exif == 1:
+        return None, size, ()
+    told = frame.depth.shape[::-1] if frame.kind in MAPS else tuple(frame.intrinsics[4:])
+    if exif >= 5 and told == size[::-1] != size:
+        return "upright", told, ()
+    if exif >= 5 and told == size != size[::-1]:
+        return "stored", size, ()
+    return "stored", size, (("images are turned or mirrored by EXIF, and their depth does not tell "
+                             "whether it is, too: taken as of the pixels as stored", 1),)
+
+
 def make_record(frame, folder, points, seed, limits, occlusion, published):
-    """Load a frame and draw its pixels -> its line of the jsonl, or "" if it has too few labels.
-    limits: (min, max) of the Euclidean depth [m]. published: what the paper's labels hold, "z" or
-    "euclidean", where they are wanted."""
+    """Load a frame and draw its pixels -> its line of the jsonl, or "" if it has too few labels;
+    and notes. limits: (min, max) of the Euclidean depth [m]. published: what the paper's labels
+    hold, "z" or "euclidean", where they are wanted."""
     frame = frame.load(frame)
-    size = frame.pixels.size if frame.pixels else image_size(frame.image)
+    size, exif = (frame.pixels.size, 1) if frame.pixels else image_size(frame.image)
+    orientation, size, notes = label_orientation(frame, size, exif)
     fx, fy, cx, cy, *said = frame.intrinsics
     if said and tuple(said) != size:
         raise ValueError(f"image of {size} px, intrinsics for {tuple(said)}")
     intrinsics = (fx, fy, cx, cy, *size)
-    if not (np.isfinite(intrinsics).all() and min(fx, fy) > 0):
-        raise ValueError(f"focal lengths {fx}, {fy} px")
+    if fault := render.camera_fault(intrinsics, doubt=True):
+        raise Refused(fault)
 
-    if frame.kind in ("z", "euclidean"):
+    if frame.kind in MAPS:
         labels = map_labels(frame.depth, frame.kind, intrinsics)
     else:
         labels = cloud_labels(frame.depth, occlusion and frame.kind == "lidar", intrinsics)
+    median = float(np.median(labels[2])) if len(labels[2]) else 1.0
+    low, high = BELIEVABLE
+    if not min(low, limits[0]) <= median <= max(high, limits[1]):
+        scale = likely_scale(median * frame.scale)
+        raise Refused(f"{frame.id}: median depth {median:.4g}: {UNITS[scale]}? Give --depth-scale "
+                      f"{scale}, or other --min-depth, --max-depth.")
     valid = np.flatnonzero((labels[2] >= limits[0]) & (labels[2] <= limits[1]))
+    notes += frame.notes
     if len(valid) < min(MIN_POINTS, points):
-        return ""
+        return "", notes
     drawn = rng_for(seed, frame.id).choice(len(valid), min(points, len(valid)), replace=False)
     x, y, euclidean, z = (column[valid[np.sort(drawn)]] for column in labels)
 
@@ -1396,27 +1485,36 @@ def make_record(frame, folder, points, seed, limits, occlusion, published):
         "scene": frame.scene,
         "camera": frame.camera,
         "time": frame.time,
+        "orientation": orientation,
     }
-    if frame.pose is not None:
+    if frame.pose is not None and render.pose_matrix(frame.pose) is not None:
         record["pose"] = [round(v, 6) for v in frame.pose.ravel().tolist()]
+    elif frame.pose is not None:
+        notes += (("poses are not finite, or no rotation: left out", 1),)
     if published:
         record |= {"depth_type": published, "labels": "paper"}
     elif frame.kind == "euclidean":  # measured as such: the self-check wants to know
         record["depth_type"] = "euclidean"
-    return json.dumps({k: v for k, v in record.items() if v is not None}) + "\n"
+    return render.json_text({k: v for k, v in record.items() if v is not None}), notes
 
 
 def make_chunk(frames, make):
-    """-> number of frames, lines of those with enough labels, what is wrong with the others."""
-    lines, bad = [], []
+    """-> number of frames, lines of those with enough labels, notes, what is wrong with the others,
+    and why all are refused if so."""
+    lines, notes, bad, refused = [], Counter(), [], None
     for frame in frames:
         try:
-            lines.append(make(frame))
+            line, about = make(frame)
+            lines += [line] if line else []
+            notes.update({what: int(times) for what, times in about})
+        except Refused as error:
+            refused = refused or reason(error)
+            bad.append(reason(error, frame.id))
         except Exception as error:  # one bad frame must not end a run of days; it is counted
             if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):  # a full disk
                 raise
             bad.append(reason(error, frame.id))
-    return len(frames), list(filter(None, lines)), bad
+    return len(frames), lines, notes, bad, None if lines else refused
 
 
 def start_worker():
@@ -1458,9 +1556,13 @@ def write_records(frames, path, make, workers, chunk, state):
     chunks = (frames[i:i + chunk] for i in range(state["frames"], len(frames), chunk))
     bar = tqdm(total=len(frames), initial=state["frames"], unit=" images", desc=path.name,
                mininterval=0.5 if sys.stderr.isatty() else 10)
+    refused = None
     with bar, open(part, "ab") as file:
         file.truncate(state["bytes"])
-        for count, lines, bad in in_order(partial(make_chunk, make=make), chunks, workers):
+        results = in_order(partial(make_chunk, make=make), chunks, workers)
+        for count, lines, notes, bad, refused in results:
+            if refused and not state["records"]:
+                break
             file.write("".join(lines).encode())
             file.flush()
             state["frames"] += count
@@ -1468,6 +1570,7 @@ def write_records(frames, path, make, workers, chunk, state):
             state["records"] += len(lines)
             state["bad"] += len(bad)
             state["bad_examples"] = (state["bad_examples"] + bad)[:5]
+            state["notes"] = dict(notes + Counter(state["notes"]))
             write_json(run_json, state)
             bar.update(count)
 
@@ -1475,7 +1578,7 @@ def write_records(frames, path, make, workers, chunk, state):
         part.unlink()
         run_json.unlink()
         why = "; ".join(state["bad_examples"])
-        raise ValueError(f"none of the {len(frames)} images gives labels of depth: "
+        raise ValueError(refused or f"none of the {len(frames)} images gives labels of depth: "
                          + (why or "no depth is within --min-depth and --max-depth."))
     os.replace(part, path)
     render.open_index(path)
@@ -1496,7 +1599,7 @@ def saved_state(path, new, overwrite):
         raise ValueError(f"{path}: was made by another command (another {other}). Choose another "
                          "--out, or --overwrite it.")
     file = path if state["finished"] else path.with_suffix(".jsonl.partial")
-    return state if file.exists() and file.stat().st_size >= state["bytes"] else new
+    return new | state if file.exists() and file.stat().st_size >= state["bytes"] else new
 
 
 def prepare_split(path, inputs, info, workers, overwrite):
@@ -1509,6 +1612,7 @@ def prepare_split(path, inputs, info, workers, overwrite):
         "records": 0,
         "bad": 0,
         "bad_examples": [],
+        "notes": {},
     }
     # splits and shards may be prepared side by side: each has a lock of its own
     with render.lock_folder(path.with_name(f".{path.stem}.lock")), naming(path):
@@ -1531,6 +1635,8 @@ def prepare_split(path, inputs, info, workers, overwrite):
     few = len(frames) - state["records"] - state["bad"]
     print(f"{path}: {state['records']} of {len(frames)} images; {few} have fewer than {MIN_POINTS} "
           f"labels, {state['bad']} cannot be read")
+    for what, times in state["notes"].items():
+        print(f"  {times:,} {what}")
     for example in state["bad_examples"]:
         print(f"left out: {example}", file=sys.stderr)
     if state["bad"] > BAD_SHARE * len(frames):
@@ -1865,7 +1971,7 @@ def unpack(archive, root):
     try:
         options = {"filter": "data"} if archive.suffix == ".tar" else {}
         shutil.unpack_archive(archive, hidden, **options)
-        for path in hidden.iterdir():
+        for path in listed(hidden):
             os.replace(path, root / path.name)
     except Exception as error:  # as in naming
         raise ValueError(f"{archive}: cannot be unpacked ({reason(error)}). If it is damaged, "
@@ -1877,12 +1983,11 @@ def unpack(archive, root):
 def find_root(dataset, root):
     """The folder that looks like the dataset's: root, or one or two below or above it, where what
     was found is in root. None if there is none."""
-    below = sorted(root.glob("[!.]*/")) + sorted(root.glob("[!.]*/[!.]*/"))
+    below = listed(root, "*/") + listed(root, "*/*/")
     for folder in (root, *below, *root.parents[:2]):
         for mark in DATASETS[dataset].marks.split():
-            for found in glob.iglob(mark, root_dir=folder):
-                if (folder / found).is_relative_to(root):
-                    return folder
+            if any(found.is_relative_to(root) for found in listed(folder, mark)):
+                return folder
     return None
 
 
@@ -1963,7 +2068,8 @@ def parse_args(argv=None):
 
     flag = parser.add_argument_group("--dataset folder").add_argument
     flag("--intrinsics", metavar="FX,FY,CX,CY", help="[px]; default: from its intrinsics.txt")
-    flag("--depth-scale", type=POSITIVE, help="units per metre; default: 1000 for PNG, 1 for .npy")
+    flag("--depth-scale", type=POSITIVE,
+         help="numbers per metre; default: 1000 for integers, 1 for floating-point numbers")
     flag("--depth-type", choices=("z", "euclidean"), default="z", help="what the depth maps hold")
 
     flag = parser.add_argument_group("--dataset toy").add_argument
