@@ -94,18 +94,19 @@ def film_focal(film_mm: float, width: int, height: int) -> float:
     return film_mm / math.hypot(*render.FILM) * math.hypot(width, height)
 
 
-# of metadata: XMP of Google's panoramas and spherical images, what Hugin writes, fisheye lenses
+# in the metadata of images that no pinhole camera took: XMP of Google's panoramas and spherical
+# images, what Hugin writes, names of lenses
 NO_PINHOLE = re.compile(
-    r"ns\.google\.com/(?:photos/1\.0/panorama|videos/1\.0/spherical)|projection_?type|fullpano|"
-    r"usepanoramaviewer|:spherical\W+true|equirectangular|cylindrical|photo ?sphere|fish-?eye", re.I)
+    r"ns\.google\.com/(photos/1\.0/panorama|videos/1\.0/spherical)|projection_?type|fullpano|"
+    r"usepanorama|equirectangular|cylindrical|photo ?sphere|fish-?eye", re.I)
 CAMERAS_360 = re.compile(r"360|theta|gopro max|fusion|qoocam|keymission|panono", re.I)
 
 
 def exif_focal(path: str) -> tuple[float, float, str]:
     """fx, fy of the upright photo [px] from its EXIF data, and how they were found. Raises
-    ValueError if it has none, if it was cropped after it was taken, or is a panorama."""
+    ValueError if it has none, or if it was cropped after it was taken, or is a panorama."""
     with render.image_file(path) as file:
-        width, height = render.stored_size(file)
+        width, height = file.size
         turned = render.exif_orientation(file) >= 5
         exif = file.getexif()
         tags = {**exif, **exif.get_ifd(ExifTags.IFD.Exif)}
@@ -118,36 +119,34 @@ def exif_focal(path: str) -> tuple[float, float, str]:
             return 0.0
         return value if math.isfinite(value) and value > 0 else 0.0
 
-    def refuse(why: str) -> None:
-        raise ValueError(f"{path}: {why}. {HOW_FOCAL}")
-
     aspect = max(width, height) / min(width, height)
-    maker = " ".join(str(tags.get(ExifTags.Base[name])) for name in ("Make", "Model", "Software"))
-    around = abs(aspect - 2) < 0.02 and CAMERAS_360.search(maker)
-    panorama = positive("CustomRendered") == 6  # Apple's
-    if around or panorama or aspect > 2.5 or NO_PINHOLE.search(text):
-        refuse("is a panorama, spherical or fisheye image, so it has no focal length")
+    made_by = f"{tags.get(ExifTags.Base.Make)} {tags.get(ExifTags.Base.Model)}"
+    spherical = abs(aspect - 2) < 0.02 and CAMERAS_360.search(made_by)
+    by_apple = positive("CustomRendered") == 6
+    if spherical or by_apple or aspect > 2.5 or NO_PINHOLE.search(text):
+        raise ValueError(f"{path}: is a panorama, or spherical, or of a fisheye lens, so that its "
+                         f"EXIF data have no focal length in pixels. {HOW_FOCAL}")
     taken, now = (positive("ExifImageWidth"), positive("ExifImageHeight")), (width, height)
     if all(taken) and abs(max(taken) / min(taken) / aspect - 1) > 0.01:
-        refuse(f"was taken at {taken[0]:g} x {taken[1]:g} and is {width} x {height}: it was cropped, "
-               "so the focal length of its EXIF data does not hold")
+        raise ValueError(f"{path}: was taken at {taken[0]:g} x {taken[1]:g} and is {width} x "
+                         f"{height}: it was cropped, so the focal length of its EXIF data does not "
+                         f"hold. {HOW_FOCAL}")
 
-    zoom = positive("DigitalZoomRatio") or 1.0
     units = {2: 25.4, 3: 10.0, 4: 1.0, 5: 0.001}  # mm
     unit = units.get(int(positive("FocalPlaneResolutionUnit")) or 2)
     focal_mm, density = positive("FocalLength"), positive("FocalPlaneXResolution")
-    film_mm, on_sensor = positive("FocalLengthIn35mmFilm"), focal_mm and density and unit
-    zoomed = abs(zoom - 1) > 0.02
-    if film_mm and not (zoomed and on_sensor):
-        if zoomed:
-            refuse(f"has a digital zoom of {zoom:g}, which its {film_mm:g} mm on 35 mm film include "
-                   f"or not, as its maker likes: it is --focal-35mm {film_mm:g} or "
-                   f"{film_mm * zoom:g}")
+    film_mm, zoom = positive("FocalLengthIn35mmFilm"), positive("DigitalZoomRatio") or 1.0
+    zoomed, on_sensor = abs(zoom - 1) > 0.02, focal_mm and density and unit
+    if film_mm and not zoomed:
         focal = film_focal(film_mm, width, height)
         return focal, focal, f"EXIF: {film_mm:g} mm on 35 mm film, by the diagonal"
+    if film_mm and not on_sensor:
+        raise ValueError(f"{path}: was taken at {film_mm:g} mm on 35 mm film, and with a digital "
+                         f"zoom of {zoom:g}, which some makers count in and others do not. Give "
+                         f"--focal-35mm {film_mm:g} or {film_mm * zoom:g}.")
     if not on_sensor:
-        refuse("its EXIF data have no focal length that can be had in pixels")
-
+        raise ValueError(f"{path}: its EXIF data have no focal length that can be had in pixels. "
+                         f"{HOW_FOCAL}")
     resized = zoom * (max(now) / max(taken) if all(taken) else 1.0)
     fx = focal_mm * density / unit * resized
     fy = focal_mm * (positive("FocalPlaneYResolution") or density) / unit * resized

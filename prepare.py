@@ -25,7 +25,6 @@ import csv
 import errno
 import hashlib
 import io
-import json
 import math
 import os
 import shutil
@@ -215,7 +214,7 @@ def read_image(path):
         return np.asarray(render.stored_pixels(file))
 
 
-# what says "no return" in a depth file
+# what says "no return" in depth files
 NOTHING = [np.iinfo(kind).max for kind in (np.int16, np.uint16, np.int32, np.uint32)]
 
 
@@ -223,47 +222,48 @@ def load_map(path, scale, frame):
     """A depth file: 16-bit grey PNG, TIFF, .npy or .npz -> the frame with its depth."""
     with naming(path):
         raw = np.load(path) if path.suffix in (".npy", ".npz") else read_image(path)
-        if isinstance(raw, np.lib.npyio.NpzFile):
+        if path.suffix == ".npz":
             (raw,) = raw.values()
         return add_depth(raw, scale, frame)
 
 
 def add_depth(raw, scale, frame):
     """-> the frame with a depth map (H, W): float32 metres at `scale` numbers a metre (None: a
-    floating-point file holds metres, one of integers millimetres), 0 where nothing is said to be
-    there."""
-    while raw.ndim > 2 and 1 in (raw.shape[0], raw.shape[-1]):
-        raw = raw[0] if raw.shape[0] == 1 else raw[..., 0]
+    floating-point file holds metres, one of integers millimetres), 0 where it says that there is
+    nothing."""
+    raw = raw.squeeze() if raw.ndim > 2 else raw
     if raw.ndim != 2 or raw.dtype.kind not in "fiu" or raw.dtype.itemsize == 1:
-        raise ValueError(f"needs one number of 16 bits or more a pixel; it has the shape {raw.shape}"
-                         f" of {raw.dtype}.")
-    floats = raw.dtype.kind == "f"
-    zero = ~((raw > 0) & (raw < np.inf))
-    thousandths = np.round(raw * 1000) if floats else raw  # written by who forgot to leave them out
-    top = ~zero & (np.isin(raw, NOTHING) | np.isin(thousandths, NOTHING) | (raw > 1e9))
-    notes = [("depth pixels are 0, negative, NaN or infinite: nothing there", zero.sum()),
-             ("depth pixels hold the largest number of their type, as 65535: nothing there",
-              top.sum())]
+        raise ValueError(f"has no number of 16 bits or more a pixel: {raw.shape} of {raw.dtype}.")
+    notes = frame.notes
     if scale is None:
-        scale = 1 if floats else 1000
-        unit = "floating-point numbers: metres" if floats else "integers: millimetres"
-        notes.append((f"depth files hold {unit}, unless you give --depth-scale", 1))
+        scale, unit = (1, "metres") if raw.dtype.kind == "f" else (1000, "millimetres")
+        notes += ((f"depth files of {raw.dtype} are taken as {unit}: no --depth-scale", 1),)
+
+    number = raw.astype(np.float64)
+    nothing = ~((number > 0) & (number < 1e9)) | np.isin(number, NOTHING)
+    nothing |= np.isin(np.round(number * 1000), NOTHING)  # somebody forgot to leave it out
     metres = raw.astype(np.float32) / np.float32(scale)
-    metres[zero | top] = 0
-    return frame._replace(depth=metres, scale=scale, notes=(*frame.notes, *notes))
+    metres[nothing] = 0
+    notes += (("depth pixels hold nothing: 0, negative, NaN, infinite, or the largest number of "
+               "their type, such as 65535", int(nothing.sum())),)
+    return frame._replace(depth=metres, scale=scale, notes=notes)
 
 
 def image_size(path):
     """Stored (w, h) and EXIF orientation of an image whose end is there, too: a half-extracted
     archive leaves cut files."""
     with render.image_file(path) as image, open(path, "rb") as file:
-        size, orientation = render.stored_size(image), render.exif_orientation(image)
+        orientation = render.exif_orientation(image)
         file.seek(max(0, file.seek(0, os.SEEK_END) - 1024))
-        end = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}.get(image.format)
-        if not (end and file.read().rstrip(b"\0").endswith(end)):
-            for number in range(getattr(image, "n_frames", 1)):
-                image.seek(number)
-                image.load()  # cut, or unusual at the end: only decoding can tell
+        jpeg, png = b"\xff\xd9", b"IEND\xaeB`\x82"
+        end = {"JPEG": jpeg, "MPO": jpeg, "PNG": png}.get(image.format)
+        if end and file.read().rstrip(b"\0").endswith(end):
+            return image.size, orientation
+        # cut, or unusual at the end: only decoding can tell
+        size = render.stored_pixels(image).size
+        for number in range(1, getattr(image, "n_frames", 1)):
+            image.seek(number)
+            image.load()
         return size, orientation
 
 
@@ -333,7 +333,8 @@ def parse_intrinsics(text):
     """fx fy cx cy or a 3 x 3 matrix, with spaces or commas -> [fx, fy, cx, cy]."""
     k = [float(word) for word in text.replace(",", " ").split()]
     if len(k) == 9:
-        k = [k[0], k[4], k[2], k[5]]
+        cx, cy = (k[2], k[5]) if k[2] else k[6:8]  # row by row, or column by column
+        k = [k[0], k[4], cx, cy]
     if len(k) != 4:
         raise ValueError(f"intrinsics of {len(k)} numbers: need fx fy cx cy, or a 3 x 3 matrix.")
     return k
@@ -1414,7 +1415,6 @@ class Refused(ValueError):
     """Wrong with an image, and most likely with all others, too: a camera, a unit."""
 
 
-# of lengths, by how many are a metre
 UNITS = {1: "metres", 100: "centimetres", 1000: "millimetres", 10**6: "micrometres"}
 BELIEVABLE = (0.02, 200)  # m: of the median depth of an image
 
@@ -1427,15 +1427,14 @@ def likely_scale(number):
 def label_orientation(frame, size, exif):
     """Which pixels of an image with an EXIF orientation the depth belongs to -> "stored" or
     "upright", the image's size there, and notes."""
-    if exif == 1:
-        return None, size, ()
     told = frame.depth.shape[::-1] if frame.kind in MAPS else tuple(frame.intrinsics[4:])
-    if exif >= 5 and told == size[::-1] != size:
-        return "upright", told, ()
-    if exif >= 5 and told == size != size[::-1]:
-        return "stored", size, ()
-    return "stored", size, (("images are turned or mirrored by EXIF, and their depth does not tell "
-                             "whether it is, too: taken as of the pixels as stored", 1),)
+    turned = size[::-1]
+    if exif == 1 or exif >= 5 and told == size != turned:
+        return "stored" if exif > 1 else None, size, ()
+    if exif >= 5 and told == turned != size:
+        return "upright", turned, ()
+    return "stored", size, (("images are turned or mirrored by EXIF, and whether their depth is, "
+                             "too, does not show: taken as of the stored pixels", 1),)
 
 
 def make_record(frame, folder, points, seed, limits, occlusion, published):
@@ -1487,8 +1486,9 @@ def make_record(frame, folder, points, seed, limits, occlusion, published):
         "time": frame.time,
         "orientation": orientation,
     }
-    if frame.pose is not None and render.pose_matrix(frame.pose) is not None:
-        record["pose"] = [round(v, 6) for v in frame.pose.ravel().tolist()]
+    pose = render.pose_matrix(frame.pose)
+    if pose is not None:
+        record["pose"] = [round(v, 6) for v in pose.ravel().tolist()]
     elif frame.pose is not None:
         notes += (("poses are not finite, or no rotation: left out", 1),)
     if published:
@@ -1506,7 +1506,7 @@ def make_chunk(frames, make):
         try:
             line, about = make(frame)
             lines += [line] if line else []
-            notes.update({what: int(times) for what, times in about})
+            notes.update(dict(about))
         except Refused as error:
             refused = refused or reason(error)
             bad.append(reason(error, frame.id))
@@ -1662,6 +1662,9 @@ CHECK_LINES = 100_000  # whose depths are in the quantiles, spread over the file
 CHECK_IMAGES = 20_000  # whose headers are read, at most
 CHECK_SHAPES = 300  # records whose labels are tested for being z
 CHECK_PAIRS = 120  # images compared with their neighbours, to find labels on the wrong image
+CHECK_POINTS = 200  # labels of an image in any statistics
+# largest numbers of 16 bits, in the units of depth files [m]
+SATURATED = [top / scale for top in NOTHING[:2] for scale in (100, 256, 512, 1000, 4000, 5000)]
 DEPTH_STEPS = (1 / 1000, 1 / 4000, 50 / 65535, 1 / 5000, 1 / 256)  # of depth PNGs [m]
 
 
@@ -1696,6 +1699,8 @@ def check_file(path, image_root):
     def add(what, n, example):
         faults.setdefault(what, [0, f"line {n + 1}: {example}"])[0] += 1
 
+    with suppress(OSError):  # the index is made anew
+        Path(path).with_suffix(".idx").unlink()
     # labels as they are in the file, whatever kind of depth it says
     records = render.Records(path, image_root, label_type="euclidean")
     numbers, scenes, said = check_labels(path, len(records), add)
@@ -1723,41 +1728,77 @@ def spread(records, most):
     """(line number, record) of the lines that can be read, of at most `most` spread evenly."""
     for n in np.linspace(0, len(records) - 1, min(len(records), most)).astype(int):
         with suppress(ValueError):
-            yield int(n), records[n]
+            yield int(records.lines[n]), thinned(records[n])
+
+
+def thinned(record):
+    """The record with at most CHECK_POINTS of its labels."""
+    count = len(record["depth"])
+    kept = np.linspace(0, count - 1, min(count, CHECK_POINTS)).astype(int)
+    return record | {key: record[key][kept] for key in ("pixel_coords", "depth")}
 
 
 def check_labels(path, count, add):
     """One pass over all lines for the faults that need no other file. -> numbers for the table, all
     scenes, which depth the records say they hold"""
-    depths, focals, scenes, images = [np.zeros(0)], set(), set(), np.arange(count)
+    depths, others = [np.zeros(0)], [np.zeros(0)]
+    focals, scenes, images = set(), set(), {}
     points, z, low, high = 0, 0, math.inf, 0.0
     with open(path, "rb") as file:
         for n, line in enumerate(tqdm(file, "check", count, disable=count < 20_000)):
+            if not line.strip():
+                continue
             try:
                 record = render.record_arrays(render.parse_line(line, "cannot be read"))
             except ValueError as error:
                 add("malformed line", n, error)
                 continue
-            for what, example in render.label_faults(record):
+            faults = list(render.label_faults(record, doubt=True))
+            for what, example in faults:
                 add(what, n, example)
+            if record.get("pose") is not None and render.pose_matrix(record["pose"]) is None:
+                add("pose is none", n, "it needs 16 finite numbers with a rotation")
             depth = record["depth"]
             if not len(depth):
                 add("no labels", n, "the record has no point")
             depth = depth[np.isfinite(depth) & (depth > 0)]
             points += len(depth)
             low, high = depth.min(initial=low), depth.max(initial=high)
-            if n % (1 + count // CHECK_LINES) == 0:
-                depths.append(depth)
+            is_z = record.get("depth_type") == "z"
+            z += is_z
+            if n % (1 + count // CHECK_LINES) == 0 and not faults:
+                part = thinned(record)
+                depths.append(part["depth"])
+                rays = ray_length(*part["pixel_coords"].T, part["intrinsics"])
+                others.append(part["depth"] * rays if is_z else part["depth"] / rays)
             focals.add(round(record["intrinsics"][0], 1))
-            z += record.get("depth_type") == "z"
-            scenes.add(record.get("scene"))
-            images[n] = hash(record["image"])
+            scenes.add(str(record.get("scene")))
+            first = images.setdefault(hash(record["image"]), n)
+            if first < n:
+                add("duplicate image", n, f"the image of line {first + 1} again")
 
-    _, first, inverse = np.unique(images, return_index=True, return_inverse=True)
-    for n in np.flatnonzero(first[inverse] != np.arange(count)):
-        add("duplicate image", n, f"the image of line {first[inverse[n]] + 1} again")
-    numbers = points, min(low, high), high, np.concatenate(depths), sorted(focals)
-    return numbers, scenes - {None}, "z" if 2 * z > count else "euclidean"
+    depths = np.concatenate(depths)
+    check_values(depths, np.concatenate(others), add)
+    numbers = points, min(low, high), high, depths, sorted(focals)
+    return numbers, scenes - {"None"}, "z" if 2 * z > count else "euclidean"
+
+
+def check_values(depths, others, add):
+    """The labels (N,) of a file and the same as the other kind of depth, z or Euclidean: another
+    unit than metres, or many at one value, as sensors say that nothing returned."""
+    median = np.median(depths) if len(depths) else 1.0
+    if not BELIEVABLE[0] <= median <= BELIEVABLE[1]:
+        scale = likely_scale(median)
+        add("labels are not in metres", 0, f"their median is {median:.4g}: {UNITS[scale]}? Divide "
+            f"them by {scale}")
+    for values in (np.round(depths, 3), np.round(others, 3)):
+        found, times = np.unique(values, return_counts=True)
+        low, high = np.searchsorted(np.sort(values), (0.95 * found, 1.05 * found))
+        saturated = np.abs(found[:, None] - SATURATED).min(1, initial=1) < 0.002
+        many = np.where(saturated, 0.002 * len(values) + 4, 0.03 * len(values) + 20)
+        for k in np.flatnonzero((times > many) & (times > 0.4 * (high - low)))[:1]:
+            add("many labels at one value", 0, f"{times[k]} of {len(values)} at {found[k]:g} m, "
+                "and few near it: where the sensor saw nothing? Drop them")
 
 
 def table_row(path, count, points, low, high, depths, focals):
@@ -1785,14 +1826,16 @@ def check_images(records, add):
     """The images are there, of the size that the intrinsics say, and no two files are the same."""
     seen = {}
     for n, record in records:
-        path = record["image"]
+        path, said = record["image"], record["intrinsics"][4:]
         try:
-            with Image.open(path) as image, open(path, "rb") as file:
-                size, said = image.size, record["intrinsics"][4:]
+            size, exif = image_size(path)
+            with open(path, "rb") as file:
                 content = hash((os.path.getsize(path), file.read(1 << 16)))
-        except OSError as error:
-            add("image not found or not readable", n, f"{error} (--image-root says where they are)")
+        except (OSError, ValueError) as error:
+            add("image not found or not readable", n, error)
             continue
+        if exif >= 5 and render.labels_are_upright(exif, size, said, record.get("orientation")):
+            size = size[::-1]
         if size != said:
             add("image size is not that of the intrinsics", n,
                 f"{path} is {size} px, intrinsics say {said}")
@@ -1865,8 +1908,8 @@ def shifted_by(records):
     gains = []
     for n in np.unique(np.linspace(1, len(records) - 2, CHECK_PAIRS).astype(int)):
         with suppress(OSError, ValueError):  # counted elsewhere
-            images = [records[n + step]["image"] for step in (0, 1, -1)]
-            own, *others = (unexplained(image, records[n]) for image in images)
+            record, shown = thinned(records[n]), [records[n + step] for step in (0, 1, -1)]
+            own, *others = (unexplained(record, other) for other in shown)
             gains.append([own - other for other in others])
     for gain, neighbour in zip(np.array(gains).reshape(-1, 2).T, ("next", "previous")):
         gain = gain[np.isfinite(gain)]
@@ -1875,14 +1918,15 @@ def shifted_by(records):
     return None
 
 
-def unexplained(path, record):
-    """How badly an image's colours explain a record's labels: the error of predicting each log
-    depth from the others of like colour. NaN if they are few, or not all in the image."""
+def unexplained(record, shown):
+    """How badly the colours of the image of the record `shown` explain a record's labels: the error
+    of predicting each log depth from the others of like colour. NaN if they are few, or not all in
+    the image."""
     xy, log_depth = record["pixel_coords"], np.log(record["depth"])
-    with Image.open(path) as image:
-        if len(xy) < 20 or (xy < 0).any() or (xy >= image.size).any():
-            return math.nan
-        rgb = image.convert("RGB").filter(ImageFilter.BoxBlur(1))  # the mean of 3 x 3
+    image = render.open_image(shown["image"], shown["intrinsics"][4:], shown.get("orientation"))
+    if len(xy) < 20 or (xy < 0).any() or (xy >= image.size).any():
+        return math.nan
+    rgb = image.filter(ImageFilter.BoxBlur(1))  # the mean of 3 x 3
     x, y = xy.astype(int).T
     colours = np.asarray(rgb, np.float32)[y, x]
     gap = ((colours[:, None] - colours[None]) ** 2).sum(-1) / (2 * 12 ** 2)

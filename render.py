@@ -305,14 +305,13 @@ class Records:
 def read_line(file, offsets: np.ndarray, number: int) -> bytes:
     """Line `number` (from 0) of an open jsonl. Raises ValueError if the index is of another
     file."""
-    start, end = (int(offset) for offset in offsets[number:number + 2])
+    start, end = map(int, offsets[number:number + 2])
     file.seek(max(start - 1, 0))
-    before = file.read(min(start, 1))
-    line = file.read(end - start)
-    complete = line.endswith(b"\n") or number == len(offsets) - 2
-    if before not in (b"", b"\n") or b"\n" in line[:-1] or not complete:
+    text = b"\n" * (not start) + file.read(end - max(start - 1, 0))
+    complete = text.endswith(b"\n") or end == offsets[-1]
+    if not (text.startswith(b"\n") and complete) or b"\n" in text[1:-1]:
         raise ValueError(f"{file.name}: its .idx is of another file. Delete that.")
-    return line
+    return text[1:]
 
 
 def filled_lines(path: str, offsets: np.ndarray):
@@ -322,20 +321,6 @@ def filled_lines(path: str, offsets: np.ndarray):
     with open(path, "rb") as file:
         blank = [number for number in short if not read_line(file, offsets, number).strip()]
     return np.delete(lines, blank) if blank else lines
-
-
-def is_index(offsets: np.ndarray, path: Path) -> bool:
-    """Whether an index is of this file, as far as its ends and 256 lines spread over it tell;
-    read_line looks at the others."""
-    ends = len(offsets) and (offsets[0], offsets[-1]) == (0, path.stat().st_size)
-    if not (ends and (offsets[1:] > offsets[:-1]).all()):
-        return False
-    count = len(offsets) - 1
-    with suppress(ValueError), open(path, "rb") as file:
-        for number in np.linspace(0, count - 1, min(count, 256)).astype(int):
-            read_line(file, offsets, number)
-        return True
-    return False
 
 
 def open_index(path: str) -> np.ndarray:
@@ -349,7 +334,7 @@ def open_index(path: str) -> np.ndarray:
     fresh = index.is_file() and index.stat().st_mtime_ns >= path.stat().st_mtime_ns
     if fresh and index.stat().st_size % 8 == 0 < index.stat().st_size:
         offsets = np.memmap(index, dtype="<i8", mode="r")
-        if is_index(offsets, path):
+        if (offsets[0], offsets[-1]) == (0, size) and (offsets[1:] > offsets[:-1]).all():
             return offsets
 
     starts = [np.zeros(1, np.int64)]
@@ -402,19 +387,19 @@ def record_arrays(record: dict) -> dict:
                          "depth [metres, ...] as numbers.") from None
     if len(xy) != len(depth_m):
         raise ValueError(f"{len(xy)} pixel_coords but {len(depth_m)} depths; they go in pairs.")
-    for key, first, second in (("depth_type", "euclidean", "z"),
-                               ("orientation", "stored", "upright")):
-        if record.get(key) not in (None, first, second):
-            raise ValueError(f"{key} {record[key]!r} is neither '{first}' nor '{second}'.")
+    for key, *allowed in ("depth_type", "euclidean", "z"), ("orientation", "stored", "upright"):
+        if record.get(key) not in (None, *allowed):
+            raise ValueError(f"{key} {record[key]!r} is neither of {allowed}.")
     return {**record, "intrinsics": (fx, fy, cx, cy, w, h), "pixel_coords": xy, "depth": depth_m}
 
 
-def label_faults(record: dict) -> Iterator[tuple[str, str]]:
-    """What cannot be true of a record in array form: (kind of fault, example and remedy)."""
+def label_faults(record: dict, doubt: bool = False) -> Iterator[tuple[str, str]]:
+    """What cannot be true of a record in array form, or with `doubt` hardly is: (kind of fault,
+    example and remedy)."""
     fx, fy, _, _, w, h = record["intrinsics"]
     xy, depth_m = record["pixel_coords"], record["depth"]
-    if fault := camera_fault(record["intrinsics"]):
-        yield ("another image's camera" if min(fx, fy) > 0 else "fx or fy not positive"), fault
+    if fault := camera_fault(record["intrinsics"], doubt):
+        yield "camera of another image" if min(fx, fy) > 0 else "fx or fy not positive", fault
     bad = np.flatnonzero(~((depth_m > 0) & (depth_m <= FARTHEST)))
     if len(bad):
         yield "depth not positive and finite", (
@@ -438,44 +423,45 @@ def camera_fault(intrinsics, doubt: bool = False) -> str | None:
     if possible and not (doubt and off > 0.1):
         return None
     for mistake, meant in mistaken_cameras(*intrinsics):
-        if off_centre(*meant, w, h) < (0.04 if possible else 0.1):
-            why = f"{mistake}? {meant[0]:.6g}, {meant[1]:.6g}, {meant[2]:.6g}, {meant[3]:.6g}"
+        if off_centre(*meant, w, h) < (0.035 if possible else 0.1):
+            why = f"{mistake}? Then {', '.join(f'{value:.6g}' for value in meant)}."
             break
     else:
         if possible:
             return None
-        why = (f"needs finite numbers of pixels, fx and fy positive, a field of view of at most "
-               f"{WIDEST} degrees, no more than {LONGEST} times the side, and a principal point in "
-               "the image")
-    return f"intrinsics {camera} of an image of {w:g} x {h:g} px: {why}."
+        why = (f"They need finite numbers of pixels, positive fx and fy of at most {LONGEST} sides,"
+               f" a field of view of at most {WIDEST} degrees, a principal point in the image.")
+    return f"intrinsics {camera} do not fit an image of {w:g} x {h:g} px. {why}"
 
 
 def off_centre(fx, fy, cx, cy, w, h) -> float:
     """How far a principal point is from the middle of the image, as a share of its sides (0.5: on
     its border); infinite for a camera that there cannot be."""
-    if not (all(map(math.isfinite, (fx, fy, cx, cy, w, h))) and min(fx, fy, w, h) > 0):
+    if not (all(map(math.isfinite, (fx, fy, cx, cy))) and min(fx, fy, w, h) > 0):
         return math.inf
-    shortest = 0.5 / math.tan(math.radians(WIDEST / 2))
-    half = max(w, h) / 2  # a strip of an image has no telephoto lens
-    longest = max(fx / max(w, half), fy / max(h, half))
-    if min(fx / w, fy / h) < shortest or longest > LONGEST or not 0.5 <= fx / fy <= 2:
+    widest = 2 * math.degrees(math.atan(max(w / fx, h / fy) / 2))
+    longest = max(fx, fy) / max(w, h)
+    if widest > WIDEST + 1e-6 or longest > LONGEST or not 0.5 <= fx / fy <= 2:
         return math.inf
     return max(abs((cx + 0.5) / w - 0.5), abs((cy + 0.5) / h - 0.5))
 
 
 def mistaken_cameras(fx, fy, cx, cy, w, h) -> Iterator[tuple[str, tuple]]:
     """What fx, fy, cx, cy may be by mistake, and what was meant."""
-    yield "cx and cy swapped", (fx, fy, cy, cx)
-    yield "in the order fx, cx, fy, cy", (fx, cx, fy, cy)
-    yield "in the order cx, cy, fx, fy", (cx, cy, fx, fy)
-    yield "divided by the image's sides", (fx * w, fy * h, cx * w, cy * h)
+    if not min(w, h) > 0:
+        return
+    yield "Are cx and cy swapped", (fx, fy, cy, cx)
+    yield "Are they in the order fx, cx, fy, cy", (fx, cx, fy, cy)
+    yield "Are they in the order cx, cy, fx, fy", (cx, cy, fx, fy)
+    yield "Are they divided by the image's sides", (fx * w, fy * h, cx * w, cy * h)
     scale = cx / w + cy / h  # 1 for a centred camera
-    if scale > 0 and not 0.8 < scale < 1.25:
-        yield f"of an image of {scale * w:.4g} x {scale * h:.4g} px", (
+    common = (1 / 4, 1 / 3, 1 / 2, 2 / 3, 3 / 4, 4 / 3, 3 / 2)
+    if 0 < scale < 0.2 or scale > 1.8 or min(abs(scale - ratio) for ratio in common) < 0.02:
+        yield f"Are they of an image of {scale * w:.4g} x {scale * h:.4g} px", (
             fx / scale, fy / scale, cx / scale, cy / scale)
     film = math.hypot(w, h) / math.hypot(*FILM)  # px a mm
-    yield "a focal length in mm of 35 mm film", (fx * film, fy * film, cx, cy)
-    yield "a focal length divided by the image's sides", (fx * w, fy * h, cx, cy)
+    yield "Is the focal length in mm of 35 mm film", (fx * film, fy * film, cx, cy)
+    yield "Is the focal length divided by the image's width", (fx * w, fy * w, cx, cy)
 
 
 def ray_length(x, y, intrinsics) -> np.ndarray:
@@ -499,7 +485,8 @@ MARGIN = 6  # px kept free around a query in a random crop, so that the arrow fi
 MAX_PIXELS = 1 << 27  # of a resized image: 160 degrees at f = 1000; 400 MB
 
 
-FORMATS = ["AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"]  # JPEG: also MPO
+# others start programs (EPS: Ghostscript); JPEG is also MPO
+FORMATS = ["AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"]
 MAX_MEMORY = 1 << 30  # bytes of an image while it is read: 268 megapixels in 8 bits
 TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
          4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
@@ -516,41 +503,27 @@ def image_file(path, data=None) -> Iterator[Image.Image]:
                          "(or --image-root).")
     Image.MAX_IMAGE_PIXELS = None  # the limit is on memory, below
     try:
-        with Image.open(data or path, formats=image_formats()) as file:
-            size = file.width * file.height * (16 if file.mode[0] in "IF" else 4)
-            if size > MAX_MEMORY:
-                raise ValueError(f"{file.width} x {file.height} px need {size / 1e9:.1f} GB of "
-                                 f"memory, at most {MAX_MEMORY / 1e9:.1f} are read")
+        with Image.open(data or path, formats=FORMATS) as file:
+            memory = file.width * file.height * (16 if file.mode[0] in "IF" else 4)
+            if memory > MAX_MEMORY:
+                raise ValueError(f"{file.width} x {file.height} px take {memory / 1e9:.1f} GB of "
+                                 f"memory, and {MAX_MEMORY / 1e9:.1f} are the limit")
             yield file
+    except UnidentifiedImageError:
+        raise ValueError(f"{path}: is no image of {', '.join(FORMATS)}. Convert it (HEIC: pip "
+                         "install pillow-heif), or drop its record.") from None
     except Exception as e:  # decoders of damaged files raise whatever they like
-        why = str(e) or type(e).__name__
-        if isinstance(e, UnidentifiedImageError):
-            why = (f"is none of {', '.join(FORMATS)}; if it is HEIC, convert it, or pip install "
-                   "pillow-heif")
-        raise ValueError(f"{path}: cannot be read as an image ({why}). Replace the file or drop its "
-                         "record.") from None
-
-
-@lru_cache(maxsize=1)
-def image_formats() -> list[str]:
-    """A list: others start programs (EPS: Ghostscript)."""
-    with suppress(ImportError):
-        import pillow_heif
-        pillow_heif.register_heif_opener()
-        return [*FORMATS, "HEIF"]
-    return FORMATS
+        raise ValueError(f"{path}: cannot be read as an image ({str(e) or type(e).__name__}). "
+                         "Replace the file or drop its record.") from None
 
 
 def exif_orientation(file: Image.Image) -> int:
     """1 to 8; 1 where there is none, or the EXIF data are damaged."""
     with suppress(Exception):
-        orientation = file.getexif().get(ExifTags.Base.Orientation)
+        # not file.getexif(): for a PNG without EXIF data that decodes the image
+        orientation = Image.Image.getexif(file).get(ExifTags.Base.Orientation)
         return orientation if orientation in TURNS else 1
     return 1
-
-
-def stored_size(file: Image.Image) -> tuple[int, int]:
-    return (file.tag_v2[256], file.tag_v2[257]) if file.format == "TIFF" else file.size
 
 
 def stored_pixels(file: Image.Image) -> Image.Image:
@@ -562,26 +535,27 @@ def stored_pixels(file: Image.Image) -> Image.Image:
     return file.transpose(TURNS[{6: 8, 8: 6}.get(orientation, orientation)])
 
 
-def labels_are_upright(orientation: int, stored: tuple, size=None, said: str | None = None) -> bool:
-    """Whether labels belong to the upright pixels of a file with that EXIF orientation, rather than
-    to the stored ones. said: the record's "orientation". Without it the labels' image size tells;
-    where it cannot (mirrored, upside down, square), it is the stored ones, as files without the
-    key have it. Without a size, as of a photo, the upright ones."""
-    if said or not size:
-        return said != "stored"
+def labels_are_upright(orientation: int, stored: tuple, size: tuple, said: str | None) -> bool:
+    """Whether labels belong to the upright pixels of a file with that EXIF orientation, or to the
+    stored ones. said: the record's "orientation". Without it the size of the labels' image tells,
+    and where it cannot (mirrored, upside down, square) it is the stored ones: so were the first
+    jsonl files made."""
+    if said:
+        return said == "upright"
     return orientation >= 5 and (stored[0] - stored[1]) * (size[0] - size[1]) < 0
 
 
 def open_image(path: str, size: tuple[float, float] | None = None,
-               orientation: str | None = None) -> Image.Image:
+               said: str | None = None) -> Image.Image:
     """Any image file as 8-bit RGB: grey, palette, CMYK, 16-bit; alpha is laid on black. It is
-    turned upright by EXIF unless the labels are of the stored pixels (labels_are_upright). Raises
-    ValueError."""
+    turned upright by EXIF, unless `size`, of the labels' image, and what their record said of its
+    orientation show that they belong to the stored pixels. Raises ValueError."""
     with image_file(path) as file:
-        turn = exif_orientation(file)
+        orientation = exif_orientation(file)
         image = stored_pixels(file)
-        if turn > 1 and labels_are_upright(turn, image.size, size, orientation):
-            image = image.transpose(TURNS[turn])
+        upright = not size or labels_are_upright(orientation, image.size, size, said)
+        if upright and orientation > 1:
+            image = image.transpose(TURNS[orientation])
         if image.mode.startswith("I") or image.mode == "F":
             image = to_8_bit(image)
         if "A" in image.getbands() or "transparency" in image.info:
@@ -812,8 +786,8 @@ def motion(records: Records, i: int, rng, point: int | None = None) -> Query:
         raise Unfit(f"{record['where']}: has no 'pose', so nobody knows how far the camera moved.")
     pose = pose_matrix(record["pose"])
     if pose is None:
-        raise Unfit(f"{record['where']}: its 'pose' is not 16 finite numbers, camera-to-world, with "
-                    "a rotation.")
+        raise Unfit(f"{record['where']}: its 'pose' is not 16 finite numbers, camera-to-world, "
+                    "with a rotation.")
     around = [*range(-MOTION_WINDOW, 0), *range(1, MOTION_WINDOW + 1)]
     for offset in rng.permutation(around):
         if not 0 <= i + offset < len(records):
@@ -848,10 +822,9 @@ def pose_matrix(values) -> np.ndarray | None:
     except (TypeError, ValueError, OverflowError):
         return None
     turn = pose[:3, :3]
-    if not (np.isfinite(pose).all() and (np.abs(turn) < 2).all()):
-        return None
-    off = np.abs(turn.T @ turn - np.eye(3)).max()
-    return pose if off < 0.01 and np.linalg.det(turn) > 0 else None
+    with np.errstate(all="ignore"):
+        rigid = np.allclose(turn.T @ turn, np.eye(3), atol=0.01) and np.linalg.det(turn) > 0
+    return pose if rigid and np.isfinite(pose).all() else None
 
 
 METERS = {

@@ -16,7 +16,6 @@ run resumes from its step number alone, and the number of processes, loader work
 micro-batch change nothing. Flags in a file are given as @file; a later flag wins.
 """
 import argparse
-import json
 import math
 import shutil
 import sys
@@ -486,7 +485,7 @@ def log_line(path: Path, **fields) -> None:
         rounded = {key: round(value, 6) if isinstance(value, float) and key != "lr" else value
                    for key, value in fields.items()}
         with open(path, "a") as file:
-            file.write(json.dumps(rounded) + "\n")
+            file.write(render.json_text(rounded))
 
 
 # --------------------------------------------------------------------------------------------------
