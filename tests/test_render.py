@@ -1001,7 +1001,8 @@ def test_wrong_index(tmp_path, fault):
     said, seen = 0, []
     for i in range(20):
         try:
-            seen.append(render.Records(path)[i]["time"])
+            records = render.Records(path)
+            seen += [records[i]["time"]] if i < len(records) else []
         except ValueError as e:
             assert "a.jsonl: its .idx is of another file. Delete that." in str(e)
             said += 1
