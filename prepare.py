@@ -214,8 +214,8 @@ def read_image(path):
         return np.asarray(render.stored_pixels(file))
 
 
-# what says "no return" in depth files
-NOTHING = [np.iinfo(kind).max for kind in (np.int16, np.uint16, np.int32, np.uint32)]
+# what says "no return" in depth files: the largest number of a type, of float16, too
+NOTHING = [np.iinfo(kind).max for kind in (np.int16, np.uint16, np.int32, np.uint32)] + [65504]
 
 
 def load_map(path, scale, frame):
@@ -2098,7 +2098,8 @@ def parse_args(argv=None):
     flag("--points", type=COUNT, default=100, help="labelled pixels an image (Sec. 4)")
     flag("--seed", type=NATURAL, default=0, help="which pixels are drawn; toy: also the rooms")
     flag("--min-depth", type=render.number(float, 0), help="Euclidean [m]; default: by dataset")
-    flag("--max-depth", type=POSITIVE, help="Euclidean [m]; default: by dataset")
+    flag("--max-depth", type=render.number(float, 0, render.FARTHEST, exclusive=True),
+         help="Euclidean [m]; default: by dataset")
     flag("--occlusion", action="store_true", help="drop LiDAR points that the camera cannot see")
     flag("--paper-labels", action="store_true", help="the published labels (z, 0.8 x), marked")
 

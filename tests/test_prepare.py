@@ -5,6 +5,7 @@ import http.server
 import inspect
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -49,6 +50,8 @@ from test_prepare_readers import (
     waymo_root,
     well_formed,
 )
+
+import render
 
 SHARED = ROOT.parent / "shared"
 
@@ -967,14 +970,95 @@ def same_content(rows):
     rows[9] = {**rows[3], "image": str(folder / "again.png"), "scene": "another"}
 
 
+def camera(*numbers):
+    """All cameras of a file, made from fx, fy, cx, cy, w, h of each."""
+
+    def change(rows):
+        for row in rows:
+            row["intrinsics"][:4] = [f(*row["intrinsics"]) for f in numbers]
+
+    return change
+
+
+def one_camera(*numbers):
+    return lambda rows: camera(*numbers)(rows[5:6])
+
+
+def labels(new, share=1.0):
+    """A share of the labels of each record made from the old ones (N,)."""
+
+    def change(rows):
+        rng = np.random.default_rng(0)
+        for row in rows:
+            old = np.array(row["depth"])
+            picked = rng.random(len(old)) < share
+            row["depth"] = np.where(picked, new(old, row), old).tolist()
+
+    return change
+
+
+def ray(row):
+    fx, fy, cx, cy = row["intrinsics"][:4]
+    x, y = np.array(row["pixel_coords"]).T
+    return np.sqrt(1 + ((x - cx) / fx) ** 2 + ((y - cy) / fy) ** 2)
+
+
+def one(key, value):
+    return lambda rows: rows[7].update({key: value(rows[7]) if callable(value) else value})
+
+
+OTHER_CAMERA = "camera of another image"
+A, B, C, D = (lambda k: lambda *v: v[k])(0), *((lambda k: lambda *v: v[k])(k) for k in (1, 2, 3))
+CAMERA_FAULTS = {  # fx, fy, cx, cy as functions of fx, fy, cx, cy, w, h
+    "cx and cy swapped": (A, B, D, C),
+    "fx, cx, fy, cy": (A, C, B, D),
+    "cx, cy, fx, fy": (C, D, A, B),
+    "divided by the image's sides": (lambda *v: v[0] / v[4], lambda *v: v[1] / v[5],
+                                     lambda *v: v[2] / v[4], lambda *v: v[3] / v[5]),
+    "of an image of 1": tuple(lambda *v, k=k: v[k] / v[4] for k in range(4)),  # by the width
+    "of an image of": tuple(lambda *v, k=k: v[k] / 2 for k in range(4)),
+    "of an image of ": tuple(lambda *v, k=k: v[k] * 3 for k in range(4)),
+    "of an image of  ": tuple(lambda *v, k=k: v[k] * 6.4 / v[4] for k in range(4)),  # mm, sensor
+    "in mm of 35 mm film": (lambda *v: v[0] * 43.27 / math.hypot(*v[4:]) / 12,
+                            lambda *v: v[1] * 43.27 / math.hypot(*v[4:]) / 12, C, D),
+    "divided by the image's width": (lambda *v: v[0] / v[4], lambda *v: v[1] / v[4], C, D),
+    "field of view": (lambda *v: 1e-3, lambda *v: 1e-3, C, D),
+    "20 sides": (lambda *v: 1e6, lambda *v: 1e6, C, D),
+    "principal point in the image": (A, B, lambda *v: v[4] + 3, D),
+    "a principal point": (A, B, lambda *v: 0, lambda *v: 0),
+    "positive fx and fy": (A, lambda *v: 3 * v[1], C, D),
+}
+
+
 FAULTS = {
     "z": (all_z, "z sold as euclidean"),
+    **{name: (camera(*numbers), OTHER_CAMERA) for name, numbers in CAMERA_FAULTS.items()},
+    **{f"one {name}": (one_camera(*numbers), OTHER_CAMERA)
+       for name, numbers in CAMERA_FAULTS.items()},
+    "mm": (labels(lambda d, row: 1000 * d), "millimetres?"),
+    "cm": (labels(lambda d, row: 100 * d), "centimetres?"),
+    "km": (labels(lambda d, row: d / 1000), "metres"),
+    "far": (one("depth", lambda row: [1e5] * len(row["depth"])), "depth not positive and finite"),
+    "no return, z": (labels(lambda d, row: 65.535 * ray(row), 0.3), "at 65.535 m"),
+    "no return": (labels(lambda d, row: 65.535, 0.01), "at 65.535 m"),
+    "no return at 0.2 mm": (labels(lambda d, row: 13.107 * ray(row), 0.01), "at 13.107 m"),
+    "end of range, z": (labels(lambda d, row: 10 * ray(row), 0.1), "many labels at one value"),
+    "end of range": (labels(lambda d, row: np.full(len(d), 4.0), 0.2), "at 4 m"),
+    "huge": (one("depth", lambda row: [10 ** 400] * len(row["depth"])), "malformed line"),
+    "pose scaled": (one("pose", lambda row: (2 * np.array(row["pose"])).tolist()), "pose is none"),
+    "pose short": (one("pose", [1.0]), "pose is none"),
+    "pose huge": (one("pose", [10 ** 400] * 16), "pose is none"),
+    "orientation": (one("orientation", "left"), "malformed line"),
+    "depth_type": (one("depth_type", "disparity"), "malformed line"),
+    "surrogate": (one("scene", "\ud800"), "malformed line"),
+    "null": (one("pixel_coords", [[None, None]]), "malformed line"),
+    "null image": (one("image", "a\0b.png"), "image not found"),
     "outside": (one_outside, "label outside of the image"),
     "negative": (one_negative, "label outside of the image"),
     "size": (one_size, "image size is not that of the intrinsics"),
     "fx": (one_fx, "fx or fy not positive"),
     "fy": (one_fy, "fx or fy not positive"),
-    "nan": (one_not_finite, "depth not positive and finite"),
+    "nan": (one_not_finite, "malformed line"),
     "empty": (one_empty, "no labels"),
     "duplicate": (twice, "duplicate image"),
     "content": (same_content, "duplicate image"),
@@ -992,6 +1076,113 @@ def test_check_finds(tmp_path, capfd, toy, fault):
             shutil.copy(toy / records(toy)[3]["image"], folder / "again.png")
     code, said = checked(capfd, rewrite(toy, tmp_path, change))
     assert code == 1 and words in said.lower(), said
+
+
+def lines_of(path, change):
+    """A jsonl with the bytes of its lines changed."""
+    lines = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join(change(lines)) + b"\n")
+
+
+@pytest.mark.parametrize("line", [
+    b'{"image": 1, "image": 2}', b"\xff\xfe", b"[" * 100_000, b"null", b"\x00", b"{}", b"-",
+    b'{"image": "a", "intrinsics": [], "pixel_coords": {}, "depth": "x"}',
+    b'{"image": "", "intrinsics": [9, 9, 4, 4, 9, 9], "pixel_coords": [], "depth": []}'])
+def test_check_never_raises(tmp_path, capfd, toy, line):
+    """Whatever stands in a line is named with its number, and the others are checked."""
+    path = rewrite(toy, tmp_path, lambda rows: None)
+    lines_of(path, lambda lines: [*lines[:4], line, *lines[5:]])
+    code, said = checked(capfd, path)
+    assert code == 1 and "line 5: " in said and "Traceback" not in said, said
+    assert "malformed line (1 x)" in said or "no labels (1 x)" in said
+
+
+@pytest.mark.parametrize("change", [
+    lambda lines: [b"", *lines[:3], b" \t ", b"", *lines[3:], b"", b""],
+    lambda lines: [b"\xef\xbb\xbf" + lines[0], *lines[1:]],
+    lambda lines: [line + b"\r" for line in lines]], ids=["blank", "BOM", "CRLF"])
+def test_check_is_silent_on_other_editors(tmp_path, capfd, toy, change):
+    """Blank lines, a byte order mark, Windows' ends of lines."""
+    path = rewrite(toy, tmp_path, lambda rows: None)
+    lines_of(path, change)
+    code, said = checked(capfd, path)
+    assert code == 0 and " 40    4000 " in said, said
+
+
+def test_check_makes_a_wrong_index_anew(tmp_path, capfd, toy):
+    """Of an index that lacks a line only the file itself can tell."""
+    path = rewrite(toy, tmp_path, lambda rows: None)
+    right = render.open_index(path).copy()
+    np.delete(right, 7).tofile(path.with_suffix(".idx"))
+    code, said = checked(capfd, path)
+    assert code == 0, said
+    assert (np.fromfile(path.with_suffix(".idx"), np.int64) == right).all()
+
+
+@pytest.mark.parametrize("container", ["png", "jpg", "mpo.jpg", "webp", "tiff", "bmp", "gif"])
+def test_check_finds_cut_images(tmp_path, capfd, toy, container):
+    """An image that is cut anywhere is named, though its header is there."""
+
+    def cut_one(rows):
+        image = Image.open(tmp_path / rows[9]["image"])
+        rows[9]["image"] = f"cut.{container}"
+        path = tmp_path / rows[9]["image"]
+        save_as(image, path)
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) * 3 // 4])
+
+    code, said = checked(capfd, rewrite(toy, tmp_path, cut_one))
+    assert code == 1 and "not found or not readable (1 x); line 10: " in said, said
+    assert f"cut.{container}" in said
+
+
+def save_as(image, path):
+    """In the container that the name says; an MPO has a second image."""
+    if path.name.endswith(".mpo.jpg"):
+        image.save(path, "MPO", save_all=True, append_images=[image.rotate(180)])
+    else:
+        image.save(path)
+
+
+def test_check_of_many_labels(tmp_path, capfd, toy):
+    """Statistics look at some of an image's labels: the time is that of reading them."""
+    seconds = []
+    for times in (1, 60):
+        def more(rows):
+            for row in rows:
+                row["depth"] = np.repeat(row["depth"], times).tolist()
+                row["pixel_coords"] = np.repeat(row["pixel_coords"], times, 0).tolist()
+
+        path = rewrite(toy, tmp_path, more)
+        start = time.process_time()
+        code, said = checked(capfd, path)
+        seconds.append(time.process_time() - start)
+        assert code == 0 and str(4000 * times) in said, said
+    assert seconds[1] < 4 * seconds[0] + 2
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("said", ["stored", "upright", None])
+def test_check_of_turned_images(tmp_path, capfd, toy, orientation, said):
+    """Labels on the upright photo, or on the stored pixels, are right either way, if the record
+    says which, or its size does."""
+
+    def turn(rows):
+        for k, row in enumerate(rows):
+            image = Image.open(tmp_path / row["image"])
+            exif = Image.Exif()
+            exif[0x0112] = orientation
+            row["image"] = f"{k}.png"
+            if said == "upright" or (said is None and orientation >= 5):  # shown as it was
+                undo = {5: 5, 6: 8, 7: 7, 8: 6}.get(orientation, orientation)
+                image = image.transpose(render.TURNS[undo]) if undo > 1 else image
+            image.save(tmp_path / row["image"], exif=exif)
+            if said:
+                row["orientation"] = said
+
+    path = rewrite(toy, tmp_path, turn)
+    code, said_by_check = checked(capfd, path)
+    assert code == 0, said_by_check
 
 
 def test_check_z_with_depth_type_is_no_fault(tmp_path, capfd, toy):
