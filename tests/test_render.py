@@ -312,6 +312,61 @@ def test_absurd_focal_length(tmp_path, capsys):
     assert view.pixels.shape[1] <= 140
 
 
+PHONE = (3029.0, 3029.0, 2015.5, 1511.5, 4032, 3024)
+
+
+@pytest.mark.parametrize("wrong, cause, meant", [
+    ((26, 26, 2015.5, 1511.5), "in mm of 35 mm film", (3029, 3029, 2015.5, 1511.5)),
+    ((0.75, 0.75, 2015.5, 1511.5), "divided by the image's width", (3024, 3024, 2015.5, 1511.5)),
+    ((0.75, 1.0, 0.5, 0.5), "divided by the image's sides", (3024, 3024, 2016, 1512)),
+    ((27.04, 27.04, 18, 13.5), "of an image of 36 x 27 px", (3029, 3029, 2016, 1512)),
+    ((4.81, 4.81, 3.2, 2.4), "of an image of 6.4 x 4.8 px", (3029, 3029, 2016, 1512)),
+    ((0.189, 0.189, 0.126, 0.0945), "of an image of 0.252 x 0.189", (3024, 3024, 2016, 1512)),  # in
+    ((757.25, 757.25, 503.5, 377.5), "of an image of 1007", (3029, 3029, 2015.5, 1511.5)),
+    ((6058, 6058, 4031.5, 3023.5), "of an image of 8063", (3029, 3029, 2015.5, 1511.5)),
+    ((3029, 3029, 1511.5, 2015.5), "cx and cy swapped", PHONE[:4]),
+    ((3029, 2015.5, 3029, 1511.5), "order fx, cx, fy, cy", PHONE[:4]),
+    ((2015.5, 1511.5, 3029, 3029), "order cx, cy, fx, fy", PHONE[:4]),
+    ((3029, 3029, 0, 0), "needs|need", None), ((3029, 3029, 5000, 1511.5), "principal point", None),
+    ((3029, 3029, 2015.5, -8), "principal point", None), ((3029, 7000, 2015.5, 1511.5), "fy", None),
+    ((1e6, 1e6, 2015.5, 1511.5), "20 sides", None), ((300, 3029, 2015.5, 1511.5), "160", None),
+    ((-3029, 3029, 2015.5, 1511.5), "positive", None), ((math.inf,) * 4, "finite", None),
+    ((3029, 3029, math.nan, 1511.5), "finite", None)])
+def test_cameras_of_other_images(wrong, cause, meant):
+    """The message names the likely mistake, and the numbers that would be right, to 1 %."""
+    fault = render.camera_fault((*wrong, 4032, 3024), doubt=True)
+    assert re.search(cause, fault) and "4032 x 3024" in fault
+    if meant:
+        found = [float(word) for word in fault.split("Then ")[1].rstrip(".").split(", ")]
+        assert found == pytest.approx(meant, rel=0.01)
+        assert render.camera_fault((*found, 4032, 3024), doubt=True) is None
+
+
+@pytest.mark.parametrize("camera", [
+    PHONE, (518.86, 519.47, 324.58, 252.74, 640, 480), (550.39, 548.55, 355.44, 240.26, 640, 480),
+    (2055.6, 2055.6, 939.7, 245.0, 1920, 886), (1776.0, 1776.0, 775.0, 1023.9, 1550, 2048),
+    (809.2, 809.2, 829.2, 481.8, 1600, 900), (1076.2, 1077.2, 629.7, 514.3, 1280, 1024),
+    (1427.4, 1428.6, 957.2, 719.4, 1920, 1440), (10.72, 10.72, 39.5, 29.5, 80, 60),
+    (19 * 640, 19 * 640, 319.5, 239.5, 640, 480), (500, 980, 319.5, 239.5, 640, 480),
+    (721.5, 721.5, 609.6, 172.9, 1242, 375), (500, 500, 20.0, 460.0, 640, 480),
+    (500, 500, 630.0, 239.5, 640, 480), (2000, 2000, 1999.5, 31.5, 4000, 64)])
+def test_right_cameras(camera):
+    """The sets of the paper, wide and long lenses, pixels that are not square, crops far off the
+    centre, strips."""
+    assert render.camera_fault(camera) is None and render.camera_fault(camera, doubt=True) is None
+    assert render.camera_fault((*(2 * v for v in camera),), doubt=True) is None
+
+
+def test_swapped_or_off_centre(tmp_path):
+    """A record alone may be an odd crop, so it is read; where a file is made or checked it is
+    named."""
+    path = record(tmp_path, intrinsics=[70, 70, 29.5, 39.5, 80, 60])
+    raw = render.record_arrays(json.loads(path.read_text()))
+    assert render.Records(path)[0]["depth"] == [2.0]
+    assert not list(render.label_faults(raw))
+    assert [kind for kind, _ in render.label_faults(raw, doubt=True)] == ["camera of another image"]
+
+
 # --------------------------------------------------------------------------------------------------
 # random crop
 
