@@ -326,7 +326,7 @@ def test_exif_digital_zoom_of_film(tmp_path):
 @pytest.mark.parametrize("flags, words", [
     (("--photo-focal", 0.75), "divided by the image's width? Then 72, 72"),
     (("--photo-focal", 1e5), "20 sides"), (("--photo-focal", 80, 20), "160 degrees"),
-    (("--focal-35mm", 0.1), "160 degrees"), (("--focal-35mm", 5000), "20 sides")])
+    (("--focal-35mm", 1), "do not fit"), (("--focal-35mm", 5000), "20 sides")])
 def test_cameras_that_there_cannot_be(tmp_path, tiny, photo, capsys, flags, words):
     """Before the model is loaded."""
     message = error_of(capsys, tmp_path / "no checkpoint", photo, *flags)
