@@ -255,9 +255,9 @@ def image_size(path):
     with render.image_file(path) as image, open(path, "rb") as file:
         orientation = render.exif_orientation(image)
         file.seek(max(0, file.seek(0, os.SEEK_END) - 1024))
-        jpeg, png = b"\xff\xd9", b"IEND\xaeB`\x82"
-        end = {"JPEG": jpeg, "MPO": jpeg, "PNG": png}.get(image.format)
-        if end and file.read().rstrip(b"\0").endswith(end):
+        end = b"IEND\xaeB`\x82" if image.format == "PNG" else b"\xff\xd9"
+        whole = file.read().rstrip(b"\0").endswith(end)
+        if whole and image.format in ("JPEG", "MPO", "PNG"):
             return image.size, orientation
         # cut, or unusual at the end: only decoding can tell
         size = render.stored_pixels(image).size
@@ -297,9 +297,9 @@ def read_sweep(path):
         return points[:, :3].astype(np.float64)
 
 
-SYSTEM_NAMES = ("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir", "@tmp",
-                "@recycle", "#recycle", "#snapshot", "$recycle.bin", "recycler", "lost+found",
-                "system volume information")
+SYSTEM_NAMES = ("thumbs.db, ehthumbs.db, desktop.ini, icon\r, __macosx, @eadir, @tmp, @recycle, "
+                "#recycle, #snapshot, $recycle.bin, recycler, lost+found, "
+                "system volume information").split(", ")
 
 
 def is_data(name):
@@ -1416,25 +1416,28 @@ class Refused(ValueError):
 
 
 UNITS = {1: "metres", 100: "centimetres", 1000: "millimetres", 10**6: "micrometres"}
-BELIEVABLE = (0.02, 200)  # m: of the median depth of an image
 
 
-def likely_scale(number):
-    """Of UNITS, that in which a median depth is nearest to 3 m."""
-    return min(UNITS, key=lambda scale: abs(math.log(number / scale / 3)))
+def other_unit(depths, scale, low=0.02, high=200):
+    """Why depths (N,) are not in metres at `scale` numbers a metre, if their median shows it: of
+    UNITS that in which it would be nearest to 3 m."""
+    median = np.median(depths) if len(depths) else 1.0
+    if low <= median <= high:
+        return None
+    likely = min(UNITS, key=lambda unit: abs(math.log(median * scale / unit / 3)))
+    return f"median depth {median:.4g}: {UNITS[likely]}? Give --depth-scale {likely}"
 
 
 def label_orientation(frame, size, exif):
     """Which pixels of an image with an EXIF orientation the depth belongs to -> "stored" or
     "upright", the image's size there, and notes."""
     told = frame.depth.shape[::-1] if frame.kind in MAPS else tuple(frame.intrinsics[4:])
-    turned = size[::-1]
-    if exif == 1 or exif >= 5 and told == size != turned:
-        return "stored" if exif > 1 else None, size, ()
-    if exif >= 5 and told == turned != size:
-        return "upright", turned, ()
-    return "stored", size, (("images are turned or mirrored by EXIF, and whether their depth is, "
-                             "too, does not show: taken as of the stored pixels", 1),)
+    shows = exif >= 5 and size[0] != size[1]
+    if shows and told == size[::-1]:
+        return "upright", told, ()
+    notes = (("images are turned or mirrored by EXIF, and whether their depth is, too, does not "
+              "show: taken as of the stored pixels", 1),)
+    return "stored" if exif > 1 else None, size, () if exif == 1 or shows and told else notes
 
 
 def make_record(frame, folder, points, seed, limits, occlusion, published):
@@ -1455,12 +1458,8 @@ def make_record(frame, folder, points, seed, limits, occlusion, published):
         labels = map_labels(frame.depth, frame.kind, intrinsics)
     else:
         labels = cloud_labels(frame.depth, occlusion and frame.kind == "lidar", intrinsics)
-    median = float(np.median(labels[2])) if len(labels[2]) else 1.0
-    low, high = BELIEVABLE
-    if not min(low, limits[0]) <= median <= max(high, limits[1]):
-        scale = likely_scale(median * frame.scale)
-        raise Refused(f"{frame.id}: median depth {median:.4g}: {UNITS[scale]}? Give --depth-scale "
-                      f"{scale}, or other --min-depth, --max-depth.")
+    if fault := other_unit(labels[2], frame.scale, min(0.02, limits[0]), max(200, limits[1])):
+        raise Refused(f"{frame.id}: {fault}, or other --min-depth, --max-depth.")
     valid = np.flatnonzero((labels[2] >= limits[0]) & (labels[2] <= limits[1]))
     notes += frame.notes
     if len(valid) < min(MIN_POINTS, points):
@@ -1733,9 +1732,8 @@ def spread(records, most):
 
 def thinned(record):
     """The record with at most CHECK_POINTS of its labels."""
-    count = len(record["depth"])
-    kept = np.linspace(0, count - 1, min(count, CHECK_POINTS)).astype(int)
-    return record | {key: record[key][kept] for key in ("pixel_coords", "depth")}
+    step = 1 + (len(record["depth"]) - 1) // CHECK_POINTS
+    return record | {key: record[key][::step or 1] for key in ("pixel_coords", "depth")}
 
 
 def check_labels(path, count, add):
@@ -1786,11 +1784,8 @@ def check_labels(path, count, add):
 def check_values(depths, others, add):
     """The labels (N,) of a file and the same as the other kind of depth, z or Euclidean: another
     unit than metres, or many at one value, as sensors say that nothing returned."""
-    median = np.median(depths) if len(depths) else 1.0
-    if not BELIEVABLE[0] <= median <= BELIEVABLE[1]:
-        scale = likely_scale(median)
-        add("labels are not in metres", 0, f"their median is {median:.4g}: {UNITS[scale]}? Divide "
-            f"them by {scale}")
+    if fault := other_unit(depths, 1):
+        add("labels are not in metres", 0, fault)
     for values in (np.round(depths, 3), np.round(others, 3)):
         found, times = np.unique(values, return_counts=True)
         low, high = np.searchsorted(np.sort(values), (0.95 * found, 1.05 * found))

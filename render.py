@@ -317,7 +317,7 @@ def read_line(file, offsets: np.ndarray, number: int) -> bytes:
 def filled_lines(path: str, offsets: np.ndarray):
     """Numbers of the lines that are not blank."""
     lines = range(len(offsets) - 1)
-    short = np.flatnonzero(offsets[1:] - offsets[:-1] < 64)  # no record is
+    short = np.flatnonzero(np.diff(offsets) < 64)  # no record is
     with open(path, "rb") as file:
         blank = [number for number in short if not read_line(file, offsets, number).strip()]
     return np.delete(lines, blank) if blank else lines
@@ -446,22 +446,22 @@ def off_centre(fx, fy, cx, cy, w, h) -> float:
     return max(abs((cx + 0.5) / w - 0.5), abs((cy + 0.5) / h - 0.5))
 
 
-def mistaken_cameras(fx, fy, cx, cy, w, h) -> Iterator[tuple[str, tuple]]:
+def mistaken_cameras(fx, fy, cx, cy, w, h) -> Iterator[tuple[str, np.ndarray]]:
     """What fx, fy, cx, cy may be by mistake, and what was meant."""
-    if not min(w, h) > 0:
+    camera = np.array([fx, fy, cx, cy])
+    if not (np.isfinite(camera).all() and min(w, h) > 0):
         return
-    yield "Are cx and cy swapped", (fx, fy, cy, cx)
-    yield "Are they in the order fx, cx, fy, cy", (fx, cx, fy, cy)
-    yield "Are they in the order cx, cy, fx, fy", (cx, cy, fx, fy)
-    yield "Are they divided by the image's sides", (fx * w, fy * h, cx * w, cy * h)
+    yield "Are cx and cy swapped", camera[[0, 1, 3, 2]]
+    yield "Are they in the order fx, cx, fy, cy", camera[[0, 2, 1, 3]]
+    yield "Are they in the order cx, cy, fx, fy", camera[[2, 3, 0, 1]]
+    yield "Are they divided by the image's sides", camera * (w, h, w, h)
     scale = cx / w + cy / h  # 1 for a centred camera
-    common = (1 / 4, 1 / 3, 1 / 2, 2 / 3, 3 / 4, 4 / 3, 3 / 2)
-    if 0 < scale < 0.2 or scale > 1.8 or min(abs(scale - ratio) for ratio in common) < 0.02:
-        yield f"Are they of an image of {scale * w:.4g} x {scale * h:.4g} px", (
-            fx / scale, fy / scale, cx / scale, cy / scale)
+    common = np.array([0.25, 0.333, 0.5, 0.667, 0.75, 1.333, 1.5])
+    if 0 < scale < 0.2 or scale > 1.8 or np.abs(common - scale).min() < 0.02:
+        yield f"Are they of an image of {scale * w:.4g} x {scale * h:.4g} px", camera / scale
     film = math.hypot(w, h) / math.hypot(*FILM)  # px a mm
-    yield "Is the focal length in mm of 35 mm film", (fx * film, fy * film, cx, cy)
-    yield "Is the focal length divided by the image's width", (fx * w, fy * w, cx, cy)
+    yield "Is the focal length in mm of 35 mm film", camera * (film, film, 1, 1)
+    yield "Is the focal length divided by the image's width", camera * (w, w, 1, 1)
 
 
 def ray_length(x, y, intrinsics) -> np.ndarray:
