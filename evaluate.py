@@ -1192,7 +1192,7 @@ def query_model(args, checkpoint: Checkpoint, groups: list, out: Path, rank: int
             for queries, answers, count in answered:
                 for query, answer, number in zip(queries, answers, numbers):
                     line = prediction(query, answer, dataset=name, id=number)
-                    file.write(json.dumps(line) + "\n")
+                    file.write(render.json_text(line))
                 file.flush()
                 forwards, batches = forwards + count, batches + 1
                 bar.update(len(queries))

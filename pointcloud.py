@@ -18,6 +18,7 @@ command resumes an interrupted run; with other filters it makes the cloud anew f
 import argparse
 import json
 import math
+import re
 import sys
 import time
 from dataclasses import dataclass
@@ -33,7 +34,6 @@ from render import COUNT, NATURAL, POSITIVE, SHARE, file_path, number
 
 NUM_POINTS = 10_000  # Sec. 4, "Visualization"
 NEAREST, FARTHEST = 1e-6, 1e6  # m; a number beyond these is no distance of anything in a photo
-FILM_WIDTH, FILM_HEIGHT = 36, 24  # mm, of a frame of 35 mm film
 HOW_FOCAL = "Give --photo-focal PIXELS, --fov DEGREES (the horizontal one) or --focal-35mm MM."
 FILES = ("cloud.ply", "depth.npy", "points.npz", "picture.png")
 ANSWERS = "answers.jsonl"
@@ -78,28 +78,39 @@ def has_neighbour(depth_m: np.ndarray, limit: float) -> np.ndarray:
 class Photo:
     """path: the file that the model is shown; image: its pixels; intrinsics (fx, fy, cx, cy, w, h)
     [px]; source: where the focal length is from; labels: of a record, pixels (N, 2) and Euclidean
-    distances (N,) [m]."""
+    distances (N,) [m]; orientation: of the pixels, as in a record."""
     path: str
     image: Image.Image
     intrinsics: tuple
     source: str
     labels: tuple[np.ndarray, np.ndarray] | None = None
+    orientation: str | None = "upright"
 
 
 def film_focal(film_mm: float, width: int, height: int) -> float:
     """35 mm equivalent [mm] -> focal length [px], by the diagonal: that is how the equivalent is
     defined (CIPA DCG-001). Film is 3:2 and most sensors are 4:3, so that the same rule by the width
     would give 4 % less."""
-    return film_mm / math.hypot(FILM_WIDTH, FILM_HEIGHT) * math.hypot(width, height)
+    return film_mm / math.hypot(*render.FILM) * math.hypot(width, height)
+
+
+# in the metadata of images that no pinhole camera took: XMP of Google's panoramas and spherical
+# images, what Hugin writes, names of lenses
+NO_PINHOLE = re.compile(
+    r"ns\.google\.com/(photos/1\.0/panorama|videos/1\.0/spherical)|projection_?type|fullpano|"
+    r"usepanorama|equirectangular|cylindrical|photo ?sphere|fish-?eye", re.I)
+CAMERAS_360 = re.compile(r"360|theta|gopro max|fusion|qoocam|keymission|panono", re.I)
 
 
 def exif_focal(path: str) -> tuple[float, float, str]:
     """fx, fy of the upright photo [px] from its EXIF data, and how they were found. Raises
-    ValueError if it has none, or if it was cropped after it was taken."""
-    with Image.open(path) as file:
-        width, height = file.size  # as stored, not yet upright
+    ValueError if it has none, or if it was cropped after it was taken, or is a panorama."""
+    with render.image_file(path) as file:
+        width, height = file.size
+        turned = render.exif_orientation(file) >= 5
         exif = file.getexif()
-    tags = exif.get_ifd(ExifTags.IFD.Exif)
+        tags = {**exif, **exif.get_ifd(ExifTags.IFD.Exif)}
+        text = f"{file.info} {tags}"
 
     def positive(name: str) -> float:
         try:
@@ -108,27 +119,41 @@ def exif_focal(path: str) -> tuple[float, float, str]:
             return 0.0
         return value if math.isfinite(value) and value > 0 else 0.0
 
+    aspect = max(width, height) / min(width, height)
+    made_by = f"{tags.get(ExifTags.Base.Make)} {tags.get(ExifTags.Base.Model)}"
+    spherical = abs(aspect - 2) < 0.02 and CAMERAS_360.search(made_by)
+    by_apple = positive("CustomRendered") == 6
+    if spherical or by_apple or aspect > 2.5 or NO_PINHOLE.search(text):
+        raise ValueError(f"{path}: is a panorama, or spherical, or of a fisheye lens, so that its "
+                         f"EXIF data have no focal length in pixels. {HOW_FOCAL}")
     taken, now = (positive("ExifImageWidth"), positive("ExifImageHeight")), (width, height)
-    if all(taken) and abs(max(taken) / min(taken) * min(now) / max(now) - 1) > 0.01:
+    if all(taken) and abs(max(taken) / min(taken) / aspect - 1) > 0.01:
         raise ValueError(f"{path}: was taken at {taken[0]:g} x {taken[1]:g} and is {width} x "
                          f"{height}: it was cropped, so the focal length of its EXIF data does not "
                          f"hold. {HOW_FOCAL}")
-    if film_mm := positive("FocalLengthIn35mmFilm"):
-        focal = film_focal(film_mm, width, height)
-        return focal, focal, f"EXIF: {film_mm:g} mm on 35 mm film, by the diagonal"
 
     units = {2: 25.4, 3: 10.0, 4: 1.0, 5: 0.001}  # mm
     unit = units.get(int(positive("FocalPlaneResolutionUnit")) or 2)
     focal_mm, density = positive("FocalLength"), positive("FocalPlaneXResolution")
-    if not (focal_mm and density and unit):
+    film_mm, zoom = positive("FocalLengthIn35mmFilm"), positive("DigitalZoomRatio") or 1.0
+    zoomed, on_sensor = abs(zoom - 1) > 0.02, focal_mm and density and unit
+    if film_mm and not zoomed:
+        focal = film_focal(film_mm, width, height)
+        return focal, focal, f"EXIF: {film_mm:g} mm on 35 mm film, by the diagonal"
+    if film_mm and not on_sensor:
+        raise ValueError(f"{path}: was taken at {film_mm:g} mm on 35 mm film, and with a digital "
+                         f"zoom of {zoom:g}, which some makers count in and others do not. Give "
+                         f"--focal-35mm {film_mm:g} or {film_mm * zoom:g}.")
+    if not on_sensor:
         raise ValueError(f"{path}: its EXIF data have no focal length that can be had in pixels. "
                          f"{HOW_FOCAL}")
-    resized = max(now) / max(taken) if all(taken) else 1.0
+    resized = zoom * (max(now) / max(taken) if all(taken) else 1.0)
     fx = focal_mm * density / unit * resized
     fy = focal_mm * (positive("FocalPlaneYResolution") or density) / unit * resized
-    if exif.get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8):  # the tags are about the sensor
+    if turned:  # the tags are about the sensor
         fx, fy = fy, fx
-    return fx, fy, f"EXIF: {focal_mm:g} mm on a sensor of {density / unit:.4g} px/mm"
+    source = f"EXIF: {focal_mm:g} mm on a sensor of {density / unit:.4g} px/mm"
+    return fx, fy, source + f", digital zoom {zoom:g}" * zoomed
 
 
 def open_photo(path: str, photo_focal: list[float] | None = None, fov: float | None = None,
@@ -154,7 +179,10 @@ def open_photo(path: str, photo_focal: list[float] | None = None, fov: float | N
         fx, fy, source = exif_focal(path)
     cx, cy = center or ((width - 1) / 2, (height - 1) / 2)
     check_inside("--center", cx, cy, width, height)
-    return Photo(path, image, (fx, fy, cx, cy, width, height), source)
+    intrinsics = (fx, fy, cx, cy, width, height)
+    if fault := render.camera_fault(intrinsics):
+        raise ValueError(f"{path}: {source}: {fault} {HOW_FOCAL}")
+    return Photo(path, image, intrinsics, source)
 
 
 def open_record(path: str, number: int, image_root: str | None, label_type: str | None) -> Photo:
@@ -165,10 +193,11 @@ def open_record(path: str, number: int, image_root: str | None, label_type: str 
     if number >= len(records):
         raise ValueError(f"--record {number}: {path} has the records 0 to {len(records) - 1}.")
     record = records[number]
-    image = render.open_image(record["image"], record["intrinsics"][4:])
+    orientation = record.get("orientation")
+    image = render.open_image(record["image"], record["intrinsics"][4:], orientation)
     intrinsics, sx, sy = render.match_size(image, record["intrinsics"], record["where"])
     labels = (record["pixel_coords"] + 0.5) * (sx, sy) - 0.5, record["depth"]
-    return Photo(record["image"], image, intrinsics, "the record", labels)
+    return Photo(record["image"], image, intrinsics, "the record", labels, orientation)
 
 
 def check_inside(flag: str, x: float, y: float, width: int, height: int) -> None:
@@ -186,7 +215,7 @@ def query_pixels(model, checkpoint, photo: Photo, pixels: np.ndarray, batch_size
     """Query the model about pixels (N, 2) -> yields batches of {"pixel", "pred" [m] or None,
     "text", ...}."""
     record = {"image": photo.path, "intrinsics": photo.intrinsics, "pixel_coords": pixels,
-              "depth": np.ones(len(pixels))}  # the depth is unused
+              "depth": np.ones(len(pixels)), "orientation": photo.orientation}
     records = [render.check_record(record, photo.path)]  # a list serves as Records
     pairs = [(0, k) for k in range(len(pixels))]
     remaining = iter(pixels.tolist())
@@ -223,7 +252,7 @@ def answer_grid(load_model, checkpoint, photo: Photo, pixels: np.ndarray, path: 
     with open(path, "a") as file, bar:
         for batch in query_pixels(model, checkpoint, photo, pixels[kept:], batch_size, workers,
                                   decode):
-            file.write("".join(json.dumps(line) + "\n" for line in batch))
+            file.write("".join(map(render.json_text, batch)))
             file.flush()
             lines += batch
             times.append(time.time())

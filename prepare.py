@@ -23,16 +23,15 @@ Paper: Sec. 4 (DepthLMBench) and App. A.2. Deviations are marked by comments: "#
 import argparse
 import csv
 import errno
-import glob
 import hashlib
 import io
-import json
 import math
 import os
 import shutil
 import sys
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -53,6 +52,7 @@ from render import COUNT, NATURAL, POSITIVE, file_path, ray_length, read_json, r
 MIN_POINTS = 10  # an image with fewer labelled pixels is left out
 BAD_SHARE = 0.01  # more unreadable images than this are a warning
 BOTH = ("train", "val")
+MAPS = ("z", "euclidean")
 
 
 class Frame(NamedTuple):
@@ -69,6 +69,8 @@ class Frame(NamedTuple):
     kind: str = "z"  # what depth holds: a map (H, W) of "z" or "euclidean"; or points (N, 4) of
     # x, y [px], Euclidean, z [m]: "points", or "lidar", where some hide others
     depth: np.ndarray | None = None
+    scale: float = 1  # numbers of the depth file per metre
+    notes: tuple = ()  # (what the user should know, how often)
     pixels: Image.Image | None = None
 
 
@@ -205,26 +207,62 @@ def read_text(path):
 
 
 def read_image(path):
-    with naming(path), Image.open(path) as image:
-        return np.asarray(image)
+    """The stored pixels, (H, W) or (H, W, channels)."""
+    with render.image_file(path) as file:
+        return np.asarray(render.stored_pixels(file))
 
 
-def read_png(path, scale=None):
-    """16-bit grey PNG (H, W) -> float32 metres at `scale` units a metre, or uint16 as it is."""
-    raw = read_image(path)
-    if raw.ndim != 2 or raw.dtype.itemsize == 1:
-        raise ValueError(f"{path}: is not a 16-bit grey PNG ({raw.dtype}, {raw.ndim} axes).")
-    return raw.astype(np.float32) / np.float32(scale) if scale else raw.astype(np.uint16)
+# what says "no return" in depth files: the largest number of a type, of float16, too
+NOTHING = [np.iinfo(kind).max for kind in (np.int16, np.uint16, np.int32, np.uint32)] + [65504]
+
+
+def load_map(path, scale, frame):
+    """A depth file: 16-bit grey PNG, TIFF, .npy or .npz -> the frame with its depth."""
+    with naming(path):
+        raw = np.load(path) if path.suffix in (".npy", ".npz") else read_image(path)
+        if path.suffix == ".npz":
+            (raw,) = raw.values()
+        return add_depth(raw, scale, frame)
+
+
+def add_depth(raw, scale, frame):
+    """-> the frame with a depth map (H, W): float32 metres at `scale` numbers a metre (None: a
+    floating-point file holds metres, one of integers millimetres), 0 where it says that there is
+    nothing."""
+    raw = raw.squeeze() if raw.ndim > 2 else raw
+    if raw.ndim != 2 or raw.dtype.kind not in "fiu" or raw.dtype.itemsize == 1:
+        raise ValueError(f"has no number of 16 bits or more a pixel: {raw.shape} of {raw.dtype}.")
+    notes = frame.notes
+    if scale is None:
+        scale, unit = (1, "metres") if raw.dtype.kind == "f" else (1000, "millimetres")
+        notes += ((f"depth files of {raw.dtype} are taken as {unit}: no --depth-scale", 1),)
+
+    number = raw.astype(np.float64)
+    nothing = ~((number > 0) & (number < 1e9)) | np.isin(number, NOTHING)
+    nothing |= np.isin(np.round(number * 1000), NOTHING)  # somebody forgot to leave it out
+    metres = raw.astype(np.float32) / np.float32(scale)
+    metres[nothing] = 0
+    notes += (("depth pixels hold nothing: 0, negative, NaN, infinite, or the largest number of "
+               "their type, such as 65535", int(nothing.sum())),)
+    return frame._replace(depth=metres, scale=scale, notes=notes)
 
 
 def image_size(path):
-    """(w, h) of an image whose end is there, too: a half-extracted archive leaves cut files."""
-    with naming(path), Image.open(path) as image, open(path, "rb") as file:
+    """Stored (w, h) and EXIF orientation of an image whose end is there, too: a half-extracted
+    archive leaves cut files."""
+    with render.image_file(path) as image, open(path, "rb") as file:
+        orientation = render.exif_orientation(image)
         file.seek(max(0, file.seek(0, os.SEEK_END) - 1024))
-        end = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}.get(image.format, b"")
-        if end not in file.read():
-            image.load()  # cut, or unusual at the end: only decoding can tell
-        return image.size
+        end = b"IEND\xaeB`\x82" if image.format == "PNG" else b"\xff\xd9"
+        whole = file.read().rstrip(b"\0").endswith(end)
+        if whole and image.format in ("JPEG", "MPO", "PNG"):
+            return image.size, orientation
+        # cut, or unusual at the end: only decoding can tell
+        size = render.stored_pixels(image).size
+        for number in range(1, getattr(image, "n_frames", 1)):
+            image.seek(number)
+            image.load()
+        return size, orientation
 
 
 def need_pyarrow():
@@ -257,13 +295,33 @@ def read_sweep(path):
         return points[:, :3].astype(np.float64)
 
 
+SYSTEM_NAMES = ("thumbs.db, ehthumbs.db, desktop.ini, icon\r, __macosx, @eadir, @tmp, @recycle, "
+                "#recycle, #snapshot, $recycle.bin, recycler, lost+found, "
+                "system volume information").split(", ")
+
+
+def is_data(name):
+    """Whether a file or folder belongs to the data, rather than to macOS, Windows, a NAS or an
+    editor."""
+    name = name.lower()
+    own = name.startswith((".", "~")) or name.endswith(("~", ".tmp", ".aae", ":zone.identifier"))
+    return not (own or name in SYSTEM_NAMES)
+
+
+def listed(folder, pattern="*"):
+    """Sorted paths in a folder that fit a glob pattern and are data."""
+    return sorted(path for path in folder.glob(pattern)
+                  if all(map(is_data, path.relative_to(folder).parts)))
+
+
 def stems(path, ending):
     """Names of the files in a folder that end so, without the ending, sorted."""
-    return sorted(name.removesuffix(ending) for name in os.listdir(path) if name.endswith(ending))
+    names = filter(is_data, os.listdir(path))
+    return sorted(name.removesuffix(ending) for name in names if name.endswith(ending))
 
 
 def only_file(path):
-    found = list(path.iterdir())
+    found = listed(path)
     if len(found) != 1:
         raise ValueError(f"{path}: holds {len(found)} files instead of one.")
     return found[0]
@@ -273,7 +331,8 @@ def parse_intrinsics(text):
     """fx fy cx cy or a 3 x 3 matrix, with spaces or commas -> [fx, fy, cx, cy]."""
     k = [float(word) for word in text.replace(",", " ").split()]
     if len(k) == 9:
-        k = [k[0], k[4], k[2], k[5]]
+        cx, cy = (k[2], k[5]) if k[2] else k[6:8]  # row by row, or column by column
+        k = [k[0], k[4], cx, cy]
     if len(k) != 4:
         raise ValueError(f"intrinsics of {len(k)} numbers: need fx fy cx cy, or a 3 x 3 matrix.")
     return k
@@ -324,7 +383,7 @@ def frames_argoverse2(root, split):
     {train,val}/<log>/city_SE3_egovehicle.feather         pose of the car
     {train,val}/<log>/sensors/cameras/<camera>/<ns>.jpg   undistorted
     {train,val}/<log>/sensors/lidar/<ns>.feather          in the car's frame at that time"""
-    train, val = (sorted((root / name).glob("*/")) for name in BOTH)
+    train, val = (listed(root / name, "*/") for name in BOTH)
     held_out, rest = val[:ARGOVERSE2_VAL_LOGS], val[ARGOVERSE2_VAL_LOGS:]
     return one_by_one(held_out if split == "val" else train + rest, argoverse2_log)
 
@@ -433,7 +492,8 @@ def load_waymo(place, camera, frame):
         a, b = distort((u - cx) / fx, (v - cy) / fy, *lens)
         return fx * a + cx, fy * b + cy
 
-    jpeg = Image.open(io.BytesIO(image["image"])).convert("RGB")
+    with render.image_file(frame.id, io.BytesIO(image["image"])) as file:
+        jpeg = file.convert("RGB")
     return frame._replace(
         pixels=remap(jpeg, jpeg.size, source),
         intrinsics=(fx, fy, cx - 0.5, cy - 0.5),
@@ -625,7 +685,7 @@ def frames_scannetpp(root, split, stride):
     def frames(scene):
         folder = root / f"data/{scene}/iphone"
         infos = read_json(folder / "pose_intrinsic_imu.json")
-        for image in sorted((folder / "rgb").glob("frame_*")):
+        for image in listed(folder / "rgb", "frame_*"):
             number = int(image.stem.removeprefix("frame_"))
             if number % (stride or SCANNETPP_EVERY) == 0:
                 yield Frame(
@@ -641,26 +701,30 @@ def frames_scannetpp(root, split, stride):
 
 
 def load_scannetpp(folder, info, frame):
-    """256 x 192 z for the 1920 x 1440 image, with the frame's own intrinsics: each depth pixel
-    labels the image pixel at its centre. Anonymised pixels are left out."""
+    """256 x 192 z for the 1920 x 1440 image (it may have been decoded smaller), with the frame's
+    own intrinsics. Depth pixel i lies at 7.5 i of the image: on 30 real frames, colour edges are 3
+    px left of and above 7.5 (i + 0.5) - 0.5. Anonymised pixels are left out."""
     name = frame.image.stem
     if info is None:
         raise ValueError(f"{folder}/pose_intrinsic_imu.json: has no {name}.")
     (fx, _, cx), (_, fy, cy), _ = info["intrinsic"]
-    intrinsics = (fx, fy, cx, cy, 1920, 1440)
+    (w, h), _ = image_size(frame.image)
+    s = w / 1920
+    intrinsics = (fx * s, fy * s, (cx + 0.5) * s - 0.5, (cy + 0.5) * s - 0.5, w, round(1440 * s))
     pose = info.get("aligned_pose", info.get("aligned_poses"))
 
-    depth = read_png(folder / f"depth/{name}.png", 1000)
+    frame = load_map(folder / f"depth/{name}.png", 1000, frame)
+    depth = frame.depth
     j, i = np.nonzero(depth)
-    x = np.floor((i + 0.5) * 1920 / depth.shape[1]).astype(int)
-    y = np.floor((j + 0.5) * 1440 / depth.shape[0]).astype(int)
+    x = np.floor((i * 1920 / depth.shape[1] + 0.5) * s).astype(int)
+    y = np.floor((j * 1440 / depth.shape[0] + 0.5) * s).astype(int)
     z = depth[j, i].astype(np.float64)
     points = np.stack([x, y, z * ray_length(x, y, intrinsics), z], 1)
     mask = folder / f"rgb_masks/{name}.png"
     if mask.exists():
         mask = read_image(mask)
         rows, columns = mask.shape
-        points = points[mask[y * rows // 1440, x * columns // 1920] > 0]
+        points = points[mask[y * rows // h, x * columns // w] > 0]
     return frame._replace(
         depth=points,
         kind="points",
@@ -699,12 +763,12 @@ def frames_omnidata(root, table, skip):
         listed = {row["id"] for row in rows if row["train"] == "1"}
 
     for folder, below, files in os.walk(root):
-        below[:] = ["rgb"] if "rgb" in below else sorted(set(below) - set(skip))
+        below[:] = ["rgb"] if "rgb" in below else sorted(set(filter(is_data, below)) - set(skip))
         folder = Path(folder)
         scene = folder.parent.name if folder.name == "rgb" else folder.name
         if tables and scene not in listed:
             continue
-        for name in sorted(files):
+        for name in sorted(filter(is_data, files)):
             if name.endswith("_domain_rgb.png"):
                 view = name.removesuffix("_domain_rgb.png")
                 yield Frame(f"{scene}/{view}", folder / name, load_omnidata, scene=scene)
@@ -732,10 +796,7 @@ def load_omnidata(frame):
     kind, path = "euclidean", other("depth_euclidean", "depth_euclidean.png")
     if not path.exists():
         kind, path = "z", other("depth_zbuffer", "depth_zbuffer.png")
-    depth = read_png(path, 512)
-    depth[depth >= 65535 / 512] = 0  # nothing there
-    return frame._replace(
-        depth=depth,
+    return load_map(path, 512, frame)._replace(
         kind=kind,
         intrinsics=(focal, focal, centre, centre, size, size),
         camera=info.get("camera_uuid"),
@@ -752,7 +813,7 @@ def frames_matterport3d(root, split):
     .../<house>/undistorted_camera_parameters/<house>.conf   images, depth and poses, line by line
     .../<house>/undistorted_color_images/*.jpg
     .../<house>/undistorted_depth_images/*.png"""
-    confs = sorted(root.rglob("undistorted_camera_parameters/*.conf"))
+    confs = listed(root, "**/undistorted_camera_parameters/*.conf")
     return one_by_one(confs, matterport3d_house)
 
 
@@ -780,10 +841,6 @@ def matterport3d_house(conf):
             )
     if missing > 0:
         raise ValueError(f"{conf}: is cut off; {missing} of the images it announces are missing.")
-
-
-def load_map(path, scale, frame):
-    return frame._replace(depth=read_png(path, scale))
 
 
 # ---- DDAD, in the DGP format. In its protobuf JSON, numbers that are zero may be absent
@@ -848,7 +905,7 @@ def frames_eth3d(root, split):
     <scene>/dslr_calibration_jpg/{cameras,images}.txt    COLMAP's
     <scene>/images/dslr_images/*.JPG                     fisheye
     <scene>/ground_truth_depth/dslr_images/*.JPG         raw float32 z of the fisheye pixels"""
-    return one_by_one(sorted(root.glob("*/dslr_calibration_jpg")), eth3d_scene)
+    return one_by_one(listed(root, "*/dslr_calibration_jpg"), eth3d_scene)
 
 
 def eth3d_scene(calibration):
@@ -879,12 +936,13 @@ def load_eth3d(depth, camera, frame):
     """Fisheye image and z map -> pinhole image of focal length ETH3D_FOCAL, and labels where it
     shows the laser pixels. camera: THIN_PRISM_FISHEYE w h fx fy cx cy k1 ..."""
     fx, fy, cx, cy, *lens = map(float, camera[3:])  # cx, cy from the corner of the first pixel
-    image = Image.open(frame.image).convert("RGB")
+    with render.image_file(frame.image) as file:
+        image = render.stored_pixels(file).convert("RGB")
     w, h = image.size
     inner = slice(ETH3D_BORDER, -ETH3D_BORDER)
-    z = np.fromfile(depth, "<f4").reshape(h, w)[inner, inner]
-    j, i = np.nonzero(np.isfinite(z) & (z > 0))
-    z = z[j, i].astype(np.float64)
+    frame = add_depth(np.fromfile(depth, "<f4").reshape(h, w)[inner, inner], 1, frame)
+    j, i = np.nonzero(frame.depth)
+    z = frame.depth[j, i].astype(np.float64)
     x, y = i + ETH3D_BORDER + 0.5, j + ETH3D_BORDER + 0.5
     u, v = undistort(distort_fisheye, (x - cx) / fx, (y - cy) / fy, *lens)
 
@@ -915,7 +973,7 @@ def frames_sunrgbd(root, split, paper_labels):
 
     .../<frame>/{image,depth,depth_bfx}/*   one file each
     .../<frame>/intrinsics.txt              3 x 3"""
-    for folder in sorted(image.parent for image in root.rglob("image")):
+    for folder in sorted(image.parent for image in listed(root, "**/image")):
         name = os.path.relpath(folder, root)
         if "NYUdata" in name:
             continue
@@ -930,7 +988,8 @@ def load_sunrgbd(part, paper_labels, frame):
     intrinsics are 1-based; a few have fx = 0."""
     folder = frame.image
     fx, fy, cx, cy = read_intrinsics(folder / "intrinsics.txt")
-    raw = read_png(only_file(folder / part))
+    frame = load_map(only_file(folder / part), 1, frame)
+    raw = frame.depth.astype(np.uint16)
     if paper_labels:
         # paper: this is 0.8 x the true depth, and wraps beyond 8.19 m
         depth = raw / np.float32(10000)
@@ -968,13 +1027,13 @@ def frames_nyuv2(root, split, paper_labels, all_images):
         first, _, last = part.partition("-")
         test |= set(range(int(first), int(last or first) + 1))
 
-    scenes = sorted(root.rglob("NYU[0-9]*/"))
+    scenes = listed(root, "**/NYU[0-9]*/")
     for folder in scenes:
         if all_images or int(folder.name.removeprefix("NYU")) in test:
             load = partial(load_sunrgbd, "depth", paper_labels)
             yield Frame(folder.name, folder, load, scene=folder.name)
 
-    for depth in [] if scenes else sorted(root.rglob("sync_depth_*.png")):
+    for depth in [] if scenes else listed(root, "**/sync_depth_*.png"):
         name = depth.stem.replace("sync_depth_", "rgb_") + ".jpg"
         image = depth.with_name(name)
         if not image.exists():
@@ -986,10 +1045,11 @@ def frames_nyuv2(root, split, paper_labels, all_images):
 
 def load_nyuv2_png(path, frame):
     """Millimetres, cut to the Eigen crop (SUN RGB-D's version is that crop); 10 m is saturation."""
-    metres = read_png(path, 1000)
+    frame = load_map(path, 1000, frame)
+    metres = frame.depth
     metres[:45] = metres[471:] = metres[:, :41] = metres[:, 601:] = 0
     metres[metres >= 10] = 0
-    return frame._replace(depth=metres)
+    return frame
 
 
 # ---- iBims-1
@@ -1011,11 +1071,10 @@ def frames_ibims1(root, split):
 
 def load_ibims1(root, frame):
     name = frame.image.stem
-    metres = read_png(root / f"depth/{name}.png", 65535 / 50)
+    frame = load_map(root / f"depth/{name}.png", 65535 / 50, frame)
     for mask in ("mask_invalid", "mask_transp"):  # both: > 0 means usable
-        metres[read_image(root / f"{mask}/{name}.png") == 0] = 0
-    intrinsics = read_intrinsics(root / f"calib/{name}.txt")
-    return frame._replace(depth=metres, intrinsics=intrinsics)
+        frame.depth[read_image(root / f"{mask}/{name}.png") == 0] = 0
+    return frame._replace(intrinsics=read_intrinsics(root / f"calib/{name}.txt"))
 
 
 # ---- your own RGB-D images
@@ -1024,14 +1083,14 @@ def load_ibims1(root, frame):
 def frames_folder(root, split, intrinsics, depth_scale, depth_type):
     """The same in root, or in folders of root, each one a scene:
 
-    rgb/<name>.jpg or .png
-    depth/<name>.png (16 bit) or .npy
+    rgb/<name>.jpg, .png, ...
+    depth/<name>.png (16 bit), .tif, .npy or .npz
     intrinsics.txt                      here or in root: fx fy cx cy, or 3 x 3
     poses/<name>.txt                    optional: 4 x 4 camera-to-world"""
     def frames(folder):
         scene = os.path.relpath(folder, root).removeprefix(".")
         images, depths = (
-            {path.stem: path for path in sorted((folder / part).iterdir())}
+            {path.stem: path for path in listed(folder / part)}
             for part in ("rgb", "depth")
         )
         places = [folder / "intrinsics.txt", root / "intrinsics.txt"]
@@ -1050,23 +1109,18 @@ def frames_folder(root, split, intrinsics, depth_scale, depth_type):
                 scene or None,
             )
 
-    rgb = [root / "rgb"] if (root / "rgb").is_dir() else sorted(root.glob("[!.]*/rgb/"))
+    rgb = [root / "rgb"] if (root / "rgb").is_dir() else listed(root, "*/rgb/")
     return one_by_one([path.parent for path in rgb], frames)
 
 
 def load_folder(depth, depth_scale, depth_type, pose, frame):
-    """A depth map of the image's size, .npy or PNG, and the pose if there is one."""
+    """A depth map of the image's size, and the pose if there is one."""
     if depth is None or not frame.image.exists():
         raise ValueError(f"{depth or frame.image}: has no counterpart in depth/ or rgb/.")
-    if depth.suffix == ".npy":
-        with naming(depth):
-            metres = np.load(depth).astype(np.float32) / np.float32(depth_scale or 1)
-    else:
-        metres = read_png(depth, depth_scale or 1000)
     if pose.exists():
         with naming(pose):
             frame = frame._replace(pose=matrix(np.loadtxt(pose)))
-    return frame._replace(depth=metres, kind=depth_type)
+    return load_map(depth, depth_scale, frame)._replace(kind=depth_type)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1307,7 +1361,7 @@ DATASETS = {
         SUNRGBD_ZIP, raw="sunrgbd", flags="paper_labels all_images"),
     "folder": Dataset(
         frames_folder, (0.1, 200), "train val", "rgb */rgb", """
-        your own RGB-D images: rgb/<name>.jpg or .png, depth/<name>.png (16 bit) or .npy,
+        your own RGB-D images: rgb/<name>.jpg or .png, depth/<name>.png (16 bit), .tif or .npy,
         intrinsics.txt (fx fy cx cy, or 3 x 3) or --intrinsics; optional poses/<name>.txt (4 x 4
         camera-to-world)""",
         flags="intrinsics depth_scale depth_type"),
@@ -1355,26 +1409,59 @@ def cloud_labels(cloud, occlusion, intrinsics):
     return x[first], y[first], *cloud[first, 2:].T
 
 
+class Refused(ValueError):
+    """Wrong with an image, and most likely with all others, too: a camera, a unit."""
+
+
+UNITS = {1: "metres", 100: "centimetres", 1000: "millimetres", 10**6: "micrometres"}
+
+
+def other_unit(depths, scale, low=0.02, high=200):
+    """Why depths (N,) are not in metres at `scale` numbers a metre, if their median shows it: of
+    UNITS that in which it would be nearest to 3 m."""
+    median = np.median(depths) if len(depths) else 1.0
+    if low <= median <= high:
+        return None
+    likely = min(UNITS, key=lambda unit: abs(math.log(median * scale / unit / 3)))
+    return f"median depth {median:.4g}: {UNITS[likely]}? Give --depth-scale {likely}"
+
+
+def label_orientation(frame, size, exif):
+    """Which pixels of an image with an EXIF orientation the depth belongs to -> "stored" or
+    "upright", the image's size there, and notes."""
+    told = frame.depth.shape[::-1] if frame.kind in MAPS else tuple(frame.intrinsics[4:])
+    shows = exif >= 5 and size[0] != size[1]
+    if shows and told == size[::-1]:
+        return "upright", told, ()
+    notes = (("images are turned or mirrored by EXIF, and whether their depth is, too, does not "
+              "show: taken as of the stored pixels", 1),)
+    return "stored" if exif > 1 else None, size, () if exif == 1 or shows and told else notes
+
+
 def make_record(frame, folder, points, seed, limits, occlusion, published):
-    """Load a frame and draw its pixels -> its line of the jsonl, or "" if it has too few labels.
-    limits: (min, max) of the Euclidean depth [m]. published: what the paper's labels hold, "z" or
-    "euclidean", where they are wanted."""
+    """Load a frame and draw its pixels -> its line of the jsonl, or "" if it has too few labels;
+    and notes. limits: (min, max) of the Euclidean depth [m]. published: what the paper's labels
+    hold, "z" or "euclidean", where they are wanted."""
     frame = frame.load(frame)
-    size = frame.pixels.size if frame.pixels else image_size(frame.image)
+    size, exif = (frame.pixels.size, 1) if frame.pixels else image_size(frame.image)
+    orientation, size, notes = label_orientation(frame, size, exif)
     fx, fy, cx, cy, *said = frame.intrinsics
     if said and tuple(said) != size:
         raise ValueError(f"image of {size} px, intrinsics for {tuple(said)}")
     intrinsics = (fx, fy, cx, cy, *size)
-    if not (np.isfinite(intrinsics).all() and min(fx, fy) > 0):
-        raise ValueError(f"focal lengths {fx}, {fy} px")
+    if fault := render.camera_fault(intrinsics, doubt=True):
+        raise Refused(fault)
 
-    if frame.kind in ("z", "euclidean"):
+    if frame.kind in MAPS:
         labels = map_labels(frame.depth, frame.kind, intrinsics)
     else:
         labels = cloud_labels(frame.depth, occlusion and frame.kind == "lidar", intrinsics)
+    if fault := other_unit(labels[2], frame.scale, min(0.02, limits[0]), max(200, limits[1])):
+        raise Refused(f"{frame.id}: {fault}, or other --min-depth, --max-depth.")
     valid = np.flatnonzero((labels[2] >= limits[0]) & (labels[2] <= limits[1]))
+    notes += frame.notes
     if len(valid) < min(MIN_POINTS, points):
-        return ""
+        return "", notes
     drawn = rng_for(seed, frame.id).choice(len(valid), min(points, len(valid)), replace=False)
     x, y, euclidean, z = (column[valid[np.sort(drawn)]] for column in labels)
 
@@ -1394,27 +1481,37 @@ def make_record(frame, folder, points, seed, limits, occlusion, published):
         "scene": frame.scene,
         "camera": frame.camera,
         "time": frame.time,
+        "orientation": orientation,
     }
-    if frame.pose is not None:
-        record["pose"] = [round(v, 6) for v in frame.pose.ravel().tolist()]
+    pose = render.pose_matrix(frame.pose)
+    if pose is not None:
+        record["pose"] = [round(v, 6) for v in pose.ravel().tolist()]
+    elif frame.pose is not None:
+        notes += (("poses are not finite, or no rotation: left out", 1),)
     if published:
         record |= {"depth_type": published, "labels": "paper"}
     elif frame.kind == "euclidean":  # measured as such: the self-check wants to know
         record["depth_type"] = "euclidean"
-    return json.dumps({k: v for k, v in record.items() if v is not None}) + "\n"
+    return render.json_text({k: v for k, v in record.items() if v is not None}), notes
 
 
 def make_chunk(frames, make):
-    """-> number of frames, lines of those with enough labels, what is wrong with the others."""
-    lines, bad = [], []
+    """-> number of frames, lines of those with enough labels, notes, what is wrong with the others,
+    and why all are refused if so."""
+    lines, notes, bad, refused = [], Counter(), [], None
     for frame in frames:
         try:
-            lines.append(make(frame))
+            line, about = make(frame)
+            lines += [line] if line else []
+            notes.update(dict(about))
+        except Refused as error:
+            refused = refused or reason(error)
+            bad.append(reason(error, frame.id))
         except Exception as error:  # one bad frame must not end a run of days; it is counted
             if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):  # a full disk
                 raise
             bad.append(reason(error, frame.id))
-    return len(frames), list(filter(None, lines)), bad
+    return len(frames), lines, notes, bad, None if lines else refused
 
 
 def in_order(function, chunks, workers):
@@ -1443,9 +1540,13 @@ def write_records(frames, path, make, workers, chunk, state):
     chunks = (frames[i:i + chunk] for i in range(state["frames"], len(frames), chunk))
     bar = tqdm(total=len(frames), initial=state["frames"], unit=" images", desc=path.name,
                mininterval=0.5 if sys.stderr.isatty() else 10)
+    refused = None
     with bar, open(part, "ab") as file:
         file.truncate(state["bytes"])
-        for count, lines, bad in in_order(partial(make_chunk, make=make), chunks, workers):
+        results = in_order(partial(make_chunk, make=make), chunks, workers)
+        for count, lines, notes, bad, refused in results:
+            if refused and not state["records"]:
+                break
             file.write("".join(lines).encode())
             file.flush()
             state["frames"] += count
@@ -1453,6 +1554,7 @@ def write_records(frames, path, make, workers, chunk, state):
             state["records"] += len(lines)
             state["bad"] += len(bad)
             state["bad_examples"] = (state["bad_examples"] + bad)[:5]
+            state["notes"] = dict(notes + Counter(state["notes"]))
             write_json(run_json, state)
             bar.update(count)
 
@@ -1460,7 +1562,7 @@ def write_records(frames, path, make, workers, chunk, state):
         part.unlink()
         run_json.unlink()
         why = "; ".join(state["bad_examples"])
-        raise ValueError(f"none of the {len(frames)} images gives labels of depth: "
+        raise ValueError(refused or f"none of the {len(frames)} images gives labels of depth: "
                          + (why or "no depth is within --min-depth and --max-depth."))
     os.replace(part, path)
     render.open_index(path)
@@ -1481,7 +1583,7 @@ def saved_state(path, new, overwrite):
         raise ValueError(f"{path}: was made by another command (another {other}). Choose another "
                          "--out, or --overwrite it.")
     file = path if state["finished"] else path.with_suffix(".jsonl.partial")
-    return state if file.exists() and file.stat().st_size >= state["bytes"] else new
+    return new | state if file.exists() and file.stat().st_size >= state["bytes"] else new
 
 
 def prepare_split(path, inputs, info, workers, overwrite):
@@ -1494,6 +1596,7 @@ def prepare_split(path, inputs, info, workers, overwrite):
         "records": 0,
         "bad": 0,
         "bad_examples": [],
+        "notes": {},
     }
     # splits and shards may be prepared side by side: each has a lock of its own
     with render.lock_folder(path.with_name(f".{path.stem}.lock")), naming(path):
@@ -1516,6 +1619,8 @@ def prepare_split(path, inputs, info, workers, overwrite):
     few = len(frames) - state["records"] - state["bad"]
     print(f"{path}: {state['records']} of {len(frames)} images; {few} have fewer than {MIN_POINTS} "
           f"labels, {state['bad']} cannot be read")
+    for what, times in state["notes"].items():
+        print(f"  {times:,} {what}")
     for example in state["bad_examples"]:
         print(f"left out: {example}", file=sys.stderr)
     if state["bad"] > BAD_SHARE * len(frames):
@@ -1541,6 +1646,9 @@ CHECK_LINES = 100_000  # whose depths are in the quantiles, spread over the file
 CHECK_IMAGES = 20_000  # whose headers are read, at most
 CHECK_SHAPES = 300  # records whose labels are tested for being z
 CHECK_PAIRS = 120  # images compared with their neighbours, to find labels on the wrong image
+CHECK_POINTS = 200  # labels of an image in any statistics
+# largest numbers of 16 bits, in the units of depth files [m]
+SATURATED = [top / scale for top in NOTHING[:2] for scale in (100, 256, 512, 1000, 4000, 5000)]
 DEPTH_STEPS = (1 / 1000, 1 / 4000, 50 / 65535, 1 / 5000, 1 / 256)  # of depth PNGs [m]
 
 
@@ -1575,6 +1683,8 @@ def check_file(path, image_root):
     def add(what, n, example):
         faults.setdefault(what, [0, f"line {n + 1}: {example}"])[0] += 1
 
+    with suppress(OSError):  # the index is made anew
+        Path(path).with_suffix(".idx").unlink()
     # labels as they are in the file, whatever kind of depth it says
     records = render.Records(path, image_root, label_type="euclidean")
     numbers, scenes, said = check_labels(path, len(records), add)
@@ -1602,41 +1712,73 @@ def spread(records, most):
     """(line number, record) of the lines that can be read, of at most `most` spread evenly."""
     for n in np.linspace(0, len(records) - 1, min(len(records), most)).astype(int):
         with suppress(ValueError):
-            yield int(n), records[n]
+            yield int(records.lines[n]), thinned(records[n])
+
+
+def thinned(record):
+    """The record with at most CHECK_POINTS of its labels."""
+    step = 1 + (len(record["depth"]) - 1) // CHECK_POINTS
+    return record | {key: record[key][::step or 1] for key in ("pixel_coords", "depth")}
 
 
 def check_labels(path, count, add):
     """One pass over all lines for the faults that need no other file. -> numbers for the table, all
     scenes, which depth the records say they hold"""
-    depths, focals, scenes, images = [np.zeros(0)], set(), set(), np.arange(count)
+    depths, others = [np.zeros(0)], [np.zeros(0)]
+    focals, scenes, images = set(), set(), {}
     points, z, low, high = 0, 0, math.inf, 0.0
     with open(path, "rb") as file:
         for n, line in enumerate(tqdm(file, "check", count, disable=count < 20_000)):
+            if not line.strip():
+                continue
             try:
                 record = render.record_arrays(render.parse_line(line, "cannot be read"))
             except ValueError as error:
                 add("malformed line", n, error)
                 continue
-            for what, example in render.label_faults(record):
+            faults = list(render.label_faults(record, doubt=True))
+            for what, example in faults:
                 add(what, n, example)
+            if record.get("pose") is not None and render.pose_matrix(record["pose"]) is None:
+                add("pose is none", n, "it needs 16 finite numbers with a rotation")
             depth = record["depth"]
             if not len(depth):
                 add("no labels", n, "the record has no point")
             depth = depth[np.isfinite(depth) & (depth > 0)]
             points += len(depth)
             low, high = depth.min(initial=low), depth.max(initial=high)
-            if n % (1 + count // CHECK_LINES) == 0:
-                depths.append(depth)
+            is_z = record.get("depth_type") == "z"
+            z += is_z
+            if n % (1 + count // CHECK_LINES) == 0 and not faults:
+                part = thinned(record)
+                depths.append(part["depth"])
+                rays = ray_length(*part["pixel_coords"].T, part["intrinsics"])
+                others.append(part["depth"] * rays if is_z else part["depth"] / rays)
             focals.add(round(record["intrinsics"][0], 1))
-            z += record.get("depth_type") == "z"
-            scenes.add(record.get("scene"))
-            images[n] = hash(record["image"])
+            scenes.add(str(record.get("scene")))
+            first = images.setdefault(hash(record["image"]), n)
+            if first < n:
+                add("duplicate image", n, f"the image of line {first + 1} again")
 
-    _, first, inverse = np.unique(images, return_index=True, return_inverse=True)
-    for n in np.flatnonzero(first[inverse] != np.arange(count)):
-        add("duplicate image", n, f"the image of line {first[inverse[n]] + 1} again")
-    numbers = points, min(low, high), high, np.concatenate(depths), sorted(focals)
-    return numbers, scenes - {None}, "z" if 2 * z > count else "euclidean"
+    depths = np.concatenate(depths)
+    check_values(depths, np.concatenate(others), add)
+    numbers = points, min(low, high), high, depths, sorted(focals)
+    return numbers, scenes - {"None"}, "z" if 2 * z > count else "euclidean"
+
+
+def check_values(depths, others, add):
+    """The labels (N,) of a file and the same as the other kind of depth, z or Euclidean: another
+    unit than metres, or many at one value, as sensors say that nothing returned."""
+    if fault := other_unit(depths, 1):
+        add("labels are not in metres", 0, fault)
+    for values in (np.round(depths, 3), np.round(others, 3)):
+        found, times = np.unique(values, return_counts=True)
+        low, high = np.searchsorted(np.sort(values), (0.95 * found, 1.05 * found))
+        saturated = np.abs(found[:, None] - SATURATED).min(1, initial=1) < 0.002
+        many = np.where(saturated, 0.002 * len(values) + 4, 0.03 * len(values) + 20)
+        for k in np.flatnonzero((times > many) & (times > 0.4 * (high - low)))[:1]:
+            add("many labels at one value", 0, f"{times[k]} of {len(values)} at {found[k]:g} m, "
+                "and few near it: where the sensor saw nothing? Drop them")
 
 
 def table_row(path, count, points, low, high, depths, focals):
@@ -1664,14 +1806,16 @@ def check_images(records, add):
     """The images are there, of the size that the intrinsics say, and no two files are the same."""
     seen = {}
     for n, record in records:
-        path = record["image"]
+        path, said = record["image"], record["intrinsics"][4:]
         try:
-            with Image.open(path) as image, open(path, "rb") as file:
-                size, said = image.size, record["intrinsics"][4:]
+            size, exif = image_size(path)
+            with open(path, "rb") as file:
                 content = hash((os.path.getsize(path), file.read(1 << 16)))
-        except OSError as error:
-            add("image not found or not readable", n, f"{error} (--image-root says where they are)")
+        except (OSError, ValueError) as error:
+            add("image not found or not readable", n, error)
             continue
+        if exif >= 5 and render.labels_are_upright(exif, size, said, record.get("orientation")):
+            size = size[::-1]
         if size != said:
             add("image size is not that of the intrinsics", n,
                 f"{path} is {size} px, intrinsics say {said}")
@@ -1744,8 +1888,8 @@ def shifted_by(records):
     gains = []
     for n in np.unique(np.linspace(1, len(records) - 2, CHECK_PAIRS).astype(int)):
         with suppress(OSError, ValueError):  # counted elsewhere
-            images = [records[n + step]["image"] for step in (0, 1, -1)]
-            own, *others = (unexplained(image, records[n]) for image in images)
+            record, shown = thinned(records[n]), [records[n + step] for step in (0, 1, -1)]
+            own, *others = (unexplained(record, other) for other in shown)
             gains.append([own - other for other in others])
     for gain, neighbour in zip(np.array(gains).reshape(-1, 2).T, ("next", "previous")):
         gain = gain[np.isfinite(gain)]
@@ -1754,14 +1898,15 @@ def shifted_by(records):
     return None
 
 
-def unexplained(path, record):
-    """How badly an image's colours explain a record's labels: the error of predicting each log
-    depth from the others of like colour. NaN if they are few, or not all in the image."""
+def unexplained(record, shown):
+    """How badly the colours of the image of the record `shown` explain a record's labels: the error
+    of predicting each log depth from the others of like colour. NaN if they are few, or not all in
+    the image."""
     xy, log_depth = record["pixel_coords"], np.log(record["depth"])
-    with Image.open(path) as image:
-        if len(xy) < 20 or (xy < 0).any() or (xy >= image.size).any():
-            return math.nan
-        rgb = image.convert("RGB").filter(ImageFilter.BoxBlur(1))  # the mean of 3 x 3
+    image = render.open_image(shown["image"], shown["intrinsics"][4:], shown.get("orientation"))
+    if len(xy) < 20 or (xy < 0).any() or (xy >= image.size).any():
+        return math.nan
+    rgb = image.filter(ImageFilter.BoxBlur(1))  # the mean of 3 x 3
     x, y = xy.astype(int).T
     colours = np.asarray(rgb, np.float32)[y, x]
     gap = ((colours[:, None] - colours[None]) ** 2).sum(-1) / (2 * 12 ** 2)
@@ -1850,7 +1995,7 @@ def unpack(archive, root):
     try:
         options = {"filter": "data"} if archive.suffix == ".tar" else {}
         shutil.unpack_archive(archive, hidden, **options)
-        for path in hidden.iterdir():
+        for path in listed(hidden):
             os.replace(path, root / path.name)
     except Exception as error:  # as in naming
         raise ValueError(f"{archive}: cannot be unpacked ({reason(error)}). If it is damaged, "
@@ -1862,12 +2007,11 @@ def unpack(archive, root):
 def find_root(dataset, root):
     """The folder that looks like the dataset's: root, or one or two below or above it, where what
     was found is in root. None if there is none."""
-    below = sorted(root.glob("[!.]*/")) + sorted(root.glob("[!.]*/[!.]*/"))
+    below = listed(root, "*/") + listed(root, "*/*/")
     for folder in (root, *below, *root.parents[:2]):
         for mark in DATASETS[dataset].marks.split():
-            for found in glob.iglob(mark, root_dir=folder):
-                if (folder / found).is_relative_to(root):
-                    return folder
+            if any(found.is_relative_to(root) for found in listed(folder, mark)):
+                return folder
     return None
 
 
@@ -1934,7 +2078,8 @@ def parse_args(argv=None):
     flag("--points", type=COUNT, default=100, help="labelled pixels an image (Sec. 4)")
     flag("--seed", type=NATURAL, default=0, help="which pixels are drawn; toy: also the rooms")
     flag("--min-depth", type=render.number(float, 0), help="Euclidean [m]; default: by dataset")
-    flag("--max-depth", type=POSITIVE, help="Euclidean [m]; default: by dataset")
+    flag("--max-depth", type=render.number(float, 0, render.FARTHEST, exclusive=True),
+         help="Euclidean [m]; default: by dataset")
     flag("--occlusion", action="store_true", help="drop LiDAR points that the camera cannot see")
     flag("--paper-labels", action="store_true", help="the published labels (z, 0.8 x), marked")
 
@@ -1948,7 +2093,8 @@ def parse_args(argv=None):
 
     flag = parser.add_argument_group("--dataset folder").add_argument
     flag("--intrinsics", metavar="FX,FY,CX,CY", help="[px]; default: from its intrinsics.txt")
-    flag("--depth-scale", type=POSITIVE, help="units per metre; default: 1000 for PNG, 1 for .npy")
+    flag("--depth-scale", type=POSITIVE,
+         help="numbers per metre; default: 1000 for integers, 1 for floating-point numbers")
     flag("--depth-type", choices=("z", "euclidean"), default="z", help="what the depth maps hold")
 
     flag = parser.add_argument_group("--dataset toy").add_argument

@@ -36,7 +36,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageOps
+from PIL import ExifTags, Image, ImageDraw, UnidentifiedImageError
 
 try:
     import fcntl
@@ -66,18 +66,45 @@ def write_text(path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def json_text(value, indent: int | None = None) -> str:
+    """Standard JSON, which has no NaN and no Infinity. Raises ValueError."""
+    return json.dumps(value, indent=indent, allow_nan=False) + "\n"
+
+
 def write_json(path, value) -> None:
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    write_text(path, json_text(value, indent=2))
 
 
 def write_jsonl(path, lines) -> None:
-    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+    write_text(path, "".join(map(json_text, lines)))
+
+
+def parse_json(data: bytes):
+    """Standard JSON in UTF-8, with or without a byte order mark. Raises ValueError."""
+
+    def unique(pairs: list[tuple]) -> dict:
+        value = dict(pairs)
+        if len(value) < len(pairs):
+            raise ValueError(f"one of the keys {sorted(value)} stands twice")
+        return value
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no finite number")
+
+    try:
+        value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=unique,
+                           parse_constant=refuse)
+        if b"\\u" in data:  # half of a surrogate pair is no text
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    return value
 
 
 def read_json(path):
     """The content of a JSON file. Raises ValueError with the file's name."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return parse_json(Path(path).read_bytes())
     except ValueError as e:
         raise ValueError(f"{path}: is not JSON ({e}). Write or download it again.") from None
 
@@ -85,7 +112,7 @@ def read_json(path):
 def parse_line(line: bytes, where: str) -> dict:
     """One line of a jsonl. Raises ValueError."""
     try:
-        value = json.loads(line)
+        value = parse_json(line)
     except ValueError as e:
         raise ValueError(f"{where}: not a JSON object ({e}). The line is damaged or cut off: "
                          "write the file again.") from None
@@ -186,7 +213,8 @@ def printable(text) -> str:
 
 def fail(message, code: int = 2) -> None:
     """End with one line that says what is wrong and what helps."""
-    print(f"error: {printable(message)}", file=sys.stderr)
+    lines = [printable(line) for line in str(message).split("\n")]
+    print("error:", "\n".join(lines), file=sys.stderr)
     raise SystemExit(code)
 
 
@@ -289,40 +317,65 @@ PAPER_CONSTANT = {"argoverse2": 0.006, "ddad": 0.010, "nuscenes": 0.010, "eth3d"
                   "scannetpp": 0.305, "sunrgbd": 0.384, "ibims1": 0.280, "nyuv2": 0.383}
 
 
+WIDEST = 160  # degrees: beyond it nothing is a pinhole camera, or its numbers are no pixels
+LONGEST = 20  # focal length / side of the image
+FARTHEST = 10_000  # m; no label is
+FILM = 36, 24  # mm, of a frame of 35 mm film
+
+
 class Records:
     """A jsonl file opened by its index: any of 16 million records is read by one seek, and none is
     kept in memory.
 
     records[i] -> dict with "image" a path, "depth" Euclidean metres (N,), "pixel_coords" (N, 2),
     "where" the file and line for messages. `label_type` "z" or "euclidean" says what the file
-    holds, whatever its records say. Raises ValueError with file, line, value and remedy."""
+    holds, whatever its records say. Blank lines are skipped. Raises ValueError with file, line,
+    value and remedy."""
 
     def __init__(self, path: str, image_root: str | None = None, label_type: str | None = None):
         self.path = str(path)
         self.label_type = label_type
         self.image_root = Path(image_root) if image_root else Path(path).parent
         self.offsets = open_index(self.path)
+        self.lines = filled_lines(self.path, self.offsets)
         if len(self) < 1:
             raise ValueError(f"{path}: holds no record. Make it with prepare.py.")
 
     def __len__(self) -> int:
-        return len(self.offsets) - 1
+        return len(self.lines)
 
     def __getitem__(self, i: int) -> dict:
-        where = f"{self.path}, line {i + 1}"
-        line = read_span(self.path, self.offsets[i], self.offsets[i + 1])
+        number = int(self.lines[i])
+        where = f"{self.path}, line {number + 1}"
+        with open(self.path, "rb") as file:
+            line = read_line(file, self.offsets, number)
         return check_record(parse_line(line, where), where, self.image_root, self.label_type)
 
 
-def read_span(path: str, start: int, end: int) -> bytes:
+def read_line(file, offsets: np.ndarray, number: int) -> bytes:
+    """Line `number` (from 0) of an open jsonl. Raises ValueError if the index is of another
+    file."""
+    start, end = map(int, offsets[number:number + 2])
+    file.seek(max(start - 1, 0))
+    text = b"\n" * (not start) + file.read(end - max(start - 1, 0))
+    complete = text.endswith(b"\n") or end == offsets[-1]
+    if not (text.startswith(b"\n") and complete) or b"\n" in text[1:-1]:
+        raise ValueError(f"{file.name}: its .idx is of another file. Delete that.")
+    return text[1:]
+
+
+def filled_lines(path: str, offsets: np.ndarray):
+    """Numbers of the lines that are not blank."""
+    lines = range(len(offsets) - 1)
+    short = np.flatnonzero(np.diff(offsets) < 64)  # no record is
     with open(path, "rb") as file:
-        file.seek(int(start))
-        return file.read(int(end - start))
+        blank = [number for number in short if not read_line(file, offsets, number).strip()]
+    return np.delete(lines, blank) if blank else lines
 
 
 def open_index(path: str) -> np.ndarray:
     """Byte offset of each line of a jsonl, and the file's size: (N + 1,) int64, memory-mapped from
-    <name>.idx beside it, which is rebuilt when missing, older than the jsonl or of another size."""
+    <name>.idx beside it, which is rebuilt when missing, older than the jsonl or of another file."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file. Make it with prepare.py, or check the path.")
@@ -331,7 +384,7 @@ def open_index(path: str) -> np.ndarray:
     fresh = index.is_file() and index.stat().st_mtime_ns >= path.stat().st_mtime_ns
     if fresh and index.stat().st_size % 8 == 0 < index.stat().st_size:
         offsets = np.memmap(index, dtype="<i8", mode="r")
-        if int(offsets[-1]) == size:
+        if (offsets[0], offsets[-1]) == (0, size) and (offsets[1:] > offsets[:-1]).all():
             return offsets
 
     starts = [np.zeros(1, np.int64)]
@@ -355,16 +408,12 @@ def check_record(record: dict, where: str, image_root: Path = Path(),
     """Validate a record and bring it to one form (see Records). Raises ValueError."""
     try:
         record = record_arrays(record)
-        faults = list(label_faults(record))
-        if faults:
-            raise ValueError(faults[0][1])
-        depth_type = label_type or record.get("depth_type", "euclidean")
-        if depth_type not in ("z", "euclidean"):
-            raise ValueError(f"depth_type '{depth_type}' is neither 'z' nor 'euclidean'.")
+        for _, fault in label_faults(record):
+            raise ValueError(fault)
     except ValueError as e:
         raise ValueError(f"{where}: {e}") from None
 
-    if depth_type == "z":
+    if (label_type or record.get("depth_type")) == "z":
         x, y = record["pixel_coords"].T
         record["depth"] = record["depth"] * ray_length(x, y, record["intrinsics"])
     return {**record, "image": str(image_root / record["image"]), "where": where}
@@ -383,33 +432,86 @@ def record_arrays(record: dict) -> dict:
         fx, fy, cx, cy, w, h = (float(v) for v in record["intrinsics"])
         xy = np.asarray(record["pixel_coords"], float).reshape(-1, 2)
         depth_m = np.asarray(record["depth"], float).reshape(-1)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError("needs intrinsics [fx, fy, cx, cy, w, h], pixel_coords [[x, y], ...] and "
                          "depth [metres, ...] as numbers.") from None
     if len(xy) != len(depth_m):
         raise ValueError(f"{len(xy)} pixel_coords but {len(depth_m)} depths; they go in pairs.")
+    for key, *allowed in ("depth_type", "euclidean", "z"), ("orientation", "stored", "upright"):
+        if record.get(key) not in (None, *allowed):
+            raise ValueError(f"{key} {record[key]!r} is neither of {allowed}.")
     return {**record, "intrinsics": (fx, fy, cx, cy, w, h), "pixel_coords": xy, "depth": depth_m}
 
 
-def label_faults(record: dict) -> Iterator[tuple[str, str]]:
-    """What cannot be true of a record in array form: (kind of fault, example and remedy)."""
-    fx, fy, cx, cy, w, h = record["intrinsics"]
+def label_faults(record: dict, doubt: bool = False) -> Iterator[tuple[str, str]]:
+    """What cannot be true of a record in array form, or with `doubt` hardly is: (kind of fault,
+    example and remedy)."""
+    fx, fy, _, _, w, h = record["intrinsics"]
     xy, depth_m = record["pixel_coords"], record["depth"]
-    finite = all(map(math.isfinite, record["intrinsics"]))
-    if not (finite and fx > 0 and fy > 0 and w >= 1 and h >= 1):
-        yield "fx or fy not positive", (f"intrinsics {list(record['intrinsics'])} need positive, "
-                                        "finite fx, fy, w, h (in pixels).")
-    bad = np.flatnonzero(~(np.isfinite(depth_m) & (depth_m > 0)))
+    if fault := camera_fault(record["intrinsics"], doubt):
+        yield "camera of another image" if min(fx, fy) > 0 else "fx or fy not positive", fault
+    bad = np.flatnonzero(~((depth_m > 0) & (depth_m <= FARTHEST)))
     if len(bad):
         yield "depth not positive and finite", (
             f"depth {depth_m[bad[0]]} of point {bad[0]} ({len(bad)} of {len(depth_m)}) is not a "
-            "positive distance in metres; drop the point.")
+            f"positive distance in metres, at most {FARTHEST}; drop the point.")
     x, y = xy.T
     outside = xy[~((x >= -0.5) & (x <= w - 0.5) & (y >= -0.5) & (y <= h - 0.5))]
     if len(outside):
         yield "label outside of the image", (
             f"point {outside[0].tolist()} is outside of the {w:g} x {h:g} image; drop it, or "
             "correct the intrinsics.")
+
+
+def camera_fault(intrinsics, doubt: bool = False) -> str | None:
+    """Why intrinsics cannot be those of an image of w x h px, and what was meant, where that can be
+    told. doubt: also why they hardly are: the camera is off the centre, and would not be with its
+    numbers in another order or scale."""
+    *camera, w, h = intrinsics
+    off = off_centre(*intrinsics)
+    possible = off < 0.5 and any(camera[2:])
+    if possible and not (doubt and off > 0.1):
+        return None
+    for mistake, meant in mistaken_cameras(*intrinsics):
+        if off_centre(*meant, w, h) < (0.035 if possible else 0.1):
+            why = f"{mistake}? Then {', '.join(f'{value:.6g}' for value in meant)}."
+            break
+    else:
+        if possible:
+            return None
+        why = (f"They need finite numbers of pixels, positive fx and fy of at most {LONGEST} sides,"
+               f" a field of view of at most {WIDEST} degrees, a principal point in the image.")
+    return f"intrinsics {camera} do not fit an image of {w:g} x {h:g} px. {why}"
+
+
+def off_centre(fx, fy, cx, cy, w, h) -> float:
+    """How far a principal point is from the middle of the image, as a share of its sides (0.5: on
+    its border); infinite for a camera that there cannot be."""
+    if not (all(map(math.isfinite, (fx, fy, cx, cy))) and min(fx, fy, w, h) > 0):
+        return math.inf
+    widest = 2 * math.degrees(math.atan(max(w / fx, h / fy) / 2))
+    longest = max(fx, fy) / max(w, h)
+    if widest > WIDEST + 1e-6 or longest > LONGEST or not 0.5 <= fx / fy <= 2:
+        return math.inf
+    return max(abs((cx + 0.5) / w - 0.5), abs((cy + 0.5) / h - 0.5))
+
+
+def mistaken_cameras(fx, fy, cx, cy, w, h) -> Iterator[tuple[str, np.ndarray]]:
+    """What fx, fy, cx, cy may be by mistake, and what was meant."""
+    camera = np.array([fx, fy, cx, cy])
+    if not (np.isfinite(camera).all() and min(w, h) > 0):
+        return
+    yield "Are cx and cy swapped", camera[[0, 1, 3, 2]]
+    yield "Are they in the order fx, cx, fy, cy", camera[[0, 2, 1, 3]]
+    yield "Are they in the order cx, cy, fx, fy", camera[[2, 3, 0, 1]]
+    yield "Are they divided by the image's sides", camera * (w, h, w, h)
+    scale = cx / w + cy / h  # 1 for a centred camera
+    common = np.array([0.25, 0.333, 0.5, 0.667, 0.75, 1.333, 1.5])
+    if 0 < scale < 0.2 or scale > 1.8 or np.abs(common - scale).min() < 0.02:
+        yield f"Are they of an image of {scale * w:.4g} x {scale * h:.4g} px", camera / scale
+    film = math.hypot(w, h) / math.hypot(*FILM)  # px a mm
+    yield "Is the focal length in mm of 35 mm film", camera * (film, film, 1, 1)
+    yield "Is the focal length divided by the image's width", camera * (w, w, 1, 1)
 
 
 def ray_length(x, y, intrinsics) -> np.ndarray:
@@ -433,30 +535,84 @@ MARGIN = 6  # px kept free around a query in a random crop, so that the arrow fi
 MAX_PIXELS = 1 << 27  # of a resized image: 160 degrees at f = 1000; 400 MB
 
 
-def open_image(path: str, size: tuple[float, float] | None = None) -> Image.Image:
-    """Any image file as 8-bit RGB: grey, palette, CMYK, 16-bit; alpha is laid on black; turned
-    upright by EXIF, unless `size` (the labels' width and height) says that the labels were made on
-    the pixels as they are stored. Raises ValueError."""
-    try:
-        with Image.open(path) as file:
-            image = file
-            upright = ImageOps.exif_transpose(image)
-            wanted = size and tuple(map(int, size))
-            if wanted is None or upright.size == wanted or image.size != wanted:
-                image = upright
-            if image.mode.startswith("I") or image.mode == "F":
-                image = to_8_bit(image)
-            if "A" in image.getbands() or "transparency" in image.info:
-                image = image.convert("RGBA")
-                black = Image.new("RGBA", image.size, (0, 0, 0, 255))
-                image = Image.alpha_composite(black, image)
-            return image.convert("RGB")
-    except FileNotFoundError:
+# others start programs (EPS: Ghostscript); JPEG is also MPO
+FORMATS = ["AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"]
+MAX_MEMORY = 1 << 30  # bytes of an image while it is read: 268 megapixels in 8 bits
+TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+         4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+         6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+         8: Image.Transpose.ROTATE_90}  # what makes the pixels of an EXIF orientation upright
+
+
+@contextmanager
+def image_file(path, data=None) -> Iterator[Image.Image]:
+    """An image file (or `data`, a file object) of which only the header was read yet. Whatever goes
+    wrong with it becomes a ValueError that names it."""
+    if not data and not os.path.isfile(path):
         raise ValueError(f"{path}: no such image. Image paths are relative to the jsonl's folder "
-                         "(or --image-root).") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise ValueError(f"{path}: cannot be read as an image ({e}). Replace the file or drop its "
-                         "record.") from None
+                         "(or --image-root).")
+    Image.MAX_IMAGE_PIXELS = None  # the limit is on memory, below
+    try:
+        with Image.open(data or path, formats=FORMATS) as file:
+            memory = file.width * file.height * (16 if file.mode[0] in "IF" else 4)
+            if memory > MAX_MEMORY:
+                raise ValueError(f"{file.width} x {file.height} px take {memory / 1e9:.1f} GB of "
+                                 f"memory, and {MAX_MEMORY / 1e9:.1f} are the limit")
+            yield file
+    except UnidentifiedImageError:
+        raise ValueError(f"{path}: is no image of {', '.join(FORMATS)}. Convert it (HEIC: pip "
+                         "install pillow-heif), or drop its record.") from None
+    except Exception as e:  # decoders of damaged files raise whatever they like
+        raise ValueError(f"{path}: cannot be read as an image ({str(e) or type(e).__name__}). "
+                         "Replace the file or drop its record.") from None
+
+
+def exif_orientation(file: Image.Image) -> int:
+    """1 to 8; 1 where there is none, or the EXIF data are damaged."""
+    with suppress(Exception):
+        # not file.getexif(): for a PNG without EXIF data that decodes the image
+        orientation = Image.Image.getexif(file).get(ExifTags.Base.Orientation)
+        return orientation if orientation in TURNS else 1
+    return 1
+
+
+def stored_pixels(file: Image.Image) -> Image.Image:
+    """The pixels as they are in the file: Pillow turns those of TIFF files upright."""
+    orientation = exif_orientation(file)
+    file.load()
+    if file.format != "TIFF" or orientation == 1:
+        return file
+    return file.transpose(TURNS[{6: 8, 8: 6}.get(orientation, orientation)])
+
+
+def labels_are_upright(orientation: int, stored: tuple, size: tuple, said: str | None) -> bool:
+    """Whether labels belong to the upright pixels of a file with that EXIF orientation, or to the
+    stored ones. said: the record's "orientation". Without it the size of the labels' image tells,
+    and where it cannot (mirrored, upside down, square) it is the stored ones: so were the first
+    jsonl files made."""
+    if said:
+        return said == "upright"
+    return orientation >= 5 and (stored[0] - stored[1]) * (size[0] - size[1]) < 0
+
+
+def open_image(path: str, size: tuple[float, float] | None = None,
+               said: str | None = None) -> Image.Image:
+    """Any image file as 8-bit RGB: grey, palette, CMYK, 16-bit; alpha is laid on black. It is
+    turned upright by EXIF, unless `size`, of the labels' image, and what their record said of its
+    orientation show that they belong to the stored pixels. Raises ValueError."""
+    with image_file(path) as file:
+        orientation = exif_orientation(file)
+        image = stored_pixels(file)
+        upright = not size or labels_are_upright(orientation, image.size, size, said)
+        if upright and orientation > 1:
+            image = image.transpose(TURNS[orientation])
+        if image.mode.startswith("I") or image.mode == "F":
+            image = to_8_bit(image)
+        if "A" in image.getbands() or "transparency" in image.info:
+            image = image.convert("RGBA")
+            black = Image.new("RGBA", image.size, (0, 0, 0, 255))
+            image = Image.alpha_composite(black, image)
+        return image.convert("RGB")
 
 
 def to_8_bit(image: Image.Image) -> Image.Image:
@@ -680,15 +836,20 @@ def motion(records: Records, i: int, rng, point: int | None = None) -> Query:
     record = records[i]
     if record.get("pose") is None or record.get("time") is None:
         raise Unfit(f"{record['where']}: has no 'pose' and 'time', so no camera moved here.")
+    pose = pose_matrix(record["pose"])
+    if pose is None:
+        raise Unfit(f"{record['where']}: its 'pose' is not 16 finite numbers, camera-to-world, "
+                    "with a rotation.")
     around = [*range(-MOTION_WINDOW, 0), *range(1, MOTION_WINDOW + 1)]
     for offset in rng.permutation(around):
         if not 0 <= i + offset < len(records):
             continue
         other = records[i + int(offset)]
         same = all(other.get(k) == record.get(k) for k in ("scene", "camera"))
-        if other.get("pose") is None or other.get("time") is None or not same:
+        other_pose = pose_matrix(other.get("pose"))
+        if other_pose is None or other.get("time") is None or not same:
             continue
-        moved = float(np.linalg.norm(camera_center(other) - camera_center(record)))
+        moved = float(np.linalg.norm(other_pose[:3, 3] - pose[:3, 3]))
         if MOTION[0] <= moved <= MOTION[1]:
             return Query("motion", [record, other], [], moved)
     raise Unfit(f"{record['where']}: none of the {MOTION_WINDOW} records before and after it is of "
@@ -706,12 +867,16 @@ def draw_given(rng, limits: tuple[float, float]) -> float:
     return round(float(np.exp(rng.uniform(*np.log(limits)))), 1)
 
 
-def camera_center(record: dict) -> np.ndarray:
-    """Position of a record's camera in its scene [m]."""
-    pose = np.asarray(record["pose"], float)
-    if pose.size != 16 or not np.isfinite(pose).all():
-        raise ValueError(f"{record['where']}: pose needs 16 finite numbers, camera-to-world.")
-    return pose.reshape(4, 4)[:3, 3]
+def pose_matrix(values) -> np.ndarray | None:
+    """(4, 4) camera-to-world of 16 numbers; None unless they are finite and hold a rotation."""
+    try:
+        pose = np.asarray(values, float).reshape(4, 4)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    turn = pose[:3, :3]
+    with np.errstate(all="ignore"):
+        rigid = np.allclose(turn.T @ turn, np.eye(3), atol=0.01) and np.linalg.det(turn) > 0
+    return pose if rigid and np.isfinite(pose).all() else None
 
 
 METERS = {
@@ -909,7 +1074,7 @@ def render(query: Query, settings: dict, grid: int, crop=None,
 def record_view(record: dict, focal: float | None, grid: int, crop, points: list, rng) -> View:
     """A record's image without a marker; its scale is that from label pixels."""
     path = record["image"]
-    shown = path, record["intrinsics"], record["where"], focal, grid
+    shown = path, record["intrinsics"], record["where"], record.get("orientation"), focal, grid
     if crop is not None:
         return label_view(*shown, crop, points, rng)
     changed = os.path.getmtime(path) if os.path.exists(path) else None
@@ -924,11 +1089,11 @@ def whole_view(changed: float | None, *shown) -> View:
     return label_view(*shown)
 
 
-def label_view(path: str, intrinsics: tuple, where: str, focal: float | None, grid: int,
-               crop=None, points=(), rng=None) -> View:
+def label_view(path: str, intrinsics: tuple, where: str, orientation: str | None,
+               focal: float | None, grid: int, crop=None, points=(), rng=None) -> View:
     """unify_focal of an image file, with points and scale in label pixels. Raises ValueError with
     the record's file and line."""
-    image = open_image(path, intrinsics[4:])
+    image = open_image(path, intrinsics[4:], orientation)
     intrinsics, sx, sy = match_size(image, intrinsics, where)
     keep = [(sx * (x + 0.5) - 0.5, sy * (y + 0.5) - 0.5) for x, y in points]
     try:

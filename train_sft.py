@@ -17,7 +17,6 @@ micro-batch change nothing (on a GPU: nothing but rounding). Flags in a file are
 later flag wins.
 """
 import argparse
-import json
 import math
 import pickle
 import shutil
@@ -566,7 +565,7 @@ def log_line(path: Path, **fields) -> None:
         rounded = {key: round(value, 6) if isinstance(value, float) and key != "lr" else value
                    for key, value in fields.items()}
         with open(path, "a") as file:
-            file.write(json.dumps(rounded) + "\n")
+            file.write(render.json_text(rounded))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import trimesh
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, PngImagePlugin, TiffImagePlugin
 
 import evaluate
 import pointcloud
@@ -218,6 +218,147 @@ def test_exif_never_guesses(tmp_path, tags, words):
     path = make_photo(tmp_path / "a.jpg", **tags)
     with pytest.raises(ValueError, match=words):
         pointcloud.exif_focal(path)
+
+
+def with_metadata(path, size=(96, 72), xmp="", **tags):
+    """A photo of a phone with 28 mm, and metadata where its container has them."""
+    about = {"Make": "a", **tags}
+    about = {Exif[name]: about.pop(name) for name in ("Make", "Model", "ImageDescription")
+             if name in about}
+    taken = {Exif[name]: value for name, value in {"FocalLengthIn35mmFilm": 28, **tags}.items()
+             if Exif[name] not in about}
+    options = {"exif": Image.Exif(), "xmp": xmp.encode()}
+    if path.suffix == ".tiff":
+        options = {"tiffinfo": TiffImagePlugin.ImageFileDirectory_v2()}
+        options["tiffinfo"].update(about | {700: xmp.encode(), ExifTags.IFD.Exif: taken})
+    else:
+        options["exif"].update(about)
+        options["exif"].get_ifd(ExifTags.IFD.Exif).update(taken)
+    if path.suffix == ".png":
+        options["pnginfo"] = PngImagePlugin.PngInfo()
+        options["pnginfo"].add_itxt("XML:com.adobe.xmp", xmp)
+    Image.new("RGB", size, (90, 120, 60)).save(path, **options)
+    return path
+
+
+def packet(inner):
+    return ('<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/'
+            f'22-rdf-syntax-ns#"><rdf:Description {inner}</rdf:RDF></x:xmpmeta>')
+
+
+GPANO = 'xmlns:{0}="http://ns.google.com/photos/1.0/panorama/"'
+NO_PINHOLES = {
+    "a phone's panorama": {"CustomRendered": 6},
+    "attribute": {"xmp": packet('GPano:ProjectionType="equirectangular"/>')},
+    "element": {"xmp": packet("><GPano:ProjectionType>cylindrical</GPano:ProjectionType>")},
+    "another prefix": {"xmp": packet(GPANO.format("p") + ' p:FullPanoWidthPixels="5376"/>')},
+    "capitals": {"xmp": packet('gpano:PROJECTIONTYPE="EQUIRECTANGULAR"/>')},
+    "a viewer": {"xmp": packet('GPano:UsePanoramaViewer="True"/>')},
+    "namespace alone": {"xmp": packet(GPANO.format("x") + ' x:PoseHeadingDegrees="3"/>')},
+    "video's": {"xmp": packet('xmlns:G="http://ns.google.com/videos/1.0/spherical/" G:Spherical='
+                              '"true"/>')},
+    "Hugin": {"UserComment": b"ASCII\0\0\0Projection: Equirectangular (2)\nFOV: 360 x 180"},
+    "fisheye": {"LensModel": "8mm F3.5 Fisheye"},
+    "Theta": {"Make": "RICOH", "Model": "RICOH THETA Z1", "size": (144, 72)},
+    "Insta360": {"Make": "Arashi Vision", "Model": "Insta360 X3", "size": (144, 72)},
+    "a strip": {"size": (400, 72)}, "an upright strip": {"size": (72, 400)},
+}
+
+
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp", "tiff"])
+@pytest.mark.parametrize("case", NO_PINHOLES)
+def test_exif_of_no_pinhole_picture(tmp_path, tiny, exact, case, kind):
+    """A panorama, a spherical or a fisheye image has no focal length, whatever its EXIF data say,
+    and in whatever container and spelling it says what it is. A flag is another matter."""
+    path = with_metadata(tmp_path / f"a.{kind}", **NO_PINHOLES[case])
+    with pytest.raises(ValueError, match="a.*is a panorama, or spherical.*--photo-focal"):
+        pointcloud.exif_focal(path)
+    assert pointcloud.open_photo(str(path), fov=60).source == "--fov 60"
+
+
+@pytest.mark.parametrize("metadata", [
+    {}, {"CustomRendered": 1}, {"CustomRendered": 2}, {"CustomRendered": 8},
+    {"Make": "RICOH", "Model": "GR III"}, {"size": (144, 72)},
+    {"Make": "Insta360", "Model": "Insta360 Ace"}, {"size": (128, 54)},
+    {"xmp": packet('xmlns:GCamera="http://ns.google.com/photos/1.0/camera/" GCamera:MotionPhoto='
+                   '"1" xmlns:GDepth="http://ns.google.com/photos/1.0/depthmap/" GDepth:Near="1"/>'
+                   )},
+    {"xmp": packet('xmlns:crs="http://ns.adobe.com/camera-raw-settings/1.0/" crs:Blacks="4"/>')},
+    {"ImageDescription": "view from the hotel", "UserComment": b"ASCII\0\0\0a comment"}])
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp", "tiff"])
+def test_exif_of_plain_photos(tmp_path, metadata, kind):
+    """What phones and other cameras of those makers write into every photo hinders nothing."""
+    path = with_metadata(tmp_path / f"a.{kind}", **metadata)
+    width, height = metadata.get("size", (96, 72))
+    focal = 28 / FILM_DIAGONAL * math.hypot(width, height)
+    assert pointcloud.exif_focal(path)[:2] == pytest.approx((focal, focal))
+
+
+SENSOR = {"FocalLength": 5.0, "FocalPlaneXResolution": 2000.0, "FocalPlaneYResolution": 1800.0,
+          "FocalPlaneResolutionUnit": 3, "FocalLengthIn35mmFilm": 0}
+
+
+@pytest.mark.parametrize("tags, focals", [
+    ({}, (1000, 900)), ({"DigitalZoomRatio": 1.0}, (1000, 900)),
+    ({"DigitalZoomRatio": 0.0}, (1000, 900)), ({"DigitalZoomRatio": 4.0}, (4000, 3600)),
+    ({"DigitalZoomRatio": 4.0, "FocalLengthIn35mmFilm": 28}, (4000, 3600)),
+    ({"DigitalZoomRatio": 4.0, "FocalLengthIn35mmFilm": 112}, (4000, 3600)),
+    ({"DigitalZoomRatio": 2.0, "ExifImageWidth": 960, "ExifImageHeight": 720}, (200, 180))])
+def test_exif_digital_zoom(tmp_path, tags, focals):
+    """The sensor's data are about all of it, so a digital zoom lengthens the focal length in
+    pixels, also of a resized photo."""
+    path = with_metadata(tmp_path / "a.jpg", **SENSOR | tags)
+    fx, fy, source = pointcloud.exif_focal(path)
+    assert (fx, fy) == pytest.approx(focals)
+    assert ("digital zoom" in source) == (tags.get("DigitalZoomRatio", 0) > 1)
+
+
+def test_exif_digital_zoom_of_film(tmp_path):
+    """Some makers count a digital zoom into the 35 mm equivalent, and some do not: without the
+    sensor's data nothing tells, so it is not guessed. A ratio of 1.01 is none."""
+    path = with_metadata(tmp_path / "a.jpg", DigitalZoomRatio=2.5)
+    with pytest.raises(ValueError, match="zoom of 2.5.*--focal-35mm 28 or 70"):
+        pointcloud.exif_focal(path)
+    path = with_metadata(tmp_path / "a.jpg", DigitalZoomRatio=1.01)
+    assert pointcloud.exif_focal(path)[0] == pytest.approx(28 / FILM_DIAGONAL * 120)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (("--photo-focal", 0.75), "divided by the image's width? Then 72, 72"),
+    (("--photo-focal", 1e5), "20 sides"), (("--photo-focal", 80, 20), "160 degrees"),
+    (("--focal-35mm", 1), "do not fit"), (("--focal-35mm", 5000), "20 sides")])
+def test_cameras_that_there_cannot_be(tmp_path, tiny, photo, capsys, flags, words):
+    """Before the model is loaded."""
+    message = error_of(capsys, tmp_path / "no checkpoint", photo, *flags)
+    assert words in message and "do not fit an image of 96 x 72 px" in message
+    assert message.endswith("--fov DEGREES (the horizontal one) or --focal-35mm MM.")
+
+
+@pytest.mark.parametrize("said", [None, "stored", "upright"])
+def test_orientation_of_a_record(tmp_path, tiny, exact, monkeypatch, said):
+    """The cloud's colours are those of the pixels that the labels belong to, and the model is shown
+    the same."""
+    path = make_photo(tmp_path / "a.png", Orientation=3)
+    more = {"orientation": said} if said else {}
+    (tmp_path / "val.jsonl").write_text(json.dumps({
+        "image": "a.png", "intrinsics": [80, 80, 47.5, 35.5, 96, 72], "pixel_coords": [[3, 4]],
+        "depth": [2.0], **more}))
+    asked = []
+
+    def run_queries(model, checkpoint, records, *rest, **more):
+        asked.append(records[0]["orientation"])
+        return exact.run_queries(model, checkpoint, records, *rest, **more)
+
+    monkeypatch.setattr(evaluate, "run_queries", run_queries)
+    cloud(tiny, tmp_path / "val.jsonl", "--record", 0, "--points", 60, "--out", tmp_path / "out")
+    points = np.load(tmp_path / "out/points.npz")
+    x, y = points["pixels"].T
+    shown = np.asarray(Image.open(path))
+    shown = shown[::-1, ::-1] if said == "upright" else shown
+    assert (points["colors"] == shown[y, x]).all() and asked == [said]
+    opened = pointcloud.open_photo(str(path), [80])
+    assert (np.asarray(opened.image) == np.asarray(Image.open(path))[::-1, ::-1]).all()
+    assert opened.orientation == "upright"
 
 
 def test_rotated_photo_is_upright(tmp_path, tiny, exact, capsys):

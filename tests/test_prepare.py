@@ -35,6 +35,7 @@ from test_prepare_readers import (
     nuscenes_root,
     omnidata_root,
     own_folder,
+    painted,
     prepare,
     prepared,
     ramp,
@@ -49,6 +50,8 @@ from test_prepare_readers import (
     waymo_root,
     well_formed,
 )
+
+import render
 
 SHARED = ROOT.parent / "shared"
 
@@ -886,6 +889,275 @@ def test_missing_root_folder(tmp_path, capfd):
     assert code == 2 and "http" in said and str(tmp_path / "gone") in said
 
 
+# ---- what an RGB-D folder may have ----
+
+
+OTHER_CAMERA = "camera of another image"
+A, B, C, D = (lambda k: lambda *v: v[k])(0), *((lambda k: lambda *v: v[k])(k) for k in (1, 2, 3))
+CAMERA_FAULTS = {  # fx, fy, cx, cy as functions of fx, fy, cx, cy, w, h
+    "cx and cy swapped": (A, B, D, C),
+    "fx, cx, fy, cy": (A, C, B, D),
+    "cx, cy, fx, fy": (C, D, A, B),
+    "divided by the image's sides": (lambda *v: v[0] / v[4], lambda *v: v[1] / v[5],
+                                     lambda *v: v[2] / v[4], lambda *v: v[3] / v[5]),
+    "of an image of 0.9": tuple(lambda *v, k=k: v[k] / v[4] for k in range(4)),  # by the width
+    "of an image of": tuple(lambda *v, k=k: v[k] / 2 for k in range(4)),
+    "of an image of ": tuple(lambda *v, k=k: v[k] * 3 for k in range(4)),
+    "of an image of  ": tuple(lambda *v, k=k: v[k] * 6.4 / v[4] for k in range(4)),  # mm, sensor
+    "divided by the image's width": (lambda *v: v[0] / v[4], lambda *v: v[1] / v[4], C, D),
+    "field of view": (lambda *v: 1e-3, lambda *v: 1e-3, C, D),
+    "20 sides": (lambda *v: 1e6, lambda *v: 1e6, C, D),
+    "principal point in the image": (A, B, lambda *v: v[4] + 3, D),
+    "a principal point": (A, B, lambda *v: 0, lambda *v: 0),
+    "positive fx and fy": (A, lambda *v: 3 * v[1], C, D),
+}
+
+
+CAMERA_80 = [70.0, 71.0, 39.5, 29.5, 80, 60]
+CUT = ["png", "jpg", "mpo.jpg", "webp", "tiff", "lzw.tiff", "bmp", "gif", "avif", "jp2", "ppm"]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("share", [0.3, 0.7, 0.93])
+@pytest.mark.parametrize("container", CUT)
+def test_cut_image_of_any_container(tmp_path, capfd, container, share):
+    """A copy that stopped is named when it is prepared, not found in training, wherever it was cut,
+    in the second picture of a phone's file, too. The whole file is right."""
+    own_folder(tmp_path / "raw", count=3)
+    image = Image.open(tmp_path / "raw/rgb/0001.png")
+    (tmp_path / "raw/rgb/0001.png").unlink()
+    path = tmp_path / f"raw/rgb/0001.{container.split('.')[-1]}"
+    if container == "lzw.tiff":
+        image.save(path, compression="tiff_lzw")
+    else:
+        save_as(image, path.with_name(f"0001.{container}"))
+        path.with_name(f"0001.{container}").rename(path)
+    assert len(prepared(tmp_path, "folder", tmp_path / "raw")) == 3
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * share)])
+    code, said = attempt(capfd, tmp_path, "folder", "--overwrite")
+    assert code == 0 and len(records(tmp_path / "out")) == 2, said
+    assert f"left out: {path}: " in said or f"left out: 0001: {path}: " in said, said
+
+
+def test_jpeg_that_is_cut_behind_its_thumbnail(tmp_path, capfd):
+    """The end of the small picture in the head is not the end of the file; what phones append
+    behind the end is no cut."""
+    own_folder(tmp_path / "raw", count=3)
+    image = Image.open(tmp_path / "raw/rgb/0001.png")
+    path = tmp_path / "raw/rgb/0001.jpg"
+    (tmp_path / "raw/rgb/0001.png").unlink()
+    small = io.BytesIO()
+    image.resize((16, 12)).save(small, "JPEG")
+    image.save(path, comment=small.getvalue())
+    data = path.read_bytes()
+    path.write_bytes(data + b"SEFT" * 500)
+    assert len(prepared(tmp_path, "folder", tmp_path / "raw")) == 3
+    path.write_bytes(data[: data.index(b"\xff\xd9") + 2 + 100])
+    assert len(prepared(tmp_path, "folder", tmp_path / "raw", "--overwrite")) == 2
+
+
+def turned_folder(raw, orientation, container, upright, size=(80, 60), count=3):
+    """An own folder whose photos have an EXIF orientation. The depth map is of the upright photo,
+    or of the stored pixels -> what the labels' own image looks like, in the order of names."""
+    w, h = size
+    turn = render.TURNS.get(orientation)
+    own = size[::-1] if upright and orientation >= 5 else size
+    fx, fy, cx, cy = 70.0, 71.0, (own[0] - 1) / 2, (own[1] - 1) / 2
+    shown = []
+    for n in range(count):
+        z = ramp(w, h, base=2 + 0.7 * n)  # as stored
+        image = painted(z)
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        path = raw / f"rgb/{n:04d}.{container}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lossless = {"lossless": True} if container == "webp" else {}
+        lossless |= {"quality": 98, "subsampling": 0} if container == "jpg" else {}
+        image.save(path, exif=exif, **lossless)
+        millimetres = Image.fromarray(np.round(z * 1000).astype(np.uint16))
+        if upright and turn is not None:
+            image, millimetres = image.transpose(turn), millimetres.transpose(turn)
+        (raw / "depth").mkdir(exist_ok=True)
+        millimetres.save(raw / f"depth/{n:04d}.png")
+        shown.append(np.asarray(image)[..., 0].astype(float))
+    (raw / "intrinsics.txt").write_text(f"{fx} {fy} {cx} {cy}")
+    return shown, own
+
+
+@pytest.mark.parametrize("upright", [False, True], ids=["stored", "upright"])
+@pytest.mark.parametrize("container", ["png", "jpg", "tiff", "webp"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation(tmp_path, capfd, orientation, container, upright):
+    """The depth map's shape says to which pixels of a turned photo it belongs; where it does not,
+    it is the stored ones, and that is said. The record keeps it, and what is shown is the pixel
+    that was labelled."""
+    if upright and orientation in (2, 3, 4):
+        pytest.skip("nothing tells: taken as of the stored pixels, and said")
+    shown, size = turned_folder(tmp_path / "raw", orientation, container, upright)
+    code, said = attempt(capfd, tmp_path, "folder")
+    assert code == 0 and "no kinds of fault" in said, said
+    assert ("taken as of the stored pixels" in said) == (orientation in (2, 3, 4)), said
+    opened = render.Records(str(tmp_path / "out/val.jsonl"))
+    assert len(opened) == 3
+    for n in range(3):
+        row = opened[n]
+        assert row.get("orientation") == (None if orientation == 1 else
+                                          "upright" if upright else "stored")
+        assert row["intrinsics"][4:] == size
+        image = render.open_image(row["image"], row["intrinsics"][4:], row.get("orientation"))
+        assert np.abs(np.asarray(image)[..., 0] - shown[n]).max() <= 6
+        z = row["depth"] / render.ray_length(*row["pixel_coords"].T, row["intrinsics"])
+        x, y = row["pixel_coords"].astype(int).T
+        red = np.asarray(image)[..., 0].astype(float)[y, x]
+        assert np.abs(red - (z - 1) * 25).max() <= 6
+
+
+def test_orientation_that_does_not_show(tmp_path, capfd):
+    """A square photo, and one upside down: the note counts them, once."""
+    turned_folder(tmp_path / "raw", 6, "png", upright=False, size=(64, 64))
+    turned_folder(tmp_path / "raw", 3, "tiff", upright=False, size=(64, 64), count=2)
+    for n in range(2):
+        (tmp_path / f"raw/rgb/{n:04d}.png").unlink()
+    code, said = attempt(capfd, tmp_path, "folder")
+    assert code == 0 and said.count("taken as of the stored pixels") == 1, said
+    assert "3 images are turned or mirrored by EXIF" in said
+    assert [row["orientation"] for row in records(tmp_path / "out")] == ["stored"] * 3
+
+
+@pytest.mark.parametrize("name", CAMERA_FAULTS)
+def test_camera_of_another_image(tmp_path, capfd, name):
+    """Refused at the first image, with the likely cause, in one line; nothing is left behind, so
+    that the corrected command needs no --overwrite."""
+    own_folder(tmp_path / "raw", count=40)
+    numbers = [f(*CAMERA_80) for f in CAMERA_FAULTS[name]]
+    words = ",".join(map(str, numbers))
+    code, said = attempt(capfd, tmp_path, "folder", "--intrinsics", words)
+    assert code == 2 and name.strip() in said and "do not fit an image of 80 x 60 px" in said, said
+    errors = [line for line in said.replace("\r", "\n").splitlines() if "images/s" not in line]
+    assert len([line for line in errors if line.strip()]) == 1, said
+    assert not list((tmp_path / "out").glob("val*"))
+    own_folder(tmp_path / "raw", count=2)
+    (tmp_path / "raw/intrinsics.txt").write_text(" ".join(map(str, numbers)))
+    assert attempt(capfd, tmp_path, "folder")[0] == 2
+    right = ("--intrinsics", "70,71,39.5,29.5")
+    assert len(prepared(tmp_path, "folder", tmp_path / "raw", *right)) == 40
+
+
+@pytest.mark.parametrize("text", ["70 0 39.5\n0 71 29.5\n0 0 1\n", "70, 71, 39.5, 29.5",
+                                  "70 0 0 0 71 0 39.5 29.5 1", "70,0,0\n0,71,0\n39.5,29.5,1"])
+def test_forms_of_intrinsics(tmp_path, text):
+    """Row by row, column by column, or the four numbers."""
+    own_folder(tmp_path / "raw", count=1)
+    (tmp_path / "raw/intrinsics.txt").write_text(text)
+    (row,) = prepared(tmp_path, "folder", tmp_path / "raw")
+    assert row["intrinsics"] == CAMERA_80
+
+
+@pytest.mark.parametrize("numbers", [
+    [8, 8, 39.5, 29.5], [1500, 1500, 39.5, 29.5], [70, 36, 39.5, 29.5], [36, 70, 39.5, 29.5],
+    [70, 70, 3, 55], [70, 70, 79, 3], [70, 70, 39.5, 10], [70, 70, 55, 29.5], [70, 70, 31, 45]])
+def test_odd_cameras_are_right(tmp_path, capfd, numbers):
+    """Wide, tele, fx unlike fy, cropped off the centre."""
+    own_folder(tmp_path / "raw", count=2)
+    code, said = attempt(capfd, tmp_path, "folder", "--intrinsics", ",".join(map(str, numbers)))
+    assert code == 0 and "do not fit" not in said and "FAULT" not in said, said
+
+
+def test_one_odd_camera_costs_its_images(tmp_path, capfd):
+    """In a set of many cameras one that is wrong is named, and the others are prepared."""
+    for n in range(4):
+        own_folder(tmp_path / f"raw/room{n}", count=2)
+    (tmp_path / "raw/room0/intrinsics.txt").write_text("0.7 0.7 39.5 29.5")
+    code, said = attempt(capfd, tmp_path, "folder")
+    assert code == 0 and len(records(tmp_path / "out")) == 6, said
+    assert "left out: room0/0000: intrinsics [0.7, 0.7, 39.5, 29.5] do not fit" in said
+
+
+BAD_POSES = {
+    "inf": np.full((4, 4), -np.inf), "nan": np.full((4, 4), np.nan), "zero": np.zeros((4, 4)),
+    "scaled": np.diag([3.0, 3, 3, 1]), "mirrored": np.diag([1.0, 1, -1, 1]),
+    "shift": np.array([[1.0, 0, 0, np.inf], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])}
+
+
+@pytest.mark.parametrize("kind", BAD_POSES)
+def test_poses_that_are_none(tmp_path, capfd, kind):
+    """ScanNet's frames that could not be tracked: the image stays, its pose does not, and the run
+    counts them."""
+    own_folder(tmp_path / "raw", count=6)
+    (tmp_path / "raw/poses").mkdir()
+    for n in range(6):
+        pose = np.eye(4) if n % 3 else BAD_POSES[kind]
+        np.savetxt(tmp_path / f"raw/poses/{n:04d}.txt", pose)
+    code, said = attempt(capfd, tmp_path, "folder")
+    rows = records(tmp_path / "out")
+    assert code == 0 and "2 poses are not finite, or no rotation: left out" in said, said
+    assert ["pose" in row for row in rows] == [False, True, True] * 2
+    for name in ("val.run.json", "val.jsonl"):
+        for line in [(tmp_path / "out" / name).read_text()] if "run" in name else open(
+                tmp_path / "out" / name):
+            json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} in {name}"))
+
+
+def test_notes_outlive_an_interruption(tmp_path, monkeypatch, capfd):
+    """What was counted before a run was killed is in the count after it; a run.json of an older
+    version has none."""
+    own_folder(tmp_path / "raw", count=11)
+    counting_reader(monkeypatch, [], [])
+    make_chunk = prepare.make_chunk
+
+    def interrupted(frames, make):
+        if frames[0].id == "0008":
+            raise KeyboardInterrupt
+        return make_chunk(frames, make=make)
+
+    for older in (False, True):
+        flags = folder_flags(tmp_path / "raw", tmp_path / f"out{older}")
+        monkeypatch.setattr(prepare, "make_chunk", interrupted)
+        assert run(*flags)[0] == 130
+        path = tmp_path / f"out{older}/val.run.json"
+        state = json.loads(path.read_text())
+        assert 8 in state["notes"].values()
+        if older:
+            del state["notes"]
+            path.write_text(json.dumps(state))
+        monkeypatch.setattr(prepare, "make_chunk", make_chunk)
+        code, said = outcome(capfd, *flags)
+        assert code == 0 and f"{3 if older else 11} depth files of uint16" in said, said
+
+
+def litter(root):
+    """What macOS, Windows, Linux, a NAS, editors and phones leave in every folder, much of it with
+    the names of the files."""
+    for folder in [root, *(path for path in root.rglob("*") if path.is_dir())]:
+        files = [path.name for path in folder.iterdir()]
+        for name in (".DS_Store", "Thumbs.db", "thumbs.db", "ehthumbs.db", "desktop.ini", "Icon\r",
+                     ".directory", ".nfs0000001", ".~lock.a#", ".localized", ".fuse_hidden1",
+                     ".gitkeep", "~temp", *(f"._{name}" for name in files),
+                     *(f"{name}~" for name in files), *(f".{name}.swp" for name in files),
+                     *(f"{name}:Zone.Identifier" for name in files)):
+            (folder / name).write_bytes(b"\0\0\0\1Bud1")
+        for name in ("@eaDir", "__MACOSX", ".Trashes", "$RECYCLE.BIN", "#recycle", "lost+found",
+                     "System Volume Information", ".git", "@Recycle"):
+            for below in ("", "image", "rgb", "depth", "iphone/rgb", "dslr_calibration_jpg"):
+                (folder / name / below).mkdir(parents=True, exist_ok=True)
+            for below in files:
+                (folder / name / below).with_suffix(".png").touch()
+
+
+@pytest.mark.parametrize("dataset", [*RAW, "folder"])
+def test_system_files_are_no_data(tmp_path, capfd, dataset):
+    """A dataset that went through other machines gives the same bytes, and nothing is left out."""
+    split, build, _ = RAW.get(dataset, ("val", lambda raw: own_folder(raw / "room"), ""))
+    build(tmp_path / "raw")
+    prepared(tmp_path, dataset, tmp_path / "raw", split=split)
+    before = (tmp_path / f"out/{split}.jsonl").read_bytes()
+    litter(tmp_path / "raw")
+    code, said = attempt(capfd, tmp_path, dataset, "--overwrite", split=split)
+    assert code == 0 and "left out" not in said and " 0 cannot be read" in said, said
+    assert (tmp_path / f"out/{split}.jsonl").read_bytes() == before
+
+
 # ---- --check ----
 
 
@@ -967,14 +1239,72 @@ def same_content(rows):
     rows[9] = {**rows[3], "image": str(folder / "again.png"), "scene": "another"}
 
 
+def camera(*numbers):
+    """All cameras of a file, made from fx, fy, cx, cy, w, h of each."""
+
+    def change(rows):
+        for row in rows:
+            row["intrinsics"][:4] = [f(*row["intrinsics"]) for f in numbers]
+
+    return change
+
+
+def one_camera(*numbers):
+    return lambda rows: camera(*numbers)(rows[5:6])
+
+
+def labels(new, share=1.0):
+    """A share of the labels of each record made from the old ones (N,)."""
+
+    def change(rows):
+        rng = np.random.default_rng(0)
+        for row in rows:
+            old = np.array(row["depth"])
+            picked = rng.random(len(old)) < share
+            row["depth"] = np.where(picked, new(old, row), old).tolist()
+
+    return change
+
+
+def ray(row):
+    fx, fy, cx, cy = row["intrinsics"][:4]
+    x, y = np.array(row["pixel_coords"]).T
+    return np.sqrt(1 + ((x - cx) / fx) ** 2 + ((y - cy) / fy) ** 2)
+
+
+def one(key, value):
+    return lambda rows: rows[7].update({key: value(rows[7]) if callable(value) else value})
+
+
 FAULTS = {
     "z": (all_z, "z sold as euclidean"),
+    **{name: (camera(*numbers), OTHER_CAMERA) for name, numbers in CAMERA_FAULTS.items()},
+    **{f"one {name}": (one_camera(*numbers), OTHER_CAMERA)
+       for name, numbers in CAMERA_FAULTS.items()},
+    "mm": (labels(lambda d, row: 1000 * d), "millimetres?"),
+    "cm": (labels(lambda d, row: 100 * d), "centimetres?"),
+    "km": (labels(lambda d, row: d / 1000), "metres"),
+    "far": (one("depth", lambda row: [1e5] * len(row["depth"])), "depth not positive and finite"),
+    "no return, z": (labels(lambda d, row: 65.535 * ray(row), 0.3), "at 65.535 m"),
+    "no return": (labels(lambda d, row: 65.535, 0.01), "at 65.535 m"),
+    "no return at 0.2 mm": (labels(lambda d, row: 13.107 * ray(row), 0.01), "at 13.107 m"),
+    "end of range, z": (labels(lambda d, row: 10 * ray(row), 0.1), "many labels at one value"),
+    "end of range": (labels(lambda d, row: np.full(len(d), 4.0), 0.2), "at 4 m"),
+    "huge": (one("depth", lambda row: [10 ** 400] * len(row["depth"])), "malformed line"),
+    "pose scaled": (one("pose", lambda row: (2 * np.array(row["pose"])).tolist()), "pose is none"),
+    "pose short": (one("pose", [1.0]), "pose is none"),
+    "pose huge": (one("pose", [10 ** 400] * 16), "pose is none"),
+    "orientation": (one("orientation", "left"), "malformed line"),
+    "depth_type": (one("depth_type", "disparity"), "malformed line"),
+    "surrogate": (one("scene", "\ud800"), "malformed line"),
+    "null": (one("pixel_coords", [[None, None]]), "malformed line"),
+    "null image": (one("image", "a\0b.png"), "image not found"),
     "outside": (one_outside, "label outside of the image"),
     "negative": (one_negative, "label outside of the image"),
     "size": (one_size, "image size is not that of the intrinsics"),
     "fx": (one_fx, "fx or fy not positive"),
     "fy": (one_fy, "fx or fy not positive"),
-    "nan": (one_not_finite, "depth not positive and finite"),
+    "nan": (one_not_finite, "malformed line"),
     "empty": (one_empty, "no labels"),
     "duplicate": (twice, "duplicate image"),
     "content": (same_content, "duplicate image"),
@@ -992,6 +1322,113 @@ def test_check_finds(tmp_path, capfd, toy, fault):
             shutil.copy(toy / records(toy)[3]["image"], folder / "again.png")
     code, said = checked(capfd, rewrite(toy, tmp_path, change))
     assert code == 1 and words in said.lower(), said
+
+
+def lines_of(path, change):
+    """A jsonl with the bytes of its lines changed."""
+    lines = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join(change(lines)) + b"\n")
+
+
+@pytest.mark.parametrize("line", [
+    b'{"image": 1, "image": 2}', b"\xff\xfe", b"[" * 100_000, b"null", b"\x00", b"{}", b"-",
+    b'{"image": "a", "intrinsics": [], "pixel_coords": {}, "depth": "x"}',
+    b'{"image": "", "intrinsics": [9, 9, 4, 4, 9, 9], "pixel_coords": [], "depth": []}'])
+def test_check_never_raises(tmp_path, capfd, toy, line):
+    """Whatever stands in a line is named with its number, and the others are checked."""
+    path = rewrite(toy, tmp_path, lambda rows: None)
+    lines_of(path, lambda lines: [*lines[:4], line, *lines[5:]])
+    code, said = checked(capfd, path)
+    assert code == 1 and "line 5: " in said and "Traceback" not in said, said
+    assert "malformed line (1 x)" in said or "no labels (1 x)" in said
+
+
+@pytest.mark.parametrize("change", [
+    lambda lines: [b"", *lines[:3], b" \t ", b"", *lines[3:], b"", b""],
+    lambda lines: [b"\xef\xbb\xbf" + lines[0], *lines[1:]],
+    lambda lines: [line + b"\r" for line in lines]], ids=["blank", "BOM", "CRLF"])
+def test_check_is_silent_on_other_editors(tmp_path, capfd, toy, change):
+    """Blank lines, a byte order mark, Windows' ends of lines."""
+    path = rewrite(toy, tmp_path, lambda rows: None)
+    lines_of(path, change)
+    code, said = checked(capfd, path)
+    assert code == 0 and " 40    4000 " in said, said
+
+
+def test_check_makes_a_wrong_index_anew(tmp_path, capfd, toy):
+    """Of an index that lacks a line only the file itself can tell."""
+    path = rewrite(toy, tmp_path, lambda rows: None)
+    right = render.open_index(path).copy()
+    np.delete(right, 7).tofile(path.with_suffix(".idx"))
+    code, said = checked(capfd, path)
+    assert code == 0, said
+    assert (np.fromfile(path.with_suffix(".idx"), np.int64) == right).all()
+
+
+@pytest.mark.parametrize("container", ["png", "jpg", "mpo.jpg", "webp", "tiff", "bmp", "gif"])
+def test_check_finds_cut_images(tmp_path, capfd, toy, container):
+    """An image that is cut anywhere is named, though its header is there."""
+
+    def cut_one(rows):
+        image = Image.open(tmp_path / rows[9]["image"])
+        rows[9]["image"] = f"cut.{container}"
+        path = tmp_path / rows[9]["image"]
+        save_as(image, path)
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) * 3 // 4])
+
+    code, said = checked(capfd, rewrite(toy, tmp_path, cut_one))
+    assert code == 1 and "not found or not readable (1 x); line 10: " in said, said
+    assert f"cut.{container}" in said
+
+
+def save_as(image, path):
+    """In the container that the name says; an MPO has a second image."""
+    if path.name.endswith(".mpo.jpg"):
+        image.save(path, "MPO", save_all=True, append_images=[image.rotate(180)])
+    else:
+        image.save(path)
+
+
+def test_check_of_many_labels(tmp_path, capfd, toy):
+    """Statistics look at some of an image's labels: the time is that of reading them."""
+    seconds = []
+    for times in (1, 60):
+        def more(rows):
+            for row in rows:
+                row["depth"] = np.repeat(row["depth"], times).tolist()
+                row["pixel_coords"] = np.repeat(row["pixel_coords"], times, 0).tolist()
+
+        path = rewrite(toy, tmp_path, more)
+        start = time.process_time()
+        code, said = checked(capfd, path)
+        seconds.append(time.process_time() - start)
+        assert code == 0 and str(4000 * times) in said, said
+    assert seconds[1] < 4 * seconds[0] + 2
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("said", ["stored", "upright", None])
+def test_check_of_turned_images(tmp_path, capfd, toy, orientation, said):
+    """Labels on the upright photo, or on the stored pixels, are right either way, if the record
+    says which, or its size does."""
+
+    def turn(rows):
+        for k, row in enumerate(rows):
+            image = Image.open(tmp_path / row["image"])
+            exif = Image.Exif()
+            exif[0x0112] = orientation
+            row["image"] = f"{k}.png"
+            if said == "upright" or (said is None and orientation >= 5):  # shown as it was
+                undo = {5: 5, 6: 8, 7: 7, 8: 6}.get(orientation, orientation)
+                image = image.transpose(render.TURNS[undo]) if undo > 1 else image
+            image.save(tmp_path / row["image"], exif=exif)
+            if said:
+                row["orientation"] = said
+
+    path = rewrite(toy, tmp_path, turn)
+    code, said_by_check = checked(capfd, path)
+    assert code == 0, said_by_check
 
 
 def test_check_z_with_depth_type_is_no_fault(tmp_path, capfd, toy):

@@ -12,6 +12,7 @@ colour.
 import io
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -788,21 +789,24 @@ def test_waymo_distortion(tmp_path):
 # ---- ScanNet++ ----
 
 
-def scannetpp_scene(root, scene, frames, key="aligned_pose"):
+def scannetpp_scene(root, scene, frames, key="aligned_pose", width=1920):
     """Decoded iPhone frames, JSON in reverse order, K and pose of each frame its own -> {frame: (z,
-    camera, c2w)}."""
+    camera, c2w)}. Depth pixel i is at 7.5 i of the image of 1920 px, which may have been decoded
+    smaller."""
     folder, poses, expected = Path(root) / "data" / scene / "iphone", {}, {}
     for n in frames:
         z = np.round(ramp(256, 192, base=1.2 + 0.02 * n, span=0.8) * 1000)
         z[:40] = 0  # no depth at the top
         mask = np.full((1440, 1920), 255, np.uint8)
-        mask[:, :450] = 0  # anonymised at the left (60 depth pixels)
-        colours = painted(z / 1000)
+        mask[:, :446] = 0  # anonymised at the left (60 depth pixels)
+        rows, columns = ((np.arange(k) / 7.5 + 0.5).astype(int).clip(0, m - 1)
+                         for k, m in ((1440, 192), (1920, 256)))
+        colours = painted(z[rows[:, None], columns] / 1000)
         for name, image in (
-            (f"rgb/frame_{n:06d}.jpg", colours.resize((1920, 1440), Image.NEAREST)),
+            (f"rgb/frame_{n:06d}.jpg", colours),
             (f"rgb_masks/frame_{n:06d}.png", Image.fromarray(mask)),
         ):
-            save(image, folder / name)
+            save(image.resize((width, width * 3 // 4), Image.NEAREST), folder / name)
         save_depth(z, folder / f"depth/frame_{n:06d}.png")
         camera = [1427.4 + n, 1428.6 + n, 957.2, 719.4, 1920, 1440]
         c2w = rigid(rotation([1, n, 2], 0.4 + 0.1 * n), [n, 1.5, -2])
@@ -831,12 +835,12 @@ def scannetpp_labels(out, row, z, camera, c2w):
     resized = [fx * s, fy * s, s * (cx + 0.5) - 0.5, s * (cy + 0.5) - 0.5, w * s, h * s]
     assert row["intrinsics"] == pytest.approx(resized, abs=0.51)
     x, y = (np.array(row["pixel_coords"]).T + 0.5) / s - 0.5  # at full size
-    i, j = np.round((x - 3.25) / 7.5).astype(int), np.round((y - 3.25) / 7.5).astype(int)
-    assert max(np.abs(7.5 * i + 3.25 - x).max(), np.abs(7.5 * j + 3.25 - y).max()) <= 1 / s
+    i, j = np.round(x / 7.5).astype(int), np.round(y / 7.5).astype(int)
+    assert max(np.abs(7.5 * i - x).max(), np.abs(7.5 * j - y).max()) <= 0.51 / s
     zz = z[j, i]
     assert np.isfinite(zz).all(), "a label in the masked or empty part"
-    exact = zz * np.sqrt(1 + ((7.5 * i + 3.25 - cx) / fx) ** 2 + ((7.5 * j + 3.25 - cy) / fy) ** 2)
-    assert np.abs(exact - row["depth"]).max() < 1e-3
+    exact = zz * np.sqrt(1 + ((7.5 * i - cx) / fx) ** 2 + ((7.5 * j - cy) / fy) ** 2)
+    assert np.abs(exact - row["depth"]).max() < 1e-3 / s  # of the ray through the whole pixel
     red_is(out, row, zz)
     is_pose(row, c2w)
 
@@ -855,6 +859,34 @@ def test_scannetpp_pairs_by_name(tmp_path):
             n = round(row["pose"][3])
             scannetpp_labels(tmp_path / scene, row, *expected[n])
         assert len({round(r["pose"][3]) for r in rows}) == 3
+
+
+@pytest.mark.parametrize("width", [960, 640])
+def test_scannetpp_decoded_smaller(tmp_path, width):
+    """Frames that were decoded at a fraction of 1920 x 1440: intrinsics and places scale."""
+    expected = scannetpp_scene(tmp_path / "raw", "aaa", (0, 10), width=width)
+    scannetpp_splits(tmp_path / "raw", [], ["aaa"])
+    for row in prepared(tmp_path, "scannetpp", tmp_path / "raw", "--points", 300):
+        assert row["intrinsics"][4:] == [width, width * 3 // 4]
+        scannetpp_labels(tmp_path / "out", row, *expected[round(row["pose"][3])])
+
+
+@pytest.mark.parametrize("edge", [(1000, 700), (1003, 703), (1006, 696)])
+def test_scannetpp_edges(tmp_path, edge):
+    """A near quarter of the view ends at a pixel of the image; the depth map shows it where its
+    pixels lie, at 7.5 i. No label of the quarter is beside it, and none of the wall is on it."""
+    folder, (right, low) = tmp_path / "raw/data/aaa/iphone", edge
+    scannetpp_scene(tmp_path / "raw", "aaa", [0])
+    scannetpp_splits(tmp_path / "raw", [], ["aaa"])
+    near = (np.arange(1440)[:, None] < low) & (np.arange(1920) < right)
+    save(Image.fromarray(np.where(near, 250, 20).astype(np.uint8)), folder / "rgb/frame_000000.jpg")
+    shown = (7.5 * np.arange(192)[:, None] < low) & (7.5 * np.arange(256) < right)
+    save_depth(np.where(shown, 1500, 4000), folder / "depth/frame_000000.png")
+    (row,) = prepared(tmp_path, "scannetpp", tmp_path / "raw", "--points", 100000)
+    x, y = np.array(row["pixel_coords"]).T
+    z = np.array(row["depth"]) / np.linalg.norm(rays(1920, 1440, *row["intrinsics"][:4])[y, x],
+                                                axis=1)
+    assert ((z < 2) == near[y, x]).all() and 1000 < (z < 2).sum() < len(z) - 1000
 
 
 def test_scannetpp_splits_and_stride(tmp_path):
@@ -1615,3 +1647,172 @@ def test_folder(tmp_path, npy, kind):
     for row in rows:
         z, exact = expected[int(Path(row["image"]).stem)]
         is_dense(tmp_path / "out", row, exact, OWN_CAMERA, z)
+
+
+def depth_files(root, write, z_of=lambda z: z):
+    """The own folder with other depth files: write(path without ending, z in metres)."""
+    expected = own_folder(root)
+    shutil.rmtree(root / "depth")
+    (root / "depth").mkdir()
+    for n, (z, _) in enumerate(expected):
+        write(root / f"depth/{n:04d}", z_of(z.copy()))
+    return [z for z, _ in expected]
+
+
+def as_image(dtype, ending, **options):
+    """Writes z as an image file: millimetres in integers, metres in floating point."""
+
+    def write(path, z):
+        z = z if np.dtype(dtype).kind == "f" else np.nan_to_num(np.round(z * 1000))
+        Image.fromarray(z.astype(dtype)).save(f"{path}.{ending}", **options)
+
+    return write
+
+
+def as_array(dtype, shape=lambda z: z, save_array=np.save):
+    def write(path, z):
+        z = z if np.dtype(dtype).kind == "f" else np.nan_to_num(np.round(z * 1000))
+        save_array(path, shape(z.astype(dtype)))
+
+    return write
+
+
+DEPTH_FILES = {
+    "uint16 png": as_image(np.uint16, "png"),
+    "uint16 tif": as_image(np.uint16, "tif"),
+    "uint16 tiff lzw": as_image(np.uint16, "tiff", compression="tiff_lzw"),
+    "big endian": as_image(">u2", "tif"),
+    "int32 tif": as_image(np.int32, "tif"),
+    "float32 tiff": as_image(np.float32, "tiff"),
+    "float32 deflate": as_image(np.float32, "tif", compression="tiff_deflate"),
+    **{f"{kind} npy": as_array(kind) for kind in (
+        "uint16", "int16", "int32", "uint32", "int64", "uint64", "float16", "float32", "float64",
+        ">f4")},
+    "1 H W": as_array(np.float32, lambda z: z[None]),
+    "H W 1": as_array(np.uint16, lambda z: z[..., None]),
+    "1 1 H W": as_array(np.float64, lambda z: z[None, None]),
+    "npz": as_array(np.float32, save_array=np.savez),
+    "npz packed": as_array(np.uint16, save_array=lambda p, z: np.savez_compressed(p, depth=z)),
+}
+
+
+@pytest.mark.parametrize("kind", DEPTH_FILES)
+def test_depth_files(tmp_path, capfd, kind):
+    """A file of floating-point numbers holds metres, one of integers millimetres; it is said which
+    was assumed."""
+    z = depth_files(tmp_path / "raw", DEPTH_FILES[kind])
+    rows = prepared(tmp_path, "folder", tmp_path / "raw")
+    assert len(rows) == 3
+    for n, row in enumerate(rows):
+        x, y = np.array(row["pixel_coords"]).T
+        exact = euclidean(z[n], OWN_CAMERA)[y, x]
+        assert np.abs(exact - row["depth"]).max() < (4e-3 if "float16" in kind else 1e-3)
+    said = capfd.readouterr().out
+    floats = "float" in kind or "f4" in kind or kind in ("1 H W", "1 1 H W", "npz")
+    assert re.search(rf"3 depth files of \S+ are taken as {'metres' if floats else 'millimetres'}",
+                     said), said
+    prepared(tmp_path, "folder", tmp_path / "raw", "--depth-scale", 1 if floats else 1000, out="2")
+    assert "taken as" not in capfd.readouterr().out
+    assert records(tmp_path / "2") == rows
+
+
+NOTHING = {
+    "zero": (0, None), "uint16": (65535, "uint16"), "int16": (32767, "int16"),
+    "negative int": (-1, "int16"), "lowest int": (-32768, "int16"),
+    "int32": (2**31 - 1, "int32"), "uint32": (2**32 - 1, "uint32"), "int64": (2**63 - 1, "int64"),
+    "uint64": (2**64 - 1, "uint64"), "65535 in int32": (65535, "int32"),
+    "NaN": (np.nan, "float32"), "inf": (np.inf, "float32"), "-inf": (-np.inf, "float64"),
+    "negative": (-1, "float32"), "the largest float32": (np.finfo(np.float32).max, "float32"),
+    "the largest float16": (65504, "float16"), "1e10": (1e10, "float64"),
+    "65535 in float": (65535, "float32"), "65.535": (65.535, "float32"),
+    "65.535 in float64": (65.535, "float64"), "32.767": (32.767, "float32"),
+}
+
+
+@pytest.mark.parametrize("kind", NOTHING)
+def test_depth_files_that_say_nothing(tmp_path, capfd, kind):
+    """A third of the pixels hold what sensors and tools write where there is nothing: no label is
+    there, and they are counted."""
+    value, dtype = NOTHING[kind]
+
+    def write(path, z):
+        holed = z if np.dtype(dtype or "uint16").kind == "f" else np.round(z * 1000)
+        holed = holed.astype(dtype or "uint16")
+        holed[::3] = value
+        np.save(path, holed)
+
+    z = depth_files(tmp_path / "raw", write)
+    rows = prepared(tmp_path, "folder", tmp_path / "raw", "--max-depth", 9999, "--points", 9999)
+    for n, row in enumerate(rows):
+        x, y = np.array(row["pixel_coords"]).T
+        assert (y % 3 > 0).all() and len(x) == 80 * 40
+        assert np.abs(euclidean(z[n], OWN_CAMERA)[y, x] - row["depth"]).max() < 4e-3
+    said = capfd.readouterr().out
+    assert f"{3 * 20 * 80:,} depth pixels hold nothing" in said, said
+    assert "no kinds of fault found" in said
+
+
+@pytest.mark.parametrize("write", [
+    lambda path, z: np.save(path, np.stack([z] * 3, -1)),
+    lambda path, z: np.save(path, z.astype(np.uint8)),
+    lambda path, z: np.save(path, z > 3), lambda path, z: np.save(path, z.astype(complex)),
+    lambda path, z: np.save(path, z.astype(object)), lambda path, z: np.save(path, z[0]),
+    lambda path, z: np.savez(path, z, z), lambda path, z: np.save(path, z.astype("S4")),
+    lambda path, z: Path(f"{path}.npy").write_bytes(b"\x93NUMPY"),
+    lambda path, z: Image.fromarray(z.astype(np.uint8)).save(f"{path}.png"),
+    lambda path, z: painted(z).save(f"{path}.png"), lambda path, z: painted(z).save(f"{path}.jpg"),
+    lambda path, z: Path(f"{path}.exr").write_bytes(bytes(99))])
+def test_files_that_are_no_depth(tmp_path, capfd, write):
+    """Named, each, and nothing is written."""
+    depth_files(tmp_path / "raw", write)
+    code, _ = run(*folder_of(tmp_path))
+    said = capfd.readouterr().err
+    assert code == 2 and "depth/0000" in said and "Traceback" not in said, said
+    assert not list((tmp_path / "out").glob("*.jsonl*"))
+
+
+def folder_of(tmp_path):
+    return ("--dataset", "folder", "--root", tmp_path / "raw", "--split", "val", "--out",
+            tmp_path / "out")
+
+
+UNITS = {
+    "metres in integers": (1, np.uint16, (), "metres", 1),
+    "centimetres in floats": (100, np.float32, (), "centimetres", 100),
+    "millimetres in floats": (1000, np.float32, (), "millimetres", 1000),
+    "micrometres": (1e6, np.float64, (), "micrometres", 1000000),
+    "metres at 1000": (1, np.float32, ("--depth-scale", 1000), "metres", 1),
+    "millimetres at 1": (1000, np.uint16, ("--depth-scale", 1), "millimetres", 1000),
+    "millimetres at 1, near": (1000, np.uint16, ("--depth-scale", 1, "--max-depth", 10),
+                               "millimetres", 1000),
+}
+
+
+@pytest.mark.parametrize("case", UNITS)
+def test_depth_in_another_unit(tmp_path, capfd, case):
+    """The median says that the unit is another: the error names it and the flag, before anything is
+    written, and with that flag it works."""
+    factor, dtype, flags, unit, scale = UNITS[case]
+
+    def write(path, z):
+        np.save(path, (z * factor).astype(dtype))
+
+    z = depth_files(tmp_path / "raw", write, lambda z: z + 0.5 if factor != 100 else z + 3)
+    code, _ = run(*folder_of(tmp_path), *flags)
+    said = capfd.readouterr().err.splitlines()[-1]
+    assert code == 2 and f"{unit}? Give --depth-scale {scale}" in said, said
+    assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == [
+        tmp_path / "out/.val.lock/.lock"]
+    rows = prepared(tmp_path, "folder", tmp_path / "raw", "--depth-scale", scale)
+    assert np.median(rows[0]["depth"]) == pytest.approx(np.median(z[0]) + 1, abs=3)
+
+
+def test_far_depth_is_no_other_unit(tmp_path):
+    """A drone sees 120 to 180 m; beyond 200 m it needs a word."""
+    depth_files(tmp_path / "raw", as_array(np.float32), lambda z: 30 * z + 80)
+    rows = prepared(tmp_path, "folder", tmp_path / "raw")
+    assert 120 < np.median(rows[0]["depth"]) < 200
+    depth_files(tmp_path / "raw", as_array(np.float32), lambda z: 30 * z + 380)
+    assert run(*folder_of(tmp_path), "--overwrite")[0] == 2
+    rows = prepared(tmp_path, "folder", tmp_path / "raw", "--max-depth", 900, "--overwrite")
+    assert np.median(rows[0]["depth"]) > 400

@@ -290,12 +290,18 @@ def test_padding_repeats_the_edge():
 
 def test_absurd_focal_length(tmp_path, capsys):
     """A focal length in metres or millimetres would ask for an image of terabytes: one line with
-    file, line and both sizes, in training, evaluation and the sheet, and no MemoryError. A wide
-    view of 150 degrees is still rendered."""
+    file, line, the camera and the size, in training, evaluation and the sheet, and no MemoryError;
+    so does a small one that is possible with a large --focal. A wide view of 150 degrees is still
+    rendered."""
     absurd = record(tmp_path, intrinsics=[0.02, 0.02, 39.5, 29.5, 80, 60])
+    small = record(tmp_path, intrinsics=[20.0, 20.0, 39.5, 29.5, 80, 60])
     for crop in ((60, 140, 50, 120), None):
-        with pytest.raises(ValueError, match="one.jsonl, line 1: .*80 x 60 .*0.02.*intrinsics"):
-            shown(absurd, render.DEFAULTS, crop=crop, rng=np.random.default_rng(0))
+        with pytest.raises(ValueError, match="one.jsonl, line 1: .*80 x 60 .* focal length 20 20"):
+            shown(small, {**render.DEFAULTS, "focal": 1e6}, crop=crop,
+                  rng=np.random.default_rng(0))
+    absurd = record(tmp_path, intrinsics=[0.02, 0.02, 39.5, 29.5, 80, 60])
+    with pytest.raises(ValueError, match="one.jsonl, line 1: intrinsics .*0.02.* 80 x 60"):
+        shown(absurd, render.DEFAULTS)
     with pytest.raises(SystemExit) as stop:
         render.main([str(absurd), "--out", str(tmp_path / "a.png")])
     errors = capsys.readouterr().err.splitlines()
@@ -304,6 +310,61 @@ def test_absurd_focal_length(tmp_path, capsys):
     (view,), *_ = shown(wide, render.DEFAULTS, crop=(60, 140, 50, 120),
                         rng=np.random.default_rng(0))
     assert view.pixels.shape[1] <= 140
+
+
+PHONE = (3029.0, 3029.0, 2015.5, 1511.5, 4032, 3024)
+
+
+@pytest.mark.parametrize("wrong, cause, meant", [
+    ((26, 26, 2015.5, 1511.5), "in mm of 35 mm film", (3029, 3029, 2015.5, 1511.5)),
+    ((0.75, 0.75, 2015.5, 1511.5), "divided by the image's width", (3024, 3024, 2015.5, 1511.5)),
+    ((0.75, 1.0, 0.5, 0.5), "divided by the image's sides", (3024, 3024, 2016, 1512)),
+    ((27.04, 27.04, 18, 13.5), "of an image of 36 x 27 px", (3029, 3029, 2016, 1512)),
+    ((4.81, 4.81, 3.2, 2.4), "of an image of 6.4 x 4.8 px", (3029, 3029, 2016, 1512)),
+    ((0.189, 0.189, 0.126, 0.0945), "of an image of 0.252 x 0.189", (3024, 3024, 2016, 1512)),  # in
+    ((757.25, 757.25, 503.5, 377.5), "of an image of 1007", (3029, 3029, 2015.5, 1511.5)),
+    ((6058, 6058, 4031.5, 3023.5), "of an image of 8063", (3029, 3029, 2015.5, 1511.5)),
+    ((3029, 3029, 1511.5, 2015.5), "cx and cy swapped", PHONE[:4]),
+    ((3029, 2015.5, 3029, 1511.5), "order fx, cx, fy, cy", PHONE[:4]),
+    ((2015.5, 1511.5, 3029, 3029), "order cx, cy, fx, fy", PHONE[:4]),
+    ((3029, 3029, 0, 0), "needs|need", None), ((3029, 3029, 5000, 1511.5), "principal point", None),
+    ((3029, 3029, 2015.5, -8), "principal point", None), ((3029, 7000, 2015.5, 1511.5), "fy", None),
+    ((1e6, 1e6, 2015.5, 1511.5), "20 sides", None), ((300, 3029, 2015.5, 1511.5), "160", None),
+    ((-3029, 3029, 2015.5, 1511.5), "positive", None), ((math.inf,) * 4, "finite", None),
+    ((3029, 3029, math.nan, 1511.5), "finite", None)])
+def test_cameras_of_other_images(wrong, cause, meant):
+    """The message names the likely mistake, and the numbers that would be right, to 1 %."""
+    fault = render.camera_fault((*wrong, 4032, 3024), doubt=True)
+    assert re.search(cause, fault) and "4032 x 3024" in fault
+    if meant:
+        found = [float(word) for word in fault.split("Then ")[1].rstrip(".").split(", ")]
+        assert found == pytest.approx(meant, rel=0.01)
+        assert render.camera_fault((*found, 4032, 3024), doubt=True) is None
+
+
+@pytest.mark.parametrize("camera", [
+    PHONE, (518.86, 519.47, 324.58, 252.74, 640, 480), (550.39, 548.55, 355.44, 240.26, 640, 480),
+    (2055.6, 2055.6, 939.7, 245.0, 1920, 886), (1776.0, 1776.0, 775.0, 1023.9, 1550, 2048),
+    (809.2, 809.2, 829.2, 481.8, 1600, 900), (1076.2, 1077.2, 629.7, 514.3, 1280, 1024),
+    (1427.4, 1428.6, 957.2, 719.4, 1920, 1440), (10.72, 10.72, 39.5, 29.5, 80, 60),
+    (19 * 640, 19 * 640, 319.5, 239.5, 640, 480), (500, 980, 319.5, 239.5, 640, 480),
+    (721.5, 721.5, 609.6, 172.9, 1242, 375), (500, 500, 20.0, 460.0, 640, 480),
+    (500, 500, 630.0, 239.5, 640, 480), (2000, 2000, 1999.5, 31.5, 4000, 64)])
+def test_right_cameras(camera):
+    """The sets of the paper, wide and long lenses, pixels that are not square, crops far off the
+    centre, strips."""
+    assert render.camera_fault(camera) is None and render.camera_fault(camera, doubt=True) is None
+    assert render.camera_fault((*(2 * v for v in camera),), doubt=True) is None
+
+
+def test_swapped_or_off_centre(tmp_path):
+    """A record alone may be an odd crop, so it is read; where a file is made or checked it is
+    named."""
+    path = record(tmp_path, intrinsics=[70, 70, 29.5, 39.5, 80, 60])
+    raw = render.record_arrays(json.loads(path.read_text()))
+    assert render.Records(path)[0]["depth"] == [2.0]
+    assert not list(render.label_faults(raw))
+    assert [kind for kind, _ in render.label_faults(raw, doubt=True)] == ["camera of another image"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -730,9 +791,42 @@ def test_motion(tmp_path):
         with pytest.raises(render.Unfit, match=say):
             ask(path, "motion", i)
     assert render.task_fits("motion", render.Records(path))
-    write_jsonl(path, [{**r, "pose": [1.0]} for r in records])
-    with pytest.raises(ValueError, match="16 finite numbers"):
+    records[1]["pose"] = [1e999] * 16  # the only partner of the first
+    path.write_text("".join(json.dumps(r).replace("Infinity", "1e999") + "\n" for r in records))
+    with pytest.raises(render.Unfit, match="line 1: none of the"):
         ask(path, "motion", 0)
+    with pytest.raises(render.Unfit, match="line 2: its 'pose' is not 16 finite numbers"):
+        ask(path, "motion", 1)
+    assert ask(path, "distance", 1).value > 0
+
+
+@pytest.mark.parametrize("fault", ["short", "text", "huge", "zero", "mirrored", "scaled", "sheared",
+                                   "translation"])
+def test_pose_that_is_none(tmp_path, fault):
+    """A pose whose numbers are not finite or hold no rotation suits no motion; the record's other
+    tasks are what they were. One that is rounded is right."""
+    pose = np.eye(4)
+    pose[:3, :3] = np.array([[0.6, -0.8, 0], [0.8, 0.6, 0], [0, 0, 1]]) + 0.002
+    assert (render.pose_matrix(pose.ravel().tolist()) == pose).all()
+    assert render.pose_matrix(None) is None
+    wrong = {"short": [1.0], "text": ["a"] * 16, "huge": [10 ** 400] * 16, "zero": [0] * 16,
+             "mirrored": np.diag([1.0, 1, -1, 1]), "scaled": np.diag([2.0, 2, 2, 1]),
+             "sheared": np.eye(4) + 0.1 * np.eye(4, k=1)}.get(fault)
+    if fault == "translation":
+        wrong = pose.copy()
+        wrong[0, 3] = math.inf
+    assert render.pose_matrix(wrong) is None
+    if fault in ("translation", "huge", "text"):
+        return
+    path = make_world(tmp_path, poses=True)
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    records[0]["pose"] = np.ravel(wrong).tolist()
+    write_jsonl(path, records)
+    with pytest.raises(render.Unfit, match="line 1: its 'pose' is not"):
+        ask(path, "motion", 0)
+    assert str(path.with_name("000.png")) not in {
+        ask(path, "motion", 1, seed=k).records[1]["image"] for k in range(30)}
+    assert ask(path, "distance", 0).value > 0
     assert not render.task_fits("motion", render.Records(record(tmp_path)))
 
 
@@ -845,12 +939,19 @@ def refuse(path, match, i=0, **kwargs):
     ({"depth": [1.0, 2.0]}, "1 pixel_coords but 2 depths"),
     ({"depth": ["far"]}, "depth"), ({"depth": None}, "depth"),
     ({"pixel_coords": [[80, 30]]}, r"\[80.0, 30.0\].*outside.*80 x 60"),
-    ({"pixel_coords": [[-1, 3]]}, "outside"), ({"pixel_coords": [[3, float("nan")]]}, "outside"),
+    ({"pixel_coords": [[-1, 3]]}, "outside"), ({"pixel_coords": [[3, float("nan")]]}, "finite"),
+    ({"depth": [1e9]}, "at most 10000"), ({"depth": [10 ** 400]}, "as numbers"),
+    ({"pixel_coords": [[10 ** 400, 3]]}, "as numbers"), ({"orientation": "left"}, "'left'"),
     ({"pixel_coords": [[1, 2, 3]]}, "pixel_coords"),
     ({"intrinsics": [0, 70, 39.5, 29.5, 80, 60]}, "positive"),
     ({"intrinsics": [70, -70, 39.5, 29.5, 80, 60]}, "positive"),
     ({"intrinsics": [70, 70, 39.5, 29.5]}, "intrinsics"),
     ({"intrinsics": [70, 70, float("nan"), 29.5, 80, 60]}, "finite"),
+    ({"intrinsics": [10 ** 400, 70, 39.5, 29.5, 80, 60]}, "as numbers"),
+    ({"intrinsics": [70, 70, 39.5, 29.5, 0, 60]}, "0 x 60"),
+    ({"intrinsics": [1e-3, 1e-3, 39.5, 29.5, 80, 60]}, "field of view"),
+    ({"intrinsics": [1e6, 1e6, 39.5, 29.5, 80, 60]}, "20 sides"),
+    ({"intrinsics": [70, 70, 80.5, 29.5, 80, 60]}, "principal point in the image"),
     ({"intrinsics": "70"}, "intrinsics"), ({"depth_type": "disparity"}, "disparity"),
     ({"image": 7}, "image"),
 ])
@@ -873,16 +974,97 @@ def test_missing_key(tmp_path, key):
     assert "line 1" in message and (key != "image" or "rename 'image_path'" in message)
 
 
-@pytest.mark.parametrize("line", ['{"image": "a.png", "intrin', "[1, 2]", "null", "",
-                                  "\xff\xfe\x00", "7"])
+@pytest.mark.parametrize("line", [
+    '{"image": "a.png", "intrin', "[1, 2]", "null", "\xff\xfe\x00", "7", "\x00",
+    '{"depth": NaN}', '{"time": Infinity}', '{"pose": [-Infinity]}', '{"image": 1, "image": 2}',
+    '{"scene": {"a": 1, "a": 1}}', '{"scene": "\\ud800"}', '{"\\udfff": 1}', '{"scene": "\x00"}',
+    '{"depth": [' + "9" * 5000 + "]}", '{"scene": ' + "[" * 100_000 + "]" * 100_000 + "}"])
 def test_malformed_line(tmp_path, line):
-    """Cut off, of another type, not text: named by file and line, and the good lines around it
-    still open."""
+    """Cut off, of another type, not text, no standard JSON, nested without end: named by file and
+    line, and the good lines around it still open."""
     good = record(tmp_path).read_text()
     path = tmp_path / "bad.jsonl"
     path.write_bytes(good.encode() + line.encode("latin-1") + b"\n" + good.encode())
-    assert "bad.jsonl, line 2" in refuse(path, "JSON|record", 1)
+    assert "bad.jsonl, line 2" in refuse(path, "not a JSON object|needs a JSON object", 1)
     assert render.Records(path)[2]["depth"] == [2.0]
+
+
+def test_text_of_any_language(tmp_path):
+    """Whole surrogate pairs, escaped zeros and letters beyond ASCII are text."""
+    good = json.loads(record(tmp_path).read_text())
+    for scene in ("\U0001f600", "M\u00fcnchen", "a\x00b"):
+        for ascii_only in (True, False):
+            line = json.dumps({**good, "scene": scene}, ensure_ascii=ascii_only)
+            (tmp_path / "one.jsonl").write_text(line, encoding="utf-8")
+            assert render.Records(tmp_path / "one.jsonl")[0]["scene"] == scene
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_json_holds_no_nan(tmp_path, value):
+    """What would be no JSON is not written: the file stays as it was."""
+    render.write_json(tmp_path / "a.json", {"a": 1})
+    for write, content in ((render.write_json, {"a": [value]}),
+                           (render.write_jsonl, [{"a": 1}, {"a": value}])):
+        with pytest.raises(ValueError):
+            write(tmp_path / "a.json", content)
+    assert render.read_json(tmp_path / "a.json") == {"a": 1}
+    (tmp_path / "b.json").write_text(json.dumps({"a": value}))
+    with pytest.raises(ValueError, match="b.json: is not JSON .*no finite number"):
+        render.read_json(tmp_path / "b.json")
+
+
+def test_blank_lines(tmp_path):
+    """Blank lines anywhere, a byte order mark and the line ends of Windows are no records, and
+    messages count lines as an editor does; an index as older versions made it is right."""
+    good = json.loads(record(tmp_path).read_text())
+    lines = [json.dumps({**good, "scene": str(k)}) for k in range(4)]
+    path = tmp_path / "a.jsonl"
+    for text in ("\ufeff" + "\n".join(lines), "\r\n".join(lines) + "\r\n\r\n",
+                 "\n\n" + "\n \t\n\n".join(lines) + "\n\n\n", "\n".join(lines) + "\n" + " " * 40):
+        path.write_bytes(text.encode())
+        starts = [0] + [k + 1 for k, byte in enumerate(text.encode()) if byte == 10]
+        old = np.array(starts + [len(text.encode())] * (starts[-1] < len(text.encode())))
+        for index in (None, old):
+            path.with_suffix(".idx").unlink(missing_ok=True)
+            if index is not None:
+                index.astype("<i8").tofile(path.with_suffix(".idx"))
+            records = render.Records(path)
+            assert [records[i]["scene"] for i in range(len(records))] == list("0123")
+        assert (np.fromfile(path.with_suffix(".idx"), "<i8") == old).all()
+    path.write_text(f"\n{lines[0]}\n\n" + lines[1].replace("[2.0]", "[-2.0]"))
+    assert "a.jsonl, line 4: depth -2.0" in refuse(path, "depth", 1)
+    path.write_text("\n \n\n")
+    refuse(path, "holds no record")
+
+
+@pytest.mark.parametrize("fault", ["lacks an offset", "decreases", "repeats", "starts late",
+                                   "of another file", "inside of a line", "one too many"])
+def test_wrong_index(tmp_path, fault):
+    """An index of the right end that is as new as its file: made anew, or said where it matters;
+    never another record than the line's, and none lost without a word."""
+    good = json.loads(record(tmp_path).read_text())
+    path, other = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    write_jsonl(path, [{**good, "scene": "x" * (k % 7), "time": k} for k in range(20)])
+    write_jsonl(other, [{**good, "scene": "x" * ((k + 3) % 7), "time": k} for k in range(20)])
+    right = render.open_index(path).copy()
+    wrong = {"lacks an offset": np.delete(right, 5), "decreases": right[[0, 2, 1, *range(3, 21)]],
+             "repeats": right[[0, 1, 1, *range(3, 21)]], "starts late": right[1:],
+             "of another file": np.append(render.open_index(other)[:-1], right[-1]),
+             "inside of a line": right + [0, 9, *[0] * 19],
+             "one too many": np.sort(np.append(right, right[4] + 7))}[fault]
+    wrong.astype("<i8").tofile(tmp_path / "a.idx")
+    said, seen = 0, []
+    for i in range(20):
+        try:
+            records = render.Records(path)
+            seen += [records[i]["time"]] if i < len(records) else []
+        except ValueError as e:
+            assert "a.jsonl: its .idx is of another file. Delete that." in str(e)
+            said += 1
+    assert said or seen == list(range(20))
+    assert len(set(seen)) == len(seen)
+    (tmp_path / "a.idx").unlink()
+    assert [render.Records(path)[i]["time"] for i in range(20)] == list(range(20))
 
 
 def test_no_records(tmp_path):
@@ -997,17 +1179,110 @@ def test_transparent_palette(tmp_path):
     assert tuple(pixels[4, 3]) == (10, 20, 30) and (pixels[0, 0] == 0).all()
 
 
-def test_exif_rotation(tmp_path):
-    """A photo from a phone held upright is stored lying: it is turned, unless the labels' size says
-    that they were made on the stored pixels."""
+# what makes the stored pixels of an EXIF orientation upright
+UPRIGHT = {1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1],
+           4: lambda a: a[::-1], 5: lambda a: a.swapaxes(0, 1), 6: lambda a: np.rot90(a, -1),
+           7: lambda a: a[::-1, ::-1].swapaxes(0, 1), 8: lambda a: np.rot90(a)}
+CONTAINERS = {"png": {}, "jpg": {"quality": 98, "subsampling": 0}, "tiff": {},
+              "webp": {"lossless": True}, "mpo": {"quality": 98, "subsampling": 0}}
+
+
+@pytest.mark.parametrize("container", [*CONTAINERS, "lzw.tiff"])
+@pytest.mark.parametrize("orientation", UPRIGHT)
+@pytest.mark.parametrize("size", [(80, 60), (64, 64)])
+def test_exif_orientation(tmp_path, orientation, container, size):
+    """A photo without labels is upright. Labels are of the pixels that their record names, whatever
+    the container; if it names none, of those that have the size of the labels' image, and where
+    that does not tell, of the stored ones. A mirrored, an upside down and a square image have one
+    size in both."""
+    smooth = noise(8, 6).resize(size, Image.Resampling.BICUBIC)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"phone.{container}"
+    options = {"compression": "tiff_lzw"} if "lzw" in container else CONTAINERS[container]
+    smooth.save(path, exif=exif, **options)
+    stored, (w, h) = np.asarray(smooth).astype(int), size
+    upright = UPRIGHT[orientation](stored)
+
+    def shows(wanted, *labels):
+        found = np.asarray(render.open_image(path, *labels)).astype(int)
+        return found.shape == wanted.shape and np.abs(found - wanted).max() <= 12
+
+    assert shows(upright)
+    high, wide = upright.shape[:2]
+    for labels, said, wanted in (((w, h), "stored", stored), ((wide, high), "upright", upright),
+                                 ((w, h), None, stored), ((w / 2, h / 2), None, stored),
+                                 ((wide, high), None, upright if wide != w else stored),
+                                 ((wide * 2, high * 2), None, upright if wide != w else stored)):
+        assert shows(wanted, labels, said), (labels, said)
+    if orientation > 1:
+        assert np.abs(stored - upright).max() > 24 if stored.shape == upright.shape else True
+
+
+def test_orientation_of_a_record(tmp_path):
+    """What is drawn and cropped follows the record's word: the marker is at the same content."""
     image, exif = noise(80, 60), Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees clockwise to see it upright
-    path = tmp_path / "phone.png"
-    image.save(path, exif=exif)
-    turned = np.rot90(np.asarray(image), -1)
-    assert (np.asarray(render.open_image(path)) == turned).all()
-    assert (np.asarray(render.open_image(path, (60.0, 80.0))) == turned).all()
-    assert (np.asarray(render.open_image(path, (80.0, 60.0))) == np.asarray(image)).all()
+    exif[0x0112] = 3
+    image.save(tmp_path / "a.png", exif=exif)
+    pixels = np.asarray(image)
+    for said, wanted in ((None, pixels), ("stored", pixels), ("upright", pixels[::-1, ::-1])):
+        more = {"orientation": said} if said else {}
+        path = write_jsonl(tmp_path / "one.jsonl", [
+            {"image": "a.png", "intrinsics": [70.0, 70.0, 39.5, 29.5, 80, 60],
+             "pixel_coords": [[20, 30]], "depth": [2.0], **more}])
+        (view,), *_ = shown(path, {**SETTINGS, "camera": "none"})
+        same = (view.pixels == wanted).all(2)
+        assert same[30, 20] and (~same).sum() <= 9  # but for the arrow
+
+
+@pytest.mark.parametrize("blob", [
+    b"Exif\x00\x00II*\x00\x08\x00\x00\x00\x05\x00\x12\x01", b"Exif\x00\x00garbage!",
+    b"Exif\x00\x00", b"Exif\x00\x00II*\x00\xff\xff\xff\x0f",
+    b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\xff\xff" + b"\xff" * 30])
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_exif(tmp_path, blob):
+    """The pixels of an image are worth showing though its EXIF data are not worth reading."""
+    noise(80, 60).save(tmp_path / "a.jpg")
+    data = (tmp_path / "a.jpg").read_bytes()
+    segment = b"\xff\xe1" + (len(blob) + 2).to_bytes(2, "big") + blob
+    (tmp_path / "a.jpg").write_bytes(data[:2] + segment + data[2:])
+    assert render.open_image(tmp_path / "a.jpg").size == (80, 60)
+
+
+def test_large_photos(tmp_path, monkeypatch):
+    """The limit is on memory, whatever Pillow's is, and it is said: 200 megapixels are a phone's
+    photo, a gigapixel is a bomb, and so is a third of it in 16 bits, which take four times as
+    much."""
+    assert 16320 * 12240 * 4 < render.MAX_MEMORY < 20_000 * 20_000 * 4
+    Image.new("L", (3000, 2000)).save(tmp_path / "a.png")
+    monkeypatch.setattr(render, "MAX_MEMORY", 24_000_000)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    assert render.open_image(tmp_path / "a.png").size == (3000, 2000)
+    Image.new("L", (3001, 2000)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="a.png.*3001 x 2000 px take 0.0 GB of memory"):
+        render.open_image(tmp_path / "a.png")
+    Image.new("I;16", (1600, 1000)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="1600 x 1000 px"):
+        render.open_image(tmp_path / "a.png")
+    Image.new("L", (100_000, 1)).save(tmp_path / "thin.png")
+    assert render.open_image(tmp_path / "thin.png").size == (100_000, 1)
+
+
+def test_only_images_are_opened(tmp_path, monkeypatch):
+    """A file of another kind is not given to whatever program can show it, whatever it is called;
+    HEIC is told what to do."""
+    noise(80, 60).save(tmp_path / "a.eps")
+    noise(80, 60).save(tmp_path / "a.pdf")
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *a: pytest.fail("started"))
+    head = b"\x00\x00\x00\x18ftypheic\x00\x00\x00\x00mif1heic"
+    (tmp_path / "a.heic").write_bytes(head + bytes(500))
+    for name in ("a.eps", "a.pdf", "a.heic"):
+        (tmp_path / name).rename(tmp_path / "a.png")
+        with pytest.raises(ValueError, match=r"a.png: is no image of .*HEIC: pip install pillow-h"):
+            render.open_image(tmp_path / "a.png")
+    os.mkfifo(tmp_path / "fifo.png")
+    with pytest.raises(ValueError, match="fifo.png: no such image"):
+        render.open_image(tmp_path / "fifo.png")
 
 
 @pytest.mark.parametrize("fault", ["missing", "text", "cut", "empty", "folder"])
