@@ -25,6 +25,7 @@ import string
 import subprocess
 import sys
 import textwrap
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -663,20 +664,33 @@ def camera_center(record: dict) -> np.ndarray:
     return pose.reshape(4, 4)[:3, 3]
 
 
-METERS = {
-    "m": 1.0, "meter": 1.0, "meters": 1.0, "metre": 1.0, "metres": 1.0,
-    "cm": 0.01, "centimeter": 0.01, "centimeters": 0.01, "centimetre": 0.01, "centimetres": 0.01,
-    "mm": 0.001, "millimeters": 0.001, "millimetres": 0.001,
-    "km": 1000.0, "kilometer": 1000.0, "kilometers": 1000.0, "kilometres": 1000.0,
-    "ft": 0.3048, "foot": 0.3048, "feet": 0.3048, "in": 0.0254, "inch": 0.0254, "inches": 0.0254,
-    "yard": 0.9144, "yards": 0.9144, "mile": 1609.344, "miles": 1609.344}
-SECONDS = {
-    "s": 1.0, "sec": 1.0, "secs": 1.0, "second": 1.0, "seconds": 1.0,
-    "ms": 0.001, "millisecond": 0.001, "milliseconds": 0.001,
-    "min": 60.0, "mins": 60.0, "minute": 60.0, "minutes": 60.0,
-    "h": 3600.0, "hr": 3600.0, "hour": 3600.0, "hours": 3600.0}
-METERS_PER_SECOND = {way + per + time: METERS[way] / SECONDS[time]
-                     for way in METERS for time in SECONDS for per in ("/", " / ", " per ")}
+def each_word(table: dict) -> dict:
+    """{"several words": value} -> {word: value}."""
+    return {word: value for words, value in table.items() for word in words.split()}
+
+
+# what answers call the units, in common languages, in lower case and without accents
+METER = ("m mts mtr mtrs meter meters metern metre metres metro metros metri metr metry metra "
+         "metru metrow metreler м метр метра метры метров метре метрах метрів метри 米 公尺 "
+         "メートル メーター 미터 मीटर متر مترا מטר מטרים μετρο μετρα")
+SECOND = ("s sec secs second seconds sekunde sekunden seconde secondes seconden segundo segundos "
+          "secondo secondi sekund sekunda sekundy sekunder с сек секунда секунды секунд 秒 초")
+PREFIXES = {"k kilo quilo chilo к кило 千 キロ 킬로 किलो": 1000.0, "d deci dezi д деци 分": 0.1,
+            "c centi zenti senti santi с санти 厘 センチ 센티 सेंटी": 0.01,
+            "m mili milli м милли 毫 ミリ 밀리": 0.001}
+METERS = each_word({METER: 1.0, "kms 公里": 1000.0, "cms 公分 センチ 센티": 0.01,
+                    "inch inches": 0.0254, "ft foot feet": 0.3048, "yd yard yards": 0.9144,
+                    "mile miles": 1609.344})
+METERS |= {prefix + word: factor for prefix, factor in each_word(PREFIXES).items()
+           for word in METER.split() if prefix.isascii() == word.isascii()}
+SECONDS = each_word({
+    SECOND: 1.0, "ms millisecond milliseconds 毫秒": 0.001,
+    "min mins minute minutes minuten minut minuto minutos minuti минута минуты минут "
+    "分 分钟 분": 60.0,
+    "h hr hrs hour hours stunde stunden heure heures hora horas ora ore uur ч час часа часов "
+    "小时 时 時間 시간": 3600.0})
+METERS_PER_SECOND = {f"{way}/{time}": METERS[way] / SECONDS[time]
+                     for way in METERS for time in SECONDS}
 METERS_PER_SECOND |= {"mps": 1.0, "kmh": 1 / 3.6, "kph": 1 / 3.6, "mph": 0.44704,
                       "knots": 0.514444}
 
@@ -889,43 +903,133 @@ def label_view(path: str, intrinsics: tuple, where: str, focal: float | None, gr
 # --------------------------------------------------------------------------------------------------
 # numbers in answers
 
-THOUSANDS = r"[1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?"
-NUMBER = re.compile(rf"(?<![\w.])[-+\u2212]?(?:{THOUSANDS}|\d+[.,]\d+|\d+\.?|\.\d+)"
-                    r"(?:[eE][-+]?\d+)?(?!\d)")
-PERCENT = re.compile(r"\s*(?:%|percent)", re.I)
+LETTER = r"[a-z\u00df-\u058f]"  # of an alphabet that puts spaces between words
+NO_SPACES = "|".join(sorted((word for word in METERS | SECONDS if not re.search(LETTER, word)),
+                            key=len, reverse=True))
 
 
-@lru_cache
-def unit_pattern(task: str) -> re.Pattern:
-    words = sorted(map(re.escape, TASKS[task].unit), key=len, reverse=True)
-    return re.compile(r"[\s\-]*(" + "|".join(words) + r")(?![A-Za-z/])", re.I)
+def number_form(digits: str) -> str:
+    """A number with its sign and exponent, not a part of a longer one or of a name."""
+    return (rf"(?<!{LETTER})(?<![\d.])(?:(?<![)%])[-+])?(?:{digits})(?:e[-+]?\d+)?"
+            r"(?!\d|[.,:'/]\d)")
 
 
-def parse_answer(text: str, task: str = "distance") -> float | None:
+# An answer is read as a string of letters, one for each of its tokens:
+#   n number, f fraction, u unit of the task, x other digits (2:30, a pixel), h number in words,
+#   b between, e and, j to or, a is about, w any other word; other characters are themselves.
+# < and > are the tags of an answer.
+TOKEN = re.compile("|".join(f"(?P<{name}>{form})" for name, form in {
+    "w1": rf"{LETTER}+(?:['/]{LETTER}+)*",
+    "x1": r"[(\[]\s*-?[\d.]++(?:\s*,\s*-?[\d.]++)+\s*[)\]]",
+    "f": number_form(r"\d+/[1-9]\d*"),
+    "n1": number_form(r"[1-9]\d{0,2}(?:[. ']\d{3})+,\d+|[1-9]\d{0,2}(?:\.\d{3}){2,}"),  # 1.234,5
+    "n2": number_form(r"[1-9]\d{0,2}(?:[, ']\d{3})+(?:\.\d+)?|\d++(?:\.\d++)?|\.\d++"),  # 1,234.5
+    "n3": number_form(r"\d++,\d++"),  # 2,5; but 12,345 is an English number
+    "x2": r"\d[\d.,:'/]*",
+    "w2": rf"(?:{NO_SPACES})(?:/(?:{NO_SPACES}))?|[^\W\d_]",
+    "s": r"\S|\n"}.items()))
+WORDS = each_word({
+    "half quarter couple few dozen one two three four five six seven eight nine ten twenty thirty "
+    "forty fifty hundred thousand demi medio mezzo meio halb halbe 半 반": "h",
+    "between zwischen entre tra fra tussen mellan miedzy между minus not": "b",
+    "and und et y e en и plus 和 と": "e",
+    "to till until or bis oder a an ou o tot of do lub до или x times point 到 至 或 か ら 에 서 "
+    "부 터 × ± + / & →": "j",
+    "is it's at about around approx approximately roughly nearly almost circa equals answer "
+    "distance depth 约 約": "a"})
+QUANTITY = re.compile("(?:nf?|f)[-([\0]?u(?:e?(?:nf?|f)u)*")  # becomes the letter q
+# a range, a list or a sum before a quantity, a remainder behind it
+UNCLEAR = re.compile(r"(?:[nfx](?:w|[ej,.~^-]*)|u[ej-]*|h[ej-]*|b)q|q[ej~^-]*[nfxh]|q[j~-]+q|xu")
+ALONE = re.compile("""(?:^|[a:=~≈([|\n])n(?=$|[].,;:!?)|\n\0])|(?<=(["']))n(?=\\1)""")
+THOUGHT = r"[<\[](?:think|thought|reason|analysis)\w*[>\]]"
+MARKUP = re.compile(r"\\(?:text|math)\w*|\\(?:[mh]box|rm|bf|left|right|q?quad|[^a-z])|[$*_`{}\\]|"
+                    r"<(?!/?answer>)/?[a-z|][^<>]*>")
+SIGNS = {ord(sign): plain for plain, signs in {
+    "-": "−‐‑‒–—", "~": "〜∼", "/": "⁄∕÷每", ".": "٫", ",": "٬", ", ": "、", "'": "’‘′",
+    '"': "“”"}.items() for sign in signs}
+
+
+def parse_answer(text: str, task: str = "distance", truncated: bool = False) -> float | None:
     """The number of an answer in metres (seconds, m/s: the task's unit), or None: a wrong answer,
     counted as unparsed.
 
-    The last <answer> tag decides if there is one; else the first number that stands before a unit,
-    converted to metres; else the only number there is. Several bare numbers, no number, or one that
-    is not finite: None."""
-    text = text or ""
-    tags = re.findall(r"<answer>(.*?)(?:</answer>|$)", text, re.S)
-    text = tags[-1] if tags else text
-    found = [(m.group(), m.end()) for m in NUMBER.finditer(text)
-             if not PERCENT.match(text, m.end())]
-    with_unit = [(digits, unit.group(1).lower()) for digits, end in found
-                 if (unit := unit_pattern(task).match(text, end))]
-    if len(with_unit) > 1:  # "2 in front of" is no length
-        with_unit = [(digits, unit) for digits, unit in with_unit if unit != "in"]
-    if with_unit:
-        digits, factor = with_unit[0][0], TASKS[task].unit[with_unit[0][1]]
-    elif len(found) == 1 or (tags and found):
-        digits, factor = found[0][0], 1.0
-    else:
-        return None
-    comma = "" if re.match(rf"\D?{THOUSANDS}(?!\d)", digits) else "."
-    value = float(digits.replace(",", comma).replace("\u2212", "-")) * factor
-    return value if math.isfinite(value) else None
+    What follows a thought is the answer; of that the last complete <answer>, or what follows
+    \\boxed or "answer is". It is a quantity with a unit, converted (5 ft 6 in), or else a number
+    alone. None: several that differ, ranges, words, numbers of something else. truncated: the token
+    limit ended the text, so that a number at its end may be a part of one."""
+    text = plain_text(text or "")
+    _, *tagged = text.split("<answer>")
+    if tagged:
+        closed = [part for part in tagged if "</answer>" in part]
+        if truncated and tagged[-1] not in closed:
+            return None
+        text = (closed or tagged)[-1].replace("</answer>", "\0")
+    text = re.split(r"\bboxed\b|\banswer\s*(?:is\b|:|=)", text)[-1]
+
+    tokens = list(TOKEN.finditer(text))
+    letters = "".join(letter_of(token, task) for token in tokens)
+    if "\0" in letters:
+        letters = re.sub("\0(u?)[^\0]*", "\0\\1", letters)  # <answer>250</answer> cm, because
+    elif truncated:
+        letters = letters.rstrip(".,'") + "x"
+    found = [quantity(tokens[m.start():m.end()], task) for m in QUANTITY.finditer(letters)]
+    alone = ALONE.search(letters)
+    if not found and alone and len(re.findall("n(?![a-z%/])", letters)) == 1:
+        units = {TASKS[task].unit.get(token[0], 1.0) for token in tokens}
+        if units == {1.0}:  # not {"distance_cm": 250}
+            found.append(read_number(tokens[alone.end() - 1]))
+    clear = found and not UNCLEAR.search(QUANTITY.sub("q", letters))
+    # 2.5 m (8.2 ft) is one answer
+    if clear and all(map(math.isfinite, found)) and np.ptp(found) <= 0.1 * abs(found[0]):
+        return found[0]
+    return None
+
+
+def plain_text(text: str) -> str:
+    """What follows the thought: lower case, one form of each digit and sign, no accents, no markup
+    but <answer>."""
+    text = text.lower()
+    if not text.isascii():
+        # 10² is no 102, and 2½ no 21/2
+        text = "".join({"No": f" {c} ", "Cf": " "}.get(unicodedata.category(c), c) for c in text)
+        text = re.sub("[\u0300-\u036f]", "", unicodedata.normalize("NFKD", text))
+        text = unicodedata.normalize("NFC", text).translate(SIGNS)
+    text = re.split(THOUGHT.replace("(", "/(", 1), text)[-1]
+    text = MARKUP.sub(" ", re.split(THOUGHT, text)[0])
+    text = re.sub(rf"(?<!{LETTER})in\b(?!\s*{LETTER})", "inch", text)
+    return re.sub(r"\s*(?:/|\b(?:per|pro|par|por|al|в)\b)\s*", "/", text)
+
+
+def letter_of(token: re.Match, task: str) -> str:
+    kind, word = token.lastgroup[0], token[0]
+    if kind in "ws":
+        return "u" if word in TASKS[task].unit else WORDS.get(word, word if kind == "s" else "w")
+    return kind
+
+
+def quantity(tokens: list[re.Match], task: str) -> float:
+    """The sum of its parts: 1 m 20 cm; NaN if they are not of one quantity."""
+    number, parts = 0.0, []
+    for token in tokens:
+        if token.lastgroup[0] in "nf":
+            number += read_number(token)
+        elif unit := TASKS[task].unit.get(token[0]):
+            parts.append((number, unit))
+            number = 0.0
+    for (whole, large), (rest, small) in zip(parts, parts[1:]):
+        if whole % 1 or max(small, rest * small) >= large:
+            return math.nan
+    return sum(number * unit for number, unit in parts)
+
+
+def read_number(token: re.Match) -> float:
+    digits = re.sub("[ ']", "", token[0])
+    if token.lastgroup == "f":
+        above, below = digits.split("/")
+        return float(above) / float(below)
+    if token.lastgroup == "n2":
+        return float(digits.replace(",", ""))
+    return float(digits.replace(".", "").replace(",", "."))
 
 
 # --------------------------------------------------------------------------------------------------
