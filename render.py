@@ -31,6 +31,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, wraps
 from importlib.metadata import version
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -67,12 +68,30 @@ def write_jsonl(path, lines) -> None:
     write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
-def read_json(path):
-    """The content of a JSON file. Raises ValueError with the file's name."""
+def read_json(path) -> dict:
+    """The object of a JSON file. Raises ValueError with the file's name."""
+    with blaming(path):
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError(f"needs a JSON object, this is {type(value).__name__}")
+    return value
+
+
+@contextmanager
+def blaming(path, remedy: str = "The file is damaged, or of something else: copy or download it "
+            "again.") -> Iterator[None]:
+    """Whatever a parser raises inside, others' too, becomes one line that names the file."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise ValueError(f"{path}: is not JSON ({e}). Write or download it again.") from None
+        yield
+    except BaseException as e:  # a panic of the tokenizers is no Exception
+        if isinstance(e, KeyboardInterrupt) or str(e).startswith(str(path)):
+            raise
+        kind = "" if type(e) is ValueError else f"{type(e).__name__} "
+        raise ValueError(f"{path}: {kind}{first_line(e)}. {remedy}") from None
+
+
+def first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def parse_line(line: bytes, where: str) -> dict:
@@ -671,16 +690,17 @@ def each_word(table: dict) -> dict:
 
 # what answers call the units, in common languages, in lower case and without accents
 METER = ("m mts mtr mtrs meter meters metern metre metres metro metros metri metr metry metra "
-         "metru metrow metreler м метр метра метры метров метре метрах метрів метри 米 公尺 "
-         "メートル メーター 미터 मीटर متر مترا מטר מטרים μετρο μετρα")
+         "metru metrow metreler metria met м метр метра метры метров метре метрах метрів метри "
+         "μετρο μετρα 米 公尺 メートル メーター 미터 मीटर เมตร متر مترا מטר מטרים")
 SECOND = ("s sec secs second seconds sekunde sekunden seconde secondes seconden segundo segundos "
-          "secondo secondi sekund sekunda sekundy sekunder с сек секунда секунды секунд 秒 초")
+          "secondo secondi sekund sekunda sekundy sekunder с сек секунда секунды секунд "
+          "секунду 秒 초")
 PREFIXES = {"k kilo quilo chilo к кило 千 キロ 킬로 किलो": 1000.0, "d deci dezi д деци 分": 0.1,
-            "c centi zenti senti santi с санти 厘 センチ 센티 सेंटी": 0.01,
+            "c centi centy zenti senti sentti santi с санти 厘 センチ 센티 सेंटी": 0.01,
             "m mili milli м милли 毫 ミリ 밀리": 0.001}
-METERS = each_word({METER: 1.0, "kms 公里": 1000.0, "cms 公分 センチ 센티": 0.01,
-                    "inch inches": 0.0254, "ft foot feet": 0.3048, "yd yard yards": 0.9144,
-                    "mile miles": 1609.344})
+METERS = each_word({METER: 1.0, "kms 公里 كم": 1000.0, "cms 公分 センチ 센티 سم": 0.01,
+                    "inch inches": 0.0254, "yd yard yards": 0.9144, "mile miles": 1609.344,
+                    "ft foot feet fuß pieds piedi фута футов 英尺 フィート 피트": 0.3048})
 METERS |= {prefix + word: factor for prefix, factor in each_word(PREFIXES).items()
            for word in METER.split() if prefix.isascii() == word.isascii()}
 SECONDS = each_word({
@@ -800,15 +820,27 @@ DEFAULTS = {"focal": 1000, "marker": "arrow", "marker_size": 5, "prompt": "paper
             "camera": "unify", "tasks": ["distance"], "max_new_tokens": 128}
 PROMPTS = [name for name in TASKS["distance"].wordings if not name.startswith("camera ")]
 CAMERAS = ("unify", "none", "prompt", "ray")  # Sec. 3.3, App. A.5
+RANGES = {"focal": (1, 1e5), "marker_size": (1, 1000), "max_new_tokens": (1, 1e5)}
+
+
+PLAIN = r"\d+(?:\.\d+)?"
+THINKING = (r"<think>(?:(?!</?think>|</?answer>).)*</think>\s*,?\s*"
+            rf"<answer>\s*{PLAIN}\s*</answer>")
 
 
 def check_settings(settings: dict) -> dict:
     """The settings, if they go together. Raises ValueError."""
     for key, allowed in (("marker", MARKERS), ("prompt", PROMPTS), ("camera", CAMERAS)):
-        if settings[key] not in allowed:
-            raise ValueError(f"{key} '{settings[key]}' is none of {', '.join(allowed)}.")
-    if not settings["focal"] > 0:
-        raise ValueError(f"focal {settings['focal']}: needs a positive number of pixels.")
+        if str(settings[key]) not in allowed:
+            raise ValueError(f"{key} '{settings[key]}' is none of {', '.join(allowed)}")
+    for key, (low, high) in RANGES.items():
+        value = settings[key]
+        kinds = (int, float) if key == "focal" else (int,)
+        if type(value) not in kinds or not low <= value <= high:
+            raise ValueError(f"{key} {value!r} is no number from {low} to {high:g}")
+    if not (type(settings["tasks"]) is list and settings["tasks"]
+            and all(isinstance(task, str) for task in settings["tasks"])):
+        raise ValueError(f"tasks {settings['tasks']!r} is no list of tasks")
     if settings["camera"] in ("prompt", "ray") and settings["prompt"] != "paper":
         raise ValueError(f"--camera {settings['camera']} --prompt {settings['prompt']}: App. A.5 "
                          "words its questions and answers in the form of prompt 'paper' alone.")
@@ -835,6 +867,16 @@ def answer_form(task: str, settings: dict) -> str | None:
     answer = wording(task, settings)[1]
     fields = {name for _, name, _, _ in string.Formatter().parse(answer) if name}
     return answer if fields == {"x"} else None
+
+
+def has_form(text: str, task: str, settings: dict) -> bool:
+    """Whether the whole of an answer has the form that the prompt asks for, with a plain number
+    (App. A.4)."""
+    form = THINKING
+    if settings["prompt"] != "release":
+        answer = re.escape(wording(task, settings)[1])
+        form = re.sub(r"\\\{(\w+)\\\}", lambda name: PLAIN if name[1] == "x" else r"\S+", answer)
+    return re.fullmatch(form, text.strip(), re.S) is not None
 
 
 def phrase(query: Query, view: View, settings: dict) -> tuple[str, str]:
@@ -910,14 +952,14 @@ NO_SPACES = "|".join(sorted((word for word in METERS | SECONDS if not re.search(
 
 def number_form(digits: str) -> str:
     """A number with its sign and exponent, not a part of a longer one or of a name."""
-    return (rf"(?<!{LETTER})(?<![\d.])(?:(?<![)%])[-+])?(?:{digits})(?:e[-+]?\d+)?"
+    return (rf"(?<!{LETTER})(?<![\d.,])(?:(?<![)%])[-+])?(?:{digits})(?:e[-+]?\d+)?"
             r"(?!\d|[.,:'/]\d)")
 
 
-# An answer is read as a string of letters, one for each of its tokens:
+# An answer is read as a string with a letter for each of its tokens:
 #   n number, f fraction, u unit of the task, x other digits (2:30, a pixel), h number in words,
-#   b between, e and, j to or, a is about, w any other word; other characters are themselves.
-# < and > are the tags of an answer.
+#   b between, e and, j to or, a is about, w any other word.
+# Other characters are themselves, and \0 stands for </answer>.
 TOKEN = re.compile("|".join(f"(?P<{name}>{form})" for name, form in {
     "w1": rf"{LETTER}+(?:['/]{LETTER}+)*",
     "x1": r"[(\[]\s*-?[\d.]++(?:\s*,\s*-?[\d.]++)+\s*[)\]]",
@@ -930,19 +972,22 @@ TOKEN = re.compile("|".join(f"(?P<{name}>{form})" for name, form in {
     "s": r"\S|\n"}.items()))
 WORDS = each_word({
     "half quarter couple few dozen one two three four five six seven eight nine ten twenty thirty "
-    "forty fifty hundred thousand demi medio mezzo meio halb halbe 半 반": "h",
+    "forty fifty hundred thousand zwei drei vier funf deux trois quatre cinq dos tres cuatro cinco "
+    "due tre quattro cinque dois quatro twee drie два две три четыре 两 二 三 四 五 "
+    "halb halbe demi medio mezzo meio 半 반": "h",
     "between zwischen entre tra fra tussen mellan miedzy между minus not": "b",
     "and und et y e en и plus 和 と": "e",
-    "to till until or bis oder a an ou o tot of do lub до или x times point 到 至 或 か ら 에 서 "
-    "부 터 × ± + / & →": "j",
+    "to till until or bis oder a an ou o tot of do lub до или x times point 点 到 至 或 か ら "
+    "에 서 부 터 × ± + / & →": "j",
     "is it's at about around approx approximately roughly nearly almost circa equals answer "
     "distance depth 约 約": "a"})
 QUANTITY = re.compile("(?:nf?|f)[-([\0]?u(?:e?(?:nf?|f)u)*")  # becomes the letter q
 # a range, a list or a sum before a quantity, a remainder behind it
-UNCLEAR = re.compile(r"(?:[nfx](?:w|[ej,.~^-]*)|u[ej-]*|h[ej-]*|b)q|q[ej~^-]*[nfxh]|q[j~-]+q|xu")
+UNCLEAR = re.compile(r"(?:[nfx](?:w|[ej,.~^·•-]*)|u[ej-]*|h[ej-]*|[b√])q|"
+                     r"q[ej~^-]*[nfxh]|q[j~-]+q|xu")
 ALONE = re.compile("""(?:^|[a:=~≈([|\n])n(?=$|[].,;:!?)|\n\0])|(?<=(["']))n(?=\\1)""")
 THOUGHT = r"[<\[](?:think|thought|reason|analysis)\w*[>\]]"
-MARKUP = re.compile(r"\\(?:text|math)\w*|\\(?:[mh]box|rm|bf|left|right|q?quad|[^a-z])|[$*_`{}\\]|"
+MARKUP = re.compile(r"\\(?:text|math)\w*|\\(?:[mh]box|rm|bf|left|right|q?quad|[^a-z])|[$*_`{}\\\0]|"
                     r"<(?!/?answer>)/?[a-z|][^<>]*>")
 SIGNS = {ord(sign): plain for plain, signs in {
     "-": "−‐‑‒–—", "~": "〜∼", "/": "⁄∕÷每", ".": "٫", ",": "٬", ", ": "、", "'": "’‘′",
@@ -966,17 +1011,16 @@ def parse_answer(text: str, task: str = "distance", truncated: bool = False) -> 
         text = (closed or tagged)[-1].replace("</answer>", "\0")
     text = re.split(r"\bboxed\b|\banswer\s*(?:is\b|:|=)", text)[-1]
 
-    tokens = list(TOKEN.finditer(text))
-    letters = "".join(letter_of(token, task) for token in tokens)
+    tokens, unit = list(TOKEN.finditer(text)), TASKS[task].unit
+    letters = "".join(letter_of(token, unit) for token in tokens)
     if "\0" in letters:
         letters = re.sub("\0(u?)[^\0]*", "\0\\1", letters)  # <answer>250</answer> cm, because
     elif truncated:
-        letters = letters.rstrip(".,'") + "x"
-    found = [quantity(tokens[m.start():m.end()], task) for m in QUANTITY.finditer(letters)]
+        letters = re.sub("((?<=n)[.,']+)?$", "x", letters)
+    found = [quantity(tokens[m.start():m.end()], unit) for m in QUANTITY.finditer(letters)]
     alone = ALONE.search(letters)
     if not found and alone and len(re.findall("n(?![a-z%/])", letters)) == 1:
-        units = {TASKS[task].unit.get(token[0], 1.0) for token in tokens}
-        if units == {1.0}:  # not {"distance_cm": 250}
+        if all(unit.get(token[0], 1.0) == 1.0 for token in tokens):  # not {"distance_cm": 250}
             found.append(read_number(tokens[alone.end() - 1]))
     clear = found and not UNCLEAR.search(QUANTITY.sub("q", letters))
     # 2.5 m (8.2 ft) is one answer
@@ -985,10 +1029,15 @@ def parse_answer(text: str, task: str = "distance", truncated: bool = False) -> 
     return None
 
 
+def read_answer(answer: dict, task: str = "distance") -> float | None:
+    """parse_answer of {"text"}, and "truncated" if the token limit ended it."""
+    return parse_answer(answer["text"], task, answer.get("truncated", False))
+
+
 def plain_text(text: str) -> str:
     """What follows the thought: lower case, one form of each digit and sign, no accents, no markup
     but <answer>."""
-    text = text.lower()
+    text = re.sub("([a-z])([A-Z])", r"\1 \2", text).lower()  # "distanceCm"
     if not text.isascii():
         # 10² is no 102, and 2½ no 21/2
         text = "".join({"No": f" {c} ", "Cf": " "}.get(unicodedata.category(c), c) for c in text)
@@ -1000,26 +1049,22 @@ def plain_text(text: str) -> str:
     return re.sub(r"\s*(?:/|\b(?:per|pro|par|por|al|в)\b)\s*", "/", text)
 
 
-def letter_of(token: re.Match, task: str) -> str:
-    kind, word = token.lastgroup[0], token[0]
-    if kind in "ws":
-        return "u" if word in TASKS[task].unit else WORDS.get(word, word if kind == "s" else "w")
-    return kind
+def letter_of(token: re.Match, unit: dict[str, float]) -> str:
+    kind = token[0] if token.lastgroup == "s" else token.lastgroup[0]
+    return "u" if token[0] in unit else WORDS.get(token[0], kind)
 
 
-def quantity(tokens: list[re.Match], task: str) -> float:
+def quantity(tokens: list[re.Match], unit: dict[str, float]) -> float:
     """The sum of its parts: 1 m 20 cm; NaN if they are not of one quantity."""
-    number, parts = 0.0, []
+    total, number, last = 0.0, 0.0, math.inf
     for token in tokens:
         if token.lastgroup[0] in "nf":
             number += read_number(token)
-        elif unit := TASKS[task].unit.get(token[0]):
-            parts.append((number, unit))
-            number = 0.0
-    for (whole, large), (rest, small) in zip(parts, parts[1:]):
-        if whole % 1 or max(small, rest * small) >= large:
-            return math.nan
-    return sum(number * unit for number, unit in parts)
+        elif factor := unit.get(token[0]):
+            if max(factor, number * factor) >= last or round(total / last, 6) % 1:
+                return math.nan
+            total, number, last = total + number * factor, 0.0, factor
+    return total
 
 
 def read_number(token: re.Match) -> float:
@@ -1069,6 +1114,7 @@ FAMILIES = {
                       "{% if c['type'] == 'image' %}[IMG]{% else %}{{ c['text'] }}{% endif %}"
                       "{% endfor %}[/INST]{% endfor %}"),
 }
+TEMPLATE_SECONDS = 30  # a chat template that loops for ever is given up
 HUB_SETTINGS = {"facebook/DepthLM": {"prompt": "release"}}  # public, without a depthlm.json
 
 
@@ -1088,7 +1134,7 @@ class Checkpoint:
     row_end_id: int | None
     image_end_id: int | None
     stop_ids: frozenset[int]  # where decoding ends: the end of turn and generation_config's
-    prompt_cache: dict = field(default_factory=dict)  # question -> tokens
+    prompt_cache: dict = field(default_factory=dict)  # number of images -> tokens of the template
     template_cache: dict = field(default_factory=dict)  # answer form -> evaluate.Template
 
     @property
@@ -1101,11 +1147,18 @@ class Checkpoint:
         """The end-of-turn token that closes an answer."""
         return self.tokenizer.eos_token_id
 
-    def tokens(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+    def tokens(self, text: str, special: bool = False) -> list[int]:
+        """special: read "<|im_end|>" and the like as control tokens, not as text."""
+        return self.tokenizer(text, add_special_tokens=False,
+                              split_special_tokens=not special)["input_ids"]
 
     def text(self, tokens: list[int]) -> str:
         return self.tokenizer.decode([t for t in tokens if t not in self.stop_ids])
+
+    def answer(self, tokens: list[int]) -> dict:
+        """{"text"}, and "truncated" if no end token ended it."""
+        cut = {} if self.stop_ids & {*tokens[-1:]} else {"truncated": True}
+        return {"text": self.text(tokens), **cut}
 
 
 def find_checkpoint(name: str) -> Path:
@@ -1134,8 +1187,9 @@ def find_checkpoint(name: str) -> Path:
 def read_family(folder: Path) -> Family:
     """By config.json; a Llava whose vision tower is not Pixtral's is another family."""
     config = read_json(folder / "config.json")
-    kind = config.get("model_type")
-    vision = (config.get("vision_config") or {}).get("model_type", "pixtral")
+    kind = str(config.get("model_type"))
+    with blaming(folder / "config.json"):
+        vision = (config.get("vision_config") or {}).get("model_type", "pixtral")
     if kind not in FAMILIES or (kind == "llava" and vision != "pixtral"):
         raise ValueError(f"{folder}: model_type '{kind}' in config.json is none of "
                          f"{', '.join(FAMILIES)} (llava with the vision tower of Pixtral). Query "
@@ -1152,40 +1206,44 @@ def open_checkpoint(name: str, overrides: dict | None = None, fallback: dict | N
     folder = find_checkpoint(name)
     family = read_family(folder)
     settings = read_settings(name, folder, family, overrides or {}, fallback or {}, quiet)
+    config = read_json(folder / "config.json")
+    with blaming(folder / "config.json"):
+        vision = config["vision_config"]
+        patch = vision.get("patch_size", family.patch)
+        merge = vision.get("spatial_merge_size", 2) if family.mrope else 1
+        if patch not in range(4, 65) or merge not in range(1, 9):
+            raise ValueError(f"vision_config has patches of {patch!r} px, {merge!r} a token")
+
     tokenizer = load_tokenizer(folder, family)
-    vision = read_json(folder / "config.json")["vision_config"]
+    with blaming(folder / "tokenizer.json"):
+        ids = tokenizer.get_vocab()
+        needed = {family.image_token, family.row_end, family.image_end} - {None}
+        for token in (*needed, tokenizer.eos_token):
+            if token not in ids:
+                raise ValueError(f"has no token {token or 'that ends an answer'}")
+        size = config.get("text_config", config).get("vocab_size", math.inf)
+        if len(ids) > size:
+            raise ValueError(f"has {len(ids)} tokens, the model of config.json has {size}")
 
-    processor = {}
-    for file in ("preprocessor_config.json", "processor_config.json"):
-        if (folder / file).is_file():
-            processor = read_json(folder / file)
-            processor = processor.get("image_processor", processor)
-            break
-    mean = np.array(processor.get("image_mean", family.mean), np.float32)[:, None]
-    std = np.array(processor.get("image_std", family.std), np.float32)[:, None]
-    factor = processor.get("rescale_factor", 1 / 255)
-    if not processor.get("do_rescale", True):  # Pixtral as released
-        factor = 1.0
-    scaled = (np.arange(256, dtype=np.float64) * factor).astype(np.float32)
-
-    def token_id(token):
-        return tokenizer.convert_tokens_to_ids(token) if token else None
-
-    return Checkpoint(
-        name, folder, family, settings, tokenizer,
-        patch=vision.get("patch_size", family.patch),
-        merge=vision.get("spatial_merge_size", 2) if family.mrope else 1,
-        table=(scaled[None] - mean) / std, image_id=token_id(family.image_token),
-        row_end_id=token_id(family.row_end), image_end_id=token_id(family.image_end),
+    checkpoint = Checkpoint(
+        name, folder, family, settings, tokenizer, patch, merge, pixel_table(folder, family),
+        image_id=ids[family.image_token], row_end_id=ids.get(family.row_end),
+        image_end_id=ids.get(family.image_end),
         stop_ids=generation_stops(folder) | {tokenizer.eos_token_id})
+    with blaming(f"{folder}, chat template"), ThreadPool(1) as pool:
+        pool.apply_async(prompt_tokens, (checkpoint, "", 1)).get(TEMPLATE_SECONDS)
+    return checkpoint
 
 
 def read_settings(name: str, folder: Path, family: Family, overrides: dict, fallback: dict,
                   quiet: bool) -> dict:
     """What the model was trained to see."""
-    settings = dict(DEFAULTS)
-    if (folder / "depthlm.json").is_file():
-        settings |= read_json(folder / "depthlm.json")
+    settings, path = dict(DEFAULTS), folder / "depthlm.json"
+    if path.is_file():
+        with blaming(path):
+            known = read_json(path)
+            settings |= {key: known[key] for key in DEFAULTS if key in known}
+            check_settings(settings)
     else:
         settings |= {**family.settings, **HUB_SETTINGS.get(name, {}), **fallback}
         if not quiet:
@@ -1197,9 +1255,12 @@ def read_settings(name: str, folder: Path, family: Family, overrides: dict, fall
 
 def load_tokenizer(folder: Path, family: Family):
     from transformers import AutoTokenizer
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    if (folder / "chat_template.json").is_file():
-        tokenizer.chat_template = read_json(folder / "chat_template.json")["chat_template"]
+    with blaming(folder / "tokenizer.json"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    path = folder / "chat_template.json"
+    if path.is_file():
+        with blaming(path):
+            tokenizer.chat_template = read_json(path)["chat_template"]
     tokenizer.chat_template = tokenizer.chat_template or family.chat_template
     if tokenizer.chat_template is None:
         raise ValueError(f"{folder}: has no chat template; copy chat_template.json from the base "
@@ -1207,11 +1268,35 @@ def load_tokenizer(folder: Path, family: Family):
     return tokenizer
 
 
+def pixel_table(folder: Path, family: Family) -> np.ndarray:
+    """(3, 256) float32: the normalised value of each uint8, per channel."""
+    processor, path = {}, folder / "processor_config.json"
+    for file in ("processor_config.json", "preprocessor_config.json"):
+        if (folder / file).is_file():
+            path = folder / file
+            processor = read_json(path)
+    with blaming(path):
+        processor = processor.get("image_processor", processor)
+        mean, std = (np.array(processor.get(f"image_{name}", default), np.float32).reshape(3, 1)
+                     for name, default in (("mean", family.mean), ("std", family.std)))
+        factor = processor.get("rescale_factor", 1 / 255)
+        if not processor.get("do_rescale", True):  # Pixtral as released
+            factor = 1.0
+        scaled = (np.arange(256, dtype=np.float64) * factor).astype(np.float32)
+        if not (np.all(std > 0) and np.isfinite([scaled - mean, scaled / std]).all()):
+            raise ValueError(f"mean {mean.tolist()}, std {std.tolist()}, factor {factor}")
+    return (scaled - mean) / std
+
+
 def generation_stops(folder: Path) -> frozenset[int]:
     """The tokens at which transformers' generate ends for this checkpoint."""
     path = folder / "generation_config.json"
-    stops = (read_json(path).get("eos_token_id") or []) if path.is_file() else []
-    return frozenset([stops] if isinstance(stops, int) else stops)
+    with blaming(path):
+        stops = (read_json(path).get("eos_token_id") or []) if path.is_file() else []
+        stops = stops if type(stops) is list else [stops]
+        if any(type(token) is not int for token in stops):
+            raise ValueError(f"eos_token_id {stops} are no tokens")
+    return frozenset(stops)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1229,17 +1314,24 @@ def patchify(pixels: np.ndarray, checkpoint: Checkpoint) -> np.ndarray:
     return np.ascontiguousarray(blocks).reshape(h * w, 3 * p * p)
 
 
+QUESTION = "@question@"  # stands for the question in a chat template
+
+
 def prompt_tokens(checkpoint: Checkpoint, question: str, images: int) -> list[int]:
-    """Chat template around images and question; one image token per image."""
-    key = (question, images)
-    if key not in checkpoint.prompt_cache:
-        content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
+    """Chat template around images and question; one image token per image. What looks like a
+    control token in the question is text."""
+    if images not in checkpoint.prompt_cache:
+        content = [{"type": "image"}] * images + [{"type": "text", "text": QUESTION}]
         text = checkpoint.tokenizer.apply_chat_template(
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
-        if len(checkpoint.prompt_cache) > 4096:
-            checkpoint.prompt_cache.clear()
-        checkpoint.prompt_cache[key] = checkpoint.tokens(text)
-    return checkpoint.prompt_cache[key]
+        halves = [checkpoint.tokens(half, special=True) for half in text.split(QUESTION)]
+        found = sum(half.count(checkpoint.image_id) for half in halves)
+        if len(halves) != 2 or found != images:
+            raise ValueError(f"holds {len(halves) - 1} questions and {found} images, where 1 and "
+                             f"{images} were given")
+        checkpoint.prompt_cache[images] = halves
+    start, end = checkpoint.prompt_cache[images]
+    return start + checkpoint.tokens(question) + end
 
 
 def image_tokens(checkpoint: Checkpoint, rows: int, columns: int) -> tuple[list, np.ndarray, int]:
