@@ -714,7 +714,8 @@ def measure(query: Query, *answers: dict) -> dict:
     length between them."""
     depth_m, texts = zip(*((render.read_answer(a), a["text"]) for a in answers))
     if None in depth_m:
-        return {"text": "", "texts": texts}
+        odd = {key: True for answer in answers for key in ODD if key in answer}
+        return {"text": "", "texts": texts, **odd}
     points, intrinsics = np.array(query.points), query.records[0]["intrinsics"]
     first, second = render.unproject(points, np.array(depth_m), intrinsics)
     return {"text": f"{np.linalg.norm(first - second):.2f} meters", "texts": texts}
@@ -993,11 +994,14 @@ def check_prediction(line: dict, depth_type: str) -> None:
     numbers = {key: float(line[key]) for key in NUMBERS if key in line}
     if not all(map(math.isfinite, numbers.values())) or numbers["true"] <= 0:
         raise ValueError(f"{numbers} are not finite, or true is not positive")
-    if depth_type not in ("z", "euclidean"):
-        raise ValueError(f"depth_type '{depth_type}' is neither 'z' nor 'euclidean'")
-    ray = line["ray"] if depth_type == "z" and task == "distance" else 1.0
-    pred = None if pred is None or not math.isfinite(pred) else pred * ray
-    line |= {**numbers, "pred": pred}
+    if numbers.get("ray", 1.0) < 0.999 or depth_type not in ("z", "euclidean"):
+        raise ValueError(f"ray {line.get('ray')} is below 1, or depth_type {depth_type!r} unknown")
+    if pred is not None and math.isfinite(pred):
+        numbers["pred"] = pred
+    if depth_type == "z" and task == "distance":
+        numbers |= {key: numbers[key] * numbers["ray"] for key in ("pred", "q10", "q90")
+                    if key in numbers}
+    line |= {"pred": None, **numbers}
 
 
 def default_data() -> list[str]:
@@ -1251,10 +1255,11 @@ def main(argv=None) -> None:
     if args.predictions:
         lines = read_predictions(args.predictions, args.depth_type)
     elif args.constant is not None:
-        text = {"text": f"{args.constant:g}"}
-        lines = [prediction(query_of(records, task, pair, args.seed), text, dataset=name)
-                 for name, records, task, pairs in list_queries(args, args.tasks or ["distance"])
-                 for pair in pairs]
+        groups = list_queries(args, args.tasks or ["distance"])
+        queries = [(name, query_of(records, task, pair, args.seed))
+                   for name, records, task, pairs in groups for pair in pairs]
+        lines = [prediction(query, {"text": f"{args.constant:g}"}, dataset=name, id=number)
+                 for number, (name, query) in enumerate(queries)]
         render.write_json(out / "run.json", render.run_info(args))
         render.write_jsonl(out / "predictions.jsonl", lines)
     else:

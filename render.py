@@ -1275,7 +1275,7 @@ def pixel_table(folder: Path, family: Family) -> np.ndarray:
         if (folder / file).is_file():
             path = folder / file
             processor = read_json(path)
-    with blaming(path):
+    with blaming(path), np.errstate(all="ignore"):
         processor = processor.get("image_processor", processor)
         mean, std = (np.array(processor.get(f"image_{name}", default), np.float32).reshape(3, 1)
                      for name, default in (("mean", family.mean), ("std", family.std)))

@@ -1040,8 +1040,9 @@ def test_parse_answer_is_quick_and_total():
         value = render.parse_answer(text, "distance", bool(rng.integers(2)))
         assert value is None or math.isfinite(value)
     start = time.process_time()
-    for text in ("1,", "1", "- ", "<answer>", "1e", "<think>", "</think>", "(1,", "\\boxed{", "1 m ",
-                 "1/2 ", "1 and ", "1.000.", "\u00bd", "\u7c73", "a/", "<a", "{", "in ", "1' "):
+    for text in ("1,", "1", "- ", "<answer>", "1e", "<think>", "</think>", "(1,", "\\boxed{",
+                 "1 m ", "1/2 ", "1 and ", "1.000.", "\u00bd", "\u7c73", "a/", "<a", "{", "in ",
+                 "1' "):
         for end in ("", "x", " m"):
             render.parse_answer(text * 5000 + end)
     assert time.process_time() - start < 15
