@@ -714,8 +714,7 @@ def measure(query: Query, *answers: dict) -> dict:
     length between them."""
     depth_m, texts = zip(*((render.read_answer(a), a["text"]) for a in answers))
     if None in depth_m:
-        odd = {key: True for answer in answers for key in ODD if key in answer}
-        return {"text": "", "texts": texts, **odd}
+        return {"text": "", "texts": texts}
     points, intrinsics = np.array(query.points), query.records[0]["intrinsics"]
     first, second = render.unproject(points, np.array(depth_m), intrinsics)
     return {"text": f"{np.linalg.norm(first - second):.2f} meters", "texts": texts}
@@ -985,20 +984,19 @@ def check_prediction(line: dict, depth_type: str) -> None:
     """Bring a line to one form, in place: pred is None or a number, of a distance the Euclidean
     one. Raises what comes."""
     pred, task = line["pred"], line.get("task", "distance")
-    depth_type, texts = line.get("depth_type", depth_type), [line["image"], task]
-    if not all(isinstance(text, str) for text in [*texts, line.get("dataset", "")]):
-        raise ValueError("image, dataset and task are texts")
     if isinstance(pred, str):  # an answer as text is parsed as ours are
         pred = render.parse_answer(pred, task if task in TASKS else "distance",
                                    line.get("truncated", False))
     numbers = {key: float(line[key]) for key in NUMBERS if key in line}
-    if not all(map(math.isfinite, numbers.values())) or numbers["true"] <= 0:
-        raise ValueError(f"{numbers} are not finite, or true is not positive")
-    if numbers.get("ray", 1.0) < 0.999 or depth_type not in ("z", "euclidean"):
-        raise ValueError(f"ray {line.get('ray')} is below 1, or depth_type {depth_type!r} unknown")
     if pred is not None and math.isfinite(pred):
         numbers["pred"] = pred
-    if depth_type == "z" and task == "distance":
+    texts = [line["image"], line.get("dataset", ""), task, line.get("depth_type", depth_type)]
+    if not all(isinstance(text, str) for text in texts) or texts[3] not in ("euclidean", "z"):
+        raise ValueError(f"{texts} are no texts, or depth_type is neither euclidean nor z")
+    finite = all(map(math.isfinite, numbers.values()))
+    if not finite or numbers["true"] <= 0 or numbers.get("ray", 1.0) < 0.999:
+        raise ValueError(f"{numbers} are not finite, true is not positive, or ray is below 1")
+    if texts[3] == "z" and task == "distance":
         numbers |= {key: numbers[key] * numbers["ray"] for key in ("pred", "q10", "q90")
                     if key in numbers}
     line |= {"pred": None, **numbers}
@@ -1255,11 +1253,11 @@ def main(argv=None) -> None:
     if args.predictions:
         lines = read_predictions(args.predictions, args.depth_type)
     elif args.constant is not None:
-        groups = list_queries(args, args.tasks or ["distance"])
-        queries = [(name, query_of(records, task, pair, args.seed))
-                   for name, records, task, pairs in groups for pair in pairs]
-        lines = [prediction(query, {"text": f"{args.constant:g}"}, dataset=name, id=number)
-                 for number, (name, query) in enumerate(queries)]
+        text = {"text": f"{args.constant:g}"}
+        lines = [prediction(query_of(records, task, pair, args.seed), text, dataset=name)
+                 for name, records, task, pairs in list_queries(args, args.tasks or ["distance"])
+                 for pair in pairs]
+        lines = [{**line, "id": number} for number, line in enumerate(lines)]
         render.write_json(out / "run.json", render.run_info(args))
         render.write_jsonl(out / "predictions.jsonl", lines)
     else:

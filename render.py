@@ -727,8 +727,8 @@ class Task:
     """All that the scripts know of a task. make: (records, i, rng, point) -> Query. wordings: for
     each prompt, and each camera strategy with words of its own, templates of question and answer
     (fields: `phrase`; {x} is the value, with the same words before it in all answers of a task, so
-    that decoding can draft them). unit: words behind a number in an answer -> factor. markers: how
-    many points are drawn. needs: what not every record has."""
+    that decoding can draft them). unit: lower-case words behind a number in an answer -> factor.
+    markers: how many points are drawn. needs: what not every record has."""
     make: Callable
     wordings: dict[str, tuple[str, str]]
     unit: dict[str, float]
@@ -838,8 +838,7 @@ def check_settings(settings: dict) -> dict:
         kinds = (int, float) if key == "focal" else (int,)
         if type(value) not in kinds or not low <= value <= high:
             raise ValueError(f"{key} {value!r} is no number from {low} to {high:g}")
-    if not (type(settings["tasks"]) is list and settings["tasks"]
-            and all(isinstance(task, str) for task in settings["tasks"])):
+    if type(settings["tasks"]) is not list or {*map(type, settings["tasks"])} != {str}:
         raise ValueError(f"tasks {settings['tasks']!r} is no list of tasks")
     if settings["camera"] in ("prompt", "ray") and settings["prompt"] != "paper":
         raise ValueError(f"--camera {settings['camera']} --prompt {settings['prompt']}: App. A.5 "
@@ -949,27 +948,26 @@ LETTER = r"[a-z\u00df-\u058f]"  # of an alphabet that puts spaces between words
 NO_SPACES = "|".join(sorted((word for word in METERS | SECONDS if not re.search(LETTER, word)),
                             key=len, reverse=True))
 
-
-def number_form(digits: str) -> str:
-    """A number with its sign and exponent, not a part of a longer one or of a name."""
-    return (rf"(?<!{LETTER})(?<![\d.,])(?:(?<![)%])[-+])?(?:{digits})(?:e[-+]?\d+)?"
-            r"(?!\d|[.,:'/]\d)")
-
+# a number is no part of a longer one or of a name; it has a sign and an exponent
+START = rf"(?<!{LETTER})(?<![\d.,])(?:(?<![)%])[-+])?"
+END = r"(?:e[-+]?\d+)?(?!\d|[.,:'/]\d)"
 
 # An answer is read as a string with a letter for each of its tokens:
 #   n number, f fraction, u unit of the task, x other digits (2:30, a pixel), h number in words,
 #   b between, e and, j to or, a is about, w any other word.
 # Other characters are themselves, and \0 stands for </answer>.
-TOKEN = re.compile("|".join(f"(?P<{name}>{form})" for name, form in {
-    "w1": rf"{LETTER}+(?:['/]{LETTER}+)*",
-    "x1": r"[(\[]\s*-?[\d.]++(?:\s*,\s*-?[\d.]++)+\s*[)\]]",
-    "f": number_form(r"\d+/[1-9]\d*"),
-    "n1": number_form(r"[1-9]\d{0,2}(?:[. ']\d{3})+,\d+|[1-9]\d{0,2}(?:\.\d{3}){2,}"),  # 1.234,5
-    "n2": number_form(r"[1-9]\d{0,2}(?:[, ']\d{3})+(?:\.\d+)?|\d++(?:\.\d++)?|\.\d++"),  # 1,234.5
-    "n3": number_form(r"\d++,\d++"),  # 2,5; but 12,345 is an English number
-    "x2": r"\d[\d.,:'/]*",
-    "w2": rf"(?:{NO_SPACES})(?:/(?:{NO_SPACES}))?|[^\W\d_]",
-    "s": r"\S|\n"}.items()))
+TOKEN = re.compile(rf"""
+    (?P<w1> {LETTER}+ (?:['/]{LETTER}+)* )
+  | (?P<x1> [(\[] \s*-?[\d.]++ (?:\s*,\s*-?[\d.]++)+ \s*[)\]] )
+  | {START} (?:
+      (?P<f> \d+/[1-9]\d* )
+    | (?P<n1> [1-9]\d{{0,2}} (?: (?:[.\ ']\d{{3}})+ ,\d+ | (?:\.\d{{3}}){{2,}} ) )   # 1.234,5
+    | (?P<n2> [1-9]\d{{0,2}} (?:[,\ ']\d{{3}})+ (?:\.\d+)? | \d++(?:\.\d++)? | \.\d++ )  # 1,234.5
+    | (?P<n3> \d++,\d++ )  # 2,5; but 12,345 is an English number
+    ) {END}
+  | (?P<x2> \d[\d.,:'/]* )
+  | (?P<w2> (?:{NO_SPACES}) (?:/(?:{NO_SPACES}))? | [^\W\d_] )
+  | (?P<s> \S | \n )""", re.X)
 WORDS = each_word({
     "half quarter couple few dozen one two three four five six seven eight nine ten twenty thirty "
     "forty fifty hundred thousand zwei drei vier funf deux trois quatre cinq dos tres cuatro cinco "
@@ -982,16 +980,16 @@ WORDS = each_word({
     "is it's at about around approx approximately roughly nearly almost circa equals answer "
     "distance depth 约 約": "a"})
 QUANTITY = re.compile("(?:nf?|f)[-([\0]?u(?:e?(?:nf?|f)u)*")  # becomes the letter q
-# a range, a list or a sum before a quantity, a remainder behind it
+# a range, a list or a sum before a quantity; a remainder behind it
 UNCLEAR = re.compile(r"(?:[nfx](?:w|[ej,.~^·•-]*)|u[ej-]*|h[ej-]*|[b√])q|"
                      r"q[ej~^-]*[nfxh]|q[j~-]+q|xu")
+# a number without a unit that is no part of a phrase
 ALONE = re.compile("""(?:^|[a:=~≈([|\n])n(?=$|[].,;:!?)|\n\0])|(?<=(["']))n(?=\\1)""")
-THOUGHT = r"[<\[](?:think|thought|reason|analysis)\w*[>\]]"
-MARKUP = re.compile(r"\\(?:text|math)\w*|\\(?:[mh]box|rm|bf|left|right|q?quad|[^a-z])|[$*_`{}\\\0]|"
-                    r"<(?!/?answer>)/?[a-z|][^<>]*>")
-SIGNS = {ord(sign): plain for plain, signs in {
-    "-": "−‐‑‒–—", "~": "〜∼", "/": "⁄∕÷每", ".": "٫", ",": "٬", ", ": "、", "'": "’‘′",
-    '"': "“”"}.items() for sign in signs}
+THOUGHT = r"[<\[]%s(?:think|thought|reason|analysis)\w*[>\]]"
+MARKUP = re.compile(r"\\(?:text|math)\w*|\\(?:[mh]box|rm|bf|left|right|q?quad|[^a-z])|"
+                    r"[$*_`{}\\\0\u00ad\u200b-\u200f]|<(?!/?answer>)/?[a-z|][^<>]*>")
+SMALL_DIGITS = "[²³¹⁰-₉¼-¾⅐-⅟①-⒛⓪-⓿❶-➓㉈-㊿]"
+SIGNS = str.maketrans("−‐‑‒–—〜∼、⁄∕÷每٫٬’‘′“”", "------~~~////.,'''\"\"")
 
 
 def parse_answer(text: str, task: str = "distance", truncated: bool = False) -> float | None:
@@ -1011,17 +1009,21 @@ def parse_answer(text: str, task: str = "distance", truncated: bool = False) -> 
         text = (closed or tagged)[-1].replace("</answer>", "\0")
     text = re.split(r"\bboxed\b|\banswer\s*(?:is\b|:|=)", text)[-1]
 
-    tokens, unit = list(TOKEN.finditer(text)), TASKS[task].unit
-    letters = "".join(letter_of(token, unit) for token in tokens)
+    letters, values = "", []
+    for token in TOKEN.finditer(text):
+        letter, value = read_token(token, TASKS[task].unit)
+        letters += letter
+        values.append(value)
     if "\0" in letters:
         letters = re.sub("\0(u?)[^\0]*", "\0\\1", letters)  # <answer>250</answer> cm, because
     elif truncated:
         letters = re.sub("((?<=n)[.,']+)?$", "x", letters)
-    found = [quantity(tokens[m.start():m.end()], unit) for m in QUANTITY.finditer(letters)]
+    found = [quantity(m[0], values[m.start():]) for m in QUANTITY.finditer(letters)]
     alone = ALONE.search(letters)
     if not found and alone and len(re.findall("n(?![a-z%/])", letters)) == 1:
-        if all(unit.get(token[0], 1.0) == 1.0 for token in tokens):  # not {"distance_cm": 250}
-            found.append(read_number(tokens[alone.end() - 1]))
+        units = [value for letter, value in zip(letters, values) if letter == "u"]
+        if {*units} <= {1.0}:  # not {"distance_cm": 250}
+            found.append(values[alone.end() - 1])
     clear = found and not UNCLEAR.search(QUANTITY.sub("q", letters))
     # 2.5 m (8.2 ft) is one answer
     if clear and all(map(math.isfinite, found)) and np.ptp(found) <= 0.1 * abs(found[0]):
@@ -1037,44 +1039,40 @@ def read_answer(answer: dict, task: str = "distance") -> float | None:
 def plain_text(text: str) -> str:
     """What follows the thought: lower case, one form of each digit and sign, no accents, no markup
     but <answer>."""
-    text = re.sub("([a-z])([A-Z])", r"\1 \2", text).lower()  # "distanceCm"
-    if not text.isascii():
-        # 10² is no 102, and 2½ no 21/2
-        text = "".join({"No": f" {c} ", "Cf": " "}.get(unicodedata.category(c), c) for c in text)
-        text = re.sub("[\u0300-\u036f]", "", unicodedata.normalize("NFKD", text))
-        text = unicodedata.normalize("NFC", text).translate(SIGNS)
-    text = re.split(THOUGHT.replace("(", "/(", 1), text)[-1]
-    text = MARKUP.sub(" ", re.split(THOUGHT, text)[0])
+    text = re.sub("([a-z])([A-Z])", r"\1 \2", text)  # distanceCm
+    text = re.sub(SMALL_DIGITS, r" \g<0> ", text.lower())  # 10² is no 102, and 2½ no 21/2
+    text = re.sub("[\u0300-\u036f]", "", unicodedata.normalize("NFKD", text))
+    text = unicodedata.normalize("NFC", text).translate(SIGNS)
+    text = re.split(THOUGHT % "/", text)[-1]
+    text = MARKUP.sub(" ", re.split(THOUGHT % "", text)[0])
     text = re.sub(rf"(?<!{LETTER})in\b(?!\s*{LETTER})", "inch", text)
     return re.sub(r"\s*(?:/|\b(?:per|pro|par|por|al|в)\b)\s*", "/", text)
 
 
-def letter_of(token: re.Match, unit: dict[str, float]) -> str:
-    kind = token[0] if token.lastgroup == "s" else token.lastgroup[0]
-    return "u" if token[0] in unit else WORDS.get(token[0], kind)
+def read_token(token: re.Match, unit: dict[str, float]) -> tuple[str, float | None]:
+    """-> its letter, and the value of a number or unit."""
+    word, kind = token[0], token.lastgroup
+    if word in unit:
+        return "u", unit[word]
+    if kind[0] not in "nf":
+        return WORDS.get(word, word if kind == "s" else kind[0]), None
+    point, comma = (",", ".") if kind in ("n1", "n3") else (".", ",")
+    digits = re.sub(f"[ '{comma}]", "", word).replace(point, ".")
+    above, _, below = digits.partition("/")
+    return kind[0], float(above) / float(below or 1)
 
 
-def quantity(tokens: list[re.Match], unit: dict[str, float]) -> float:
+def quantity(letters: str, values: list) -> float:
     """The sum of its parts: 1 m 20 cm; NaN if they are not of one quantity."""
     total, number, last = 0.0, 0.0, math.inf
-    for token in tokens:
-        if token.lastgroup[0] in "nf":
-            number += read_number(token)
-        elif factor := unit.get(token[0]):
-            if max(factor, number * factor) >= last or round(total / last, 6) % 1:
-                return math.nan
-            total, number, last = total + number * factor, 0.0, factor
+    for letter, value in zip(letters, values):
+        if letter != "u":
+            number += value or 0.0
+        elif max(value, number * value) >= last or round(total / last, 6) % 1:
+            return math.nan
+        else:
+            total, number, last = total + number * value, 0.0, value
     return total
-
-
-def read_number(token: re.Match) -> float:
-    digits = re.sub("[ ']", "", token[0])
-    if token.lastgroup == "f":
-        above, below = digits.split("/")
-        return float(above) / float(below)
-    if token.lastgroup == "n2":
-        return float(digits.replace(",", ""))
-    return float(digits.replace(".", "").replace(",", "."))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1283,9 +1281,10 @@ def pixel_table(folder: Path, family: Family) -> np.ndarray:
         if not processor.get("do_rescale", True):  # Pixtral as released
             factor = 1.0
         scaled = (np.arange(256, dtype=np.float64) * factor).astype(np.float32)
-        if not (np.all(std > 0) and np.isfinite([scaled - mean, scaled / std]).all()):
-            raise ValueError(f"mean {mean.tolist()}, std {std.tolist()}, factor {factor}")
-    return (scaled - mean) / std
+        table = (scaled - mean) / std
+        if not np.isfinite(table).all():
+            raise ValueError(f"image_std {std.tolist()} makes no numbers of pixels")
+    return table
 
 
 def generation_stops(folder: Path) -> frozenset[int]:

@@ -170,7 +170,8 @@ def read_chats(path: str, answers: bool = True) -> list[dict]:
     absolute paths. Raises ValueError with file and line."""
     chats, needed = [], ("question", "answer") if answers else ("question",)
     for where, chat in render.read_jsonl(path):
-        texts = [chat.get(key) for key in needed] + [chat.get("image") or "none"]
+        texts = [chat.get(key) or "none" for key in ("answer", "image")]
+        texts += [chat.get(key) for key in needed]
         if not all(isinstance(text, str) and 0 < len(text) <= CHAT_LENGTH for text in texts):
             raise ValueError(f"{where}: needs the texts {' and '.join(needed)}, and image may be a "
                              f"path; each has 1 to {CHAT_LENGTH:,} characters.")
@@ -462,7 +463,7 @@ def load_resume(model, optimizer, out: Path) -> dict | None:
     with render.blaming(path):
         folder = path.with_name(named["folder"])
         counts = named["step"], named["bad"]
-        if not folder.is_dir() or any(type(n) is not int or n < 0 for n in counts):
+        if not (folder / ".metadata").is_file() or any(type(n) is not int or n < 0 for n in counts):
             raise ValueError(f"{named} is no state of this run")
     state = training_state(model, optimizer)
     dcp.load(state, checkpoint_id=folder)
@@ -529,9 +530,8 @@ def validate(model, checkpoint: Checkpoint, sets: list[tuple[str, Records, list]
             hits, *counts = sum_over_ranks(sums.tolist(), model.device)
             unparsed, cut, count = map(int, counts)
             if count:  # a file without poses says nothing about motion
-                scores[name] = {"delta1": hits / count, "unparsed": unparsed, "n": count}
-                if cut:
-                    scores[name]["truncated"] = cut
+                scores[name] = {"delta1": hits / count, "unparsed": unparsed, "truncated": cut,
+                                "n": count}
     return scores
 
 
@@ -718,7 +718,7 @@ def score_and_log(run: Run, step: int, batch_size: int, reshard: bool) -> None:
     log_line(run.out / "log.jsonl", step=step, val=scores)
     shown = []
     for name, score in scores.items():
-        cut = f" ({score['truncated']} of {score['n']} truncated)" if "truncated" in score else ""
+        cut = f" ({score['truncated']} of {score['n']} truncated)" if score["truncated"] else ""
         shown.append(f"{name} delta1 {score['delta1']:.3f}{cut}")
     print_line(run, step, "  ".join(shown))
 
@@ -750,7 +750,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     flag = parser.add_argument_group("SFT").add_argument
     flag("--mix", type=weighted(MIX_SHARE, 1), default=(None, 0.0), metavar="FILE[:SHARE]",
          help=f"ordinary chat samples among the others, so that the model keeps other abilities; "
-         f"SHARE of all samples is {MIX_SHARE} if not given; default: none, as in the paper")
+         f"SHARE of all samples is {MIX_SHARE} if not given; texts of up to {CHAT_LENGTH:,} "
+         "characters; default: none, as in the paper")
     flag("--points-per-image", type=COUNT, metavar="K",
          help="see samples / K images only, K points of each (Fig. 5); default: any point of any "
          "image")

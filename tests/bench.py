@@ -246,7 +246,7 @@ def bench_evaluate(args) -> None:
                 break
         taught = Path(tmp) / "taught"
         taught.mkdir()
-        train_sft.save_model(model, folder, taught, checkpoint.settings, dtype)
+        train_sft.save_model(model, checkpoint, taught, dtype)
         del model, optimizer
 
         checkpoint = render.open_checkpoint(str(taught))
