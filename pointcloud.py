@@ -530,7 +530,8 @@ def run(args: argparse.Namespace, out: Path, photo: Photo, checkpoint, device, d
                               photo, grid.reshape(-1, 2), out / ANSWERS, inputs, done,
                               args.batch_size, args.workers, args.decode)
     unparsed = sum(line["pred"] is None for line in lines)
-    cut = sum("truncated" in line for line in lines)
+    truncated = sum("truncated" in line for line in lines)
+    cut = f"{truncated:,} cut by the token limit, " if truncated else ""
     if unparsed == len(lines):
         (out / ANSWERS).unlink()
         raise ValueError(f"{checkpoint.name}: none of its {len(lines):,} answers is a distance "
@@ -539,7 +540,7 @@ def run(args: argparse.Namespace, out: Path, photo: Photo, checkpoint, device, d
     cloud = make_cloud(photo, grid, lines, args.decode, args.min_confidence, args.edge_filter)
     fx, fy = photo.intrinsics[:2]
     note = (f"{len(cloud.xyz):,} points, {unparsed:,} of {len(lines):,} answers were no distance, "
-            f"{cut:,} cut by the token limit, focal {fx:.1f} {fy:.1f} px ({photo.source})")
+            f"{cut}focal {fx:.1f} {fy:.1f} px ({photo.source})")
     write_cloud(out, photo, cloud, draw_picture(photo, cloud, note))
     print(f"{note}; {cost}")
     if (error := label_error(photo, cloud.depth_m)):
