@@ -51,7 +51,6 @@ DATASETS = {"argoverse2": 1, "waymo": 1, "nuscenes": 1, "scannetpp": 1, "taskono
 MIX_SHARE = 0.1  # of ordinary chat samples, if --mix does not say
 BAD_SHARE = 0.01  # a run stops when more of its samples than this cannot be read
 CHAT_LENGTH = 20_000  # characters of a question or an answer
-OUR_FILES = ("depthlm.json", "run.json", "README.md", "generation_config.json")
 SHARD_BYTES = 4 << 30  # of one safetensors file; also all that rank 0 holds at once while saving
 # what may differ when a run is resumed
 FREE_FLAGS = {"resume", "out", "workers", "micro_batch", "rollout_batch", "checkpointing",
@@ -382,7 +381,7 @@ def copy_model_files(checkpoint: Checkpoint, out: Path, dtype: torch.dtype) -> N
     source = checkpoint.folder
     for path in source.iterdir():
         wanted = path.suffix in (".json", ".txt", ".jinja", ".model", ".md")
-        ours = "safetensors" in path.name or path.name in OUR_FILES
+        ours = "safetensors" in path.name or path.name in ("depthlm.json", "run.json", "README.md")
         if path.is_file() and wanted and not ours and source.resolve() != out.resolve():
             with render.replacing(out / path.name) as temporary:
                 shutil.copyfile(path, temporary)
