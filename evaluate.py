@@ -40,6 +40,7 @@ import render
 from render import COUNT, NATURAL, PAPER_CONSTANT, TASKS, Checkpoint, Query, Records, file_path
 
 NUM_QUERIES = 8192  # Sec. 3, random samples a set
+ODD = ("truncated", "off_form")  # what is true of some answers
 
 
 # --------------------------------------------------------------------------------------------------
@@ -193,7 +194,7 @@ def pick_device(device: str = "auto") -> torch.device:
         device = torch.device(device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as e:  # unknown, or not on this machine
-        raise ValueError(f"--device {device}: {first_line(e)}.") from None
+        raise ValueError(f"--device {device}: {render.first_line(e)}.") from None
     return device
 
 
@@ -231,18 +232,11 @@ def build_model(folder: Path, dtype: torch.dtype, master: torch.dtype):
     """The model of a folder's config.json, without memory: its parameters are `master`, it computes
     in `dtype`."""
     import transformers
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder)
-        with torch.device("meta"):
-            model = transformers.AutoModelForImageTextToText.from_config(config, dtype=master)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise ValueError(f"{folder}/config.json: gives no model ({first_line(e)}). Download the "
-                         "folder again.") from None
+    with render.blaming(f"{folder}/config.json"), torch.device("meta"):
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        model = transformers.AutoModelForImageTextToText.from_config(
+            config, dtype=master, trust_remote_code=False)
     return prepare_model(model, dtype)
-
-
-def first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def fill_model(model, folder: Path, device: torch.device):
@@ -316,7 +310,7 @@ def open_weights(path: Path):
     try:
         return safe_open(path, "pt")
     except (SafetensorError, OSError) as e:
-        raise ValueError(f"{path}: is damaged or missing ({first_line(e)}). Download it "
+        raise ValueError(f"{path}: is damaged or missing ({render.first_line(e)}). Download it "
                          "again.") from None
 
 
@@ -529,7 +523,7 @@ def median_answers(model, checkpoint: Checkpoint, batch: dict,
     rest = [b for b, answer in enumerate(answers) if answer is None]
     tokens, steps = decode_rows(model, checkpoint, batch, prefix, rest, max_new_tokens)
     for b in rest:
-        answers[b] = {"text": checkpoint.text(tokens[b])}
+        answers[b] = checkpoint.answer(tokens[b])
     return answers, forwards + steps
 
 
@@ -691,8 +685,9 @@ def run_queries(model, checkpoint: Checkpoint, records: Records, pairs: list,
                 task: str = "distance", batch_size: int = 32, workers: int = 0, seed: int = 0,
                 decode: str = "greedy", geometry: bool = False):
     """Query the model -> yields (queries, answers, forward passes) batch by batch; an answer is
-    {"text"}, with decode "median" also its interval (median_answers). geometry: two points by their
-    two distances (measure)."""
+    {"text"}, with decode "median" also its interval (median_answers); "truncated" if the token
+    limit ended it, "off_form" if it has not the form that was asked for. geometry: two points
+    by their two distances (measure)."""
     settings = checkpoint.settings
     singly = geometry and TASKS[task].markers == 2
     form = render.answer_form("distance" if singly else task, settings)
@@ -710,17 +705,19 @@ def run_queries(model, checkpoint: Checkpoint, records: Records, pairs: list,
             answers, forwards = median_answers(model, checkpoint, batch, limit)
         else:
             tokens, forwards = greedy_answers(model, checkpoint, batch, limit)
-            answers = [{"text": checkpoint.text(t)} for t in tokens]
+            answers = [checkpoint.answer(t) for t in tokens]
         if singly:
-            pairs_of_answers = zip(queries, answers[::2], answers[1::2])
-            answers = [measure(q, a["text"], b["text"]) for q, a, b in pairs_of_answers]
+            answers = [measure(*three) for three in zip(queries, answers[::2], answers[1::2])]
+        for answer in answers:
+            if not (singly or render.has_form(answer["text"], task, settings)):
+                answer["off_form"] = True
         yield queries, answers, forwards
 
 
-def measure(query: Query, *texts: str) -> dict:
+def measure(query: Query, *answers: dict) -> dict:
     """The distance between two points by geometry: both answers on their pixels' rays, and the
     length between them."""
-    depth_m = [render.parse_answer(text) for text in texts]
+    depth_m, texts = zip(*((render.read_answer(a), a["text"]) for a in answers))
     if None in depth_m:
         return {"text": "", "texts": texts}
     points, intrinsics = np.array(query.points), query.records[0]["intrinsics"]
@@ -734,7 +731,7 @@ def prediction(query: Query, answer: dict, **more) -> dict:
     x, y = query.points[0] if query.points else (None, None)
     line = {"image": record["image"], "pixel": [x, y], "task": query.task,
             "true": round(query.value, 4),
-            "pred": render.parse_answer(answer["text"], query.task), **answer}
+            "pred": render.read_answer(answer, query.task), **answer}
     if query.task == "distance":  # true / ray is z
         line["ray"] = round(float(render.ray_length(x, y, record["intrinsics"])), 6)
     if query.given:
@@ -776,9 +773,10 @@ def export_queries(groups: list, settings: dict, grid: int, seed: int, folder: P
 
 
 def within(pred: np.ndarray, true: np.ndarray, factor: float) -> np.ndarray:
-    """(N,) bool: max(pred/true, true/pred) < factor. Unparsed, non-positive answers are wrong."""
+    """(N,) bool: max(pred/true, true/pred) < factor. Unparsed, non-positive answers are wrong, and
+    all answers where the truth is not positive."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        return (pred > 0) & (np.maximum(pred / true, true / pred) < factor)
+        return (pred > 0) & (true > 0) & (np.maximum(pred / true, true / pred) < factor)
 
 
 def metrics(pred: np.ndarray, true: np.ndarray) -> dict:
@@ -839,7 +837,9 @@ def score(lines: list[dict]) -> dict:
     out["always_2m"] = constant_delta1(2.0, true)
     out["best_constant"] = {"value": round(best, 3), "delta1": constant_delta1(best, true)}
 
-    known = [line for line in lines if "q10" in line]
+    shares = Counter(key for line in lines for key in ODD if line.get(key))
+    out |= {key: count / len(lines) for key, count in shares.items()}
+    known = [line for line in lines if {"q10", "q90", "confidence", "lost"} <= line.keys()]
     if known:  # how often the truth is where the model puts 80 % of its probability
         inside = sum(line["q10"] <= line["true"] <= line["q90"] for line in known)
         out["in_10_90"] = inside / len(known)
@@ -913,7 +913,7 @@ def metric_rows(result: dict) -> list[list[str]]:
     columns = {**result["datasets"], "average": result["average"]}
     rows = [["", *columns]]
     for key in ("delta1", "delta1_ci", "delta2", "delta3", "abs_rel", "rmse", "log10", "silog",
-                "unparsed", "n", "in_10_90", "confidence", "lost"):
+                "unparsed", *ODD, "n", "in_10_90", "confidence", "lost"):
         if key == "delta1_ci":
             ends = [c.get(key) for c in columns.values()]
             cells = [f"{ci[0]:.3f}-{ci[1]:.3f}" if ci else "" for ci in ends]
@@ -960,28 +960,49 @@ def task_rows(result: dict) -> list[list[str]]:
 # files
 
 
-def read_predictions(path) -> list[dict]:
-    """Lines of a predictions file; raises ValueError with file, line and value."""
-    lines = []
-    for where, line in render.read_jsonl(path):
-        try:
-            true, pred = float(line["true"]), line["pred"]
-            line["image"]
-            if not (pred is None or isinstance(pred, (str, int, float))):
-                raise TypeError(f"pred {pred}")
-        except (ValueError, KeyError, TypeError) as e:
-            raise ValueError(f"{where}: needs image, pixel, true and pred ({e!r}).") from None
-        if not (math.isfinite(true) and true > 0):
-            raise ValueError(f"{where}: true {true} is not a positive number.")
-        if isinstance(pred, str):  # an answer as text is parsed as ours are
-            task = line.get("task", "distance")
-            line["pred"] = render.parse_answer(pred, task if task in TASKS else "distance")
-        elif pred is not None and not math.isfinite(pred):
-            line["pred"] = None
-        lines.append(line)
+NUMBERS = ("true", "ray", "q10", "q90", "confidence", "lost")  # of a line of predictions
+QUERY = ("dataset", "task", "image", "image2", "pixel", "pixel2", "given")
+
+
+def read_predictions(path, depth_type: str = "euclidean") -> list[dict]:
+    """Lines of a predictions file, in one form. depth_type: what pred is where a line does not say.
+    Raises ValueError with file, line and value, also where a query is answered twice."""
+    lines, found = list(render.read_jsonl(path)), {}
+    # two labels of one pixel are two queries, which only ids tell apart
+    keys = [*QUERY, *(["id"] if all("id" in line for _, line in lines) else [])]
+    for where, line in lines:
+        with render.blaming(where, "A line needs image, pixel, pred, true (positive); depth_type z "
+                            "also ray, true / z (README, \"File formats\")."):
+            check_prediction(line, depth_type)
+        query = json.dumps([line.get(key) for key in keys])
+        if query in found:
+            raise ValueError(f"{where}: answers the same query as {found[query]}. Drop one.")
+        found[query] = where
     if not lines:
         raise ValueError(f"{path}: holds no predictions.")
-    return lines
+    return [line for _, line in lines]
+
+
+def check_prediction(line: dict, depth_type: str) -> None:
+    """Bring a line to one form, in place: pred is None or a number, of a distance the Euclidean
+    one. Raises what comes."""
+    pred, task = line["pred"], line.get("task", "distance")
+    if isinstance(pred, str):  # an answer as text is parsed as ours are
+        pred = render.parse_answer(pred, task if task in TASKS else "distance",
+                                   line.get("truncated", False))
+    numbers = {key: float(line[key]) for key in NUMBERS if key in line}
+    if pred is not None and math.isfinite(pred):
+        numbers["pred"] = pred
+    texts = [line["image"], line.get("dataset", ""), task, line.get("depth_type", depth_type)]
+    if not all(isinstance(text, str) for text in texts) or texts[3] not in ("euclidean", "z"):
+        raise ValueError(f"{texts} are no texts, or depth_type is neither euclidean nor z")
+    finite = all(map(math.isfinite, numbers.values()))
+    if not finite or numbers["true"] <= 0 or numbers.get("ray", 1.0) < 0.999:
+        raise ValueError(f"{numbers} are not finite, true is not positive, or ray is below 1")
+    if texts[3] == "z" and task == "distance":
+        numbers |= {key: numbers[key] * numbers["ray"] for key in ("pred", "q10", "q90")
+                    if key in numbers}
+    line |= {"pred": None, **numbers}
 
 
 def default_data() -> list[str]:
@@ -1100,6 +1121,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     flag("--constant", type=render.POSITIVE, metavar="NUMBER",
          help="always this answer (Tables 1 and 3: 2.0)")
     flag("--predictions", type=file_path, metavar="FILE", help="score these answers")
+    flag("--depth-type", choices=("euclidean", "z"), default="euclidean",
+         help="what their numbers are, where a line does not say: z is converted by its ray")
     flag("--export-queries", type=file_path, metavar="DIR",
          help="write images and questions, for any system to answer and --predictions to score")
 
@@ -1206,6 +1229,7 @@ def answer_constant(args, groups: list, out: Path) -> None:
     answer = {"text": f"{args.constant:g}"}
     lines = [prediction(query_of(records, task, pair, args.seed), answer, dataset=name)
              for name, records, task, pairs in groups for pair in pairs]
+    lines = [{**line, "id": number} for number, line in enumerate(lines)]
     render.write_jsonl(out / "predictions.jsonl", lines)
 
 
@@ -1227,7 +1251,7 @@ def main(argv=None) -> None:
                          "--export-queries DIR.")
     out = Path(args.export_queries or args.out or default_out(args))
     if args.predictions:
-        lines = read_predictions(args.predictions)
+        lines = read_predictions(args.predictions, args.depth_type)
         with render.lock_folder(out):
             return report(lines, out)
 

@@ -16,7 +16,6 @@ ray of its pixel; pixel (0, 0) is the centre of the first pixel of the upright p
 command resumes an interrupted run; with other filters it makes the cloud anew from the answers.
 """
 import argparse
-import json
 import math
 import re
 import sys
@@ -223,7 +222,7 @@ def query_pixels(model, checkpoint, photo: Photo, pixels: np.ndarray, batch_size
                                               batch_size, workers, decode=decode):
         batch = []
         for answer, pixel in zip(answers, remaining):
-            value = render.parse_answer(answer["text"])
+            value = render.read_answer(answer)
             possible = value is not None and NEAREST < value < FARTHEST
             batch.append({"pixel": pixel, "pred": value if possible else None, **answer})
         yield batch
@@ -541,6 +540,8 @@ def run(args: argparse.Namespace, out: Path, photo: Photo, checkpoint, device, d
                               photo, grid.reshape(-1, 2), out / ANSWERS, args.batch_size,
                               args.workers, args.decode)
     unparsed = sum(line["pred"] is None for line in lines)
+    truncated = sum("truncated" in line for line in lines)
+    cut = f"{truncated:,} cut by the token limit, " if truncated else ""
     if unparsed == len(lines):
         (out / ANSWERS).unlink()
         raise ValueError(f"{checkpoint.name}: none of its {len(lines):,} answers is a distance "
@@ -549,7 +550,7 @@ def run(args: argparse.Namespace, out: Path, photo: Photo, checkpoint, device, d
     cloud = make_cloud(photo, grid, lines, args.decode, args.min_confidence, args.edge_filter)
     fx, fy = photo.intrinsics[:2]
     note = (f"{len(cloud.xyz):,} points, {unparsed:,} of {len(lines):,} answers were no distance, "
-            f"focal {fx:.1f} {fy:.1f} px ({photo.source})")
+            f"{cut}focal {fx:.1f} {fy:.1f} px ({photo.source})")
     write_cloud(out, photo, cloud, draw_picture(photo, cloud, note))
     print(f"{note}; {cost}")
     if (error := label_error(photo, cloud.depth_m)):

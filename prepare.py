@@ -649,13 +649,13 @@ def frames_nuscenes(root, split):
 def nuscenes_tables(folder):
     """Rows by token, all in memory as in the devkit (5 GB for trainval); and of key frames,
     "image" by file name, in the order of time, and "sweep" by its sample's token."""
-    data = [row for row in read_json(folder / "sample_data.json") if row["is_key_frame"]]
+    data = [row for row in read_json(folder / "sample_data.json", list) if row["is_key_frame"]]
     images = [row for row in data if "/CAM" in row["filename"]]
     images.sort(key=lambda row: (row["timestamp"], row["filename"]))
     sweeps = [row for row in data if "/LIDAR_TOP/" in row["filename"]]
 
     tables = {
-        name: {row["token"]: row for row in read_json(folder / f"{name}.json")}
+        name: {row["token"]: row for row in read_json(folder / f"{name}.json", list)}
         for name in "scene sample sensor calibrated_sensor ego_pose".split()
     }
     tables["image"] = {row["filename"]: row for row in images}

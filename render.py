@@ -28,11 +28,13 @@ import subprocess
 import sys
 import textwrap
 import threading
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, wraps
 from importlib.metadata import version
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -101,12 +103,31 @@ def parse_json(data: bytes):
     return value
 
 
-def read_json(path):
-    """The content of a JSON file. Raises ValueError with the file's name."""
+def read_json(path, kind: type = dict):
+    """The content of a JSON file, a dict or a list. Raises ValueError with the file's name."""
+    with blaming(path):
+        value = parse_json(Path(path).read_bytes())
+        if not isinstance(value, kind):
+            form = "object" if kind is dict else "array"
+            raise ValueError(f"needs a JSON {form}, this is {type(value).__name__}")
+    return value
+
+
+@contextmanager
+def blaming(path, remedy: str = "The file is damaged, or of something else: copy or download it "
+            "again.") -> Iterator[None]:
+    """Whatever a parser raises inside, others' too, becomes one line that names the file."""
     try:
-        return parse_json(Path(path).read_bytes())
-    except ValueError as e:
-        raise ValueError(f"{path}: is not JSON ({e}). Write or download it again.") from None
+        yield
+    except BaseException as e:  # a panic of the tokenizers is no Exception
+        if isinstance(e, KeyboardInterrupt) or str(e).startswith(str(path)):
+            raise
+        kind = "" if type(e) is ValueError else f"{type(e).__name__} "
+        raise ValueError(f"{path}: {kind}{first_line(e)}. {remedy}") from None
+
+
+def first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def parse_line(line: bytes, where: str) -> dict:
@@ -879,20 +900,34 @@ def pose_matrix(values) -> np.ndarray | None:
     return pose if rigid and np.isfinite(pose).all() else None
 
 
-METERS = {
-    "m": 1.0, "meter": 1.0, "meters": 1.0, "metre": 1.0, "metres": 1.0,
-    "cm": 0.01, "centimeter": 0.01, "centimeters": 0.01, "centimetre": 0.01, "centimetres": 0.01,
-    "mm": 0.001, "millimeters": 0.001, "millimetres": 0.001,
-    "km": 1000.0, "kilometer": 1000.0, "kilometers": 1000.0, "kilometres": 1000.0,
-    "ft": 0.3048, "foot": 0.3048, "feet": 0.3048, "in": 0.0254, "inch": 0.0254, "inches": 0.0254,
-    "yard": 0.9144, "yards": 0.9144, "mile": 1609.344, "miles": 1609.344}
-SECONDS = {
-    "s": 1.0, "sec": 1.0, "secs": 1.0, "second": 1.0, "seconds": 1.0,
-    "ms": 0.001, "millisecond": 0.001, "milliseconds": 0.001,
-    "min": 60.0, "mins": 60.0, "minute": 60.0, "minutes": 60.0,
-    "h": 3600.0, "hr": 3600.0, "hour": 3600.0, "hours": 3600.0}
-METERS_PER_SECOND = {way + per + time: METERS[way] / SECONDS[time]
-                     for way in METERS for time in SECONDS for per in ("/", " / ", " per ")}
+def each_word(table: dict) -> dict:
+    """{"several words": value} -> {word: value}."""
+    return {word: value for words, value in table.items() for word in words.split()}
+
+
+# what answers call the units, in common languages, in lower case and without accents
+METER = ("m mts mtr mtrs meter meters metern metre metres metro metros metri metr metry metra "
+         "metru metrow metreler metria met м метр метра метры метров метре метрах метрів метри "
+         "μετρο μετρα 米 公尺 メートル メーター 미터 मीटर เมตร متر مترا מטר מטרים")
+SECOND = ("s sec secs second seconds sekunde sekunden seconde secondes seconden segundo segundos "
+          "secondo secondi sekund sekunda sekundy sekunder с сек секунда секунды секунд "
+          "секунду 秒 초")
+PREFIXES = {"k kilo quilo chilo к кило 千 キロ 킬로 किलो": 1000.0, "d deci dezi д деци 分": 0.1,
+            "c centi centy zenti senti sentti santi с санти 厘 センチ 센티 सेंटी": 0.01,
+            "m mili milli м милли 毫 ミリ 밀리": 0.001}
+METERS = each_word({METER: 1.0, "kms 公里 كم": 1000.0, "cms 公分 センチ 센티 سم": 0.01,
+                    "inch inches": 0.0254, "yd yard yards": 0.9144, "mile miles": 1609.344,
+                    "ft foot feet fuß pieds piedi фута футов 英尺 フィート 피트": 0.3048})
+METERS |= {prefix + word: factor for prefix, factor in each_word(PREFIXES).items()
+           for word in METER.split() if prefix.isascii() == word.isascii()}
+SECONDS = each_word({
+    SECOND: 1.0, "ms millisecond milliseconds 毫秒": 0.001,
+    "min mins minute minutes minuten minut minuto minutos minuti минута минуты минут "
+    "分 分钟 분": 60.0,
+    "h hr hrs hour hours stunde stunden heure heures hora horas ora ore uur ч час часа часов "
+    "小时 时 時間 시간": 3600.0})
+METERS_PER_SECOND = {f"{way}/{time}": METERS[way] / SECONDS[time]
+                     for way in METERS for time in SECONDS}
 METERS_PER_SECOND |= {"mps": 1.0, "kmh": 1 / 3.6, "kph": 1 / 3.6, "mph": 0.44704,
                       "knots": 0.514444}
 
@@ -909,8 +944,8 @@ class Task:
     """All that the scripts know of a task. make: (records, i, rng, point) -> Query. wordings: for
     each prompt, and each camera strategy with words of its own, templates of question and answer
     (fields: `phrase`; {x} is the value, with the same words before it in all answers of a task, so
-    that decoding can draft them). unit: words behind a number in an answer -> factor. markers: how
-    many points are drawn. needs: what not every record has."""
+    that decoding can draft them). unit: lower-case words behind a number in an answer -> factor.
+    markers: how many points are drawn. needs: what not every record has."""
     make: Callable
     wordings: dict[str, tuple[str, str]]
     unit: dict[str, float]
@@ -1002,15 +1037,26 @@ DEFAULTS = {"focal": 1000, "marker": "arrow", "marker_size": 5, "prompt": "paper
             "camera": "unify", "tasks": ["distance"], "max_new_tokens": 128}
 PROMPTS = [name for name in TASKS["distance"].wordings if not name.startswith("camera ")]
 CAMERAS = ("unify", "none", "prompt", "ray")  # Sec. 3.3, App. A.5
+RANGES = {"focal": (1, 1e5), "marker_size": (1, 1000), "max_new_tokens": (1, 1e5)}
+
+
+PLAIN = r"\d+(?:\.\d+)?"
+THINKING = (r"<think>(?:(?!</?think>|</?answer>).)*</think>\s*,?\s*"
+            rf"<answer>\s*{PLAIN}\s*</answer>")
 
 
 def check_settings(settings: dict) -> dict:
     """The settings, if they go together. Raises ValueError."""
     for key, allowed in (("marker", MARKERS), ("prompt", PROMPTS), ("camera", CAMERAS)):
-        if settings[key] not in allowed:
-            raise ValueError(f"{key} '{settings[key]}' is none of {', '.join(allowed)}.")
-    if not settings["focal"] > 0:
-        raise ValueError(f"focal {settings['focal']}: needs a positive number of pixels.")
+        if str(settings[key]) not in allowed:
+            raise ValueError(f"{key} '{settings[key]}' is none of {', '.join(allowed)}")
+    for key, (low, high) in RANGES.items():
+        value = settings[key]
+        kinds = (int, float) if key == "focal" else (int,)
+        if type(value) not in kinds or not low <= value <= high:
+            raise ValueError(f"{key} {value!r} is no number from {low} to {high:g}")
+    if type(settings["tasks"]) is not list or {*map(type, settings["tasks"])} != {str}:
+        raise ValueError(f"tasks {settings['tasks']!r} is no list of tasks")
     if settings["camera"] in ("prompt", "ray") and settings["prompt"] != "paper":
         raise ValueError(f"--camera {settings['camera']} --prompt {settings['prompt']}: App. A.5 "
                          "words its questions and answers in the form of prompt 'paper' alone.")
@@ -1037,6 +1083,16 @@ def answer_form(task: str, settings: dict) -> str | None:
     answer = wording(task, settings)[1]
     fields = {name for _, name, _, _ in string.Formatter().parse(answer) if name}
     return answer if fields == {"x"} else None
+
+
+def has_form(text: str, task: str, settings: dict) -> bool:
+    """Whether the whole of an answer has the form that the prompt asks for, with a plain number
+    (App. A.4)."""
+    form = THINKING
+    if settings["prompt"] != "release":
+        answer = re.escape(wording(task, settings)[1])
+        form = re.sub(r"\\\{(\w+)\\\}", lambda name: PLAIN if name[1] == "x" else r"\S+", answer)
+    return re.fullmatch(form, text.strip(), re.S) is not None
 
 
 def phrase(query: Query, view: View, settings: dict) -> tuple[str, str]:
@@ -1106,43 +1162,135 @@ def label_view(path: str, intrinsics: tuple, where: str, orientation: str | None
 # --------------------------------------------------------------------------------------------------
 # numbers in answers
 
-THOUSANDS = r"[1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?"
-NUMBER = re.compile(rf"(?<![\w.])[-+\u2212]?(?:{THOUSANDS}|\d+[.,]\d+|\d+\.?|\.\d+)"
-                    r"(?:[eE][-+]?\d+)?(?!\d)")
-PERCENT = re.compile(r"\s*(?:%|percent)", re.I)
+LETTER = r"[a-z\u00df-\u058f]"  # of an alphabet that puts spaces between words
+NO_SPACES = "|".join(sorted((word for word in METERS | SECONDS if not re.search(LETTER, word)),
+                            key=len, reverse=True))
+
+# a number is no part of a longer one or of a name; it has a sign and an exponent
+START = rf"(?<!{LETTER})(?<![\d.,])(?:(?<![)%])[-+])?"
+END = r"(?:e[-+]?\d+)?(?!\d|[.,:'/]\d)"
+
+# An answer is read as a string with a letter for each of its tokens:
+#   n number, f fraction, u unit of the task, x other digits (2:30, a pixel), h number in words,
+#   b between, e and, j to or, a is about, w any other word.
+# Other characters are themselves, and \0 stands for </answer>.
+TOKEN = re.compile(rf"""
+    (?P<w1> {LETTER}+ (?:['/]{LETTER}+)* )
+  | (?P<x1> [(\[] \s*-?[\d.]++ (?:\s*,\s*-?[\d.]++)+ \s*[)\]] )
+  | {START} (?:
+      (?P<f> \d+/[1-9]\d* )
+    | (?P<n1> [1-9]\d{{0,2}} (?: (?:[.\ ']\d{{3}})+ ,\d+ | (?:\.\d{{3}}){{2,}} ) )   # 1.234,5
+    | (?P<n2> [1-9]\d{{0,2}} (?:[,\ ']\d{{3}})+ (?:\.\d+)? | \d++(?:\.\d++)? | \.\d++ )  # 1,234.5
+    | (?P<n3> \d++,\d++ )  # 2,5; but 12,345 is an English number
+    ) {END}
+  | (?P<x2> \d[\d.,:'/]* )
+  | (?P<w2> (?:{NO_SPACES}) (?:/(?:{NO_SPACES}))? | [^\W\d_] )
+  | (?P<s> \S | \n )""", re.X)
+WORDS = each_word({
+    "half quarter couple few dozen one two three four five six seven eight nine ten twenty thirty "
+    "forty fifty hundred thousand zwei drei vier funf deux trois quatre cinq dos tres cuatro cinco "
+    "due tre quattro cinque dois quatro twee drie два две три четыре 两 二 三 四 五 "
+    "halb halbe demi medio mezzo meio 半 반": "h",
+    "between zwischen entre tra fra tussen mellan miedzy между minus not": "b",
+    "and und et y e en и plus 和 と": "e",
+    "to till until or bis oder a an ou o tot of do lub до или x times point 点 到 至 或 か ら "
+    "에 서 부 터 × ± + / & →": "j",
+    "is it's at about around approx approximately roughly nearly almost circa equals answer "
+    "distance depth 约 約": "a"})
+QUANTITY = re.compile("(?:nf?|f)[-([\0]?u(?:e?(?:nf?|f)u)*")  # becomes the letter q
+# a range, a list or a sum before a quantity; a remainder behind it
+UNCLEAR = re.compile(r"(?:[nfx](?:w|[ej,.~^·•-]*)|u[ej-]*|h[ej-]*|[b√])q|"
+                     r"q[ej~^-]*[nfxh]|q[j~-]+q|xu")
+# a number without a unit that is no part of a phrase
+ALONE = re.compile("""(?:^|[a:=~≈([|\n])n(?=$|[].,;:!?)|\n\0])|(?<=(["']))n(?=\\1)""")
+THOUGHT = r"[<\[]%s(?:think|thought|reason|analysis)\w*[>\]]"
+MARKUP = re.compile(r"\\(?:text|math)\w*|\\(?:[mh]box|rm|bf|left|right|q?quad|[^a-z])|"
+                    r"[$*_`{}\\\0\u00ad\u200b-\u200f]|<(?!/?answer>)/?[a-z|][^<>]*>")
+SMALL_DIGITS = "[²³¹⁰-₉¼-¾⅐-⅟①-⒛⓪-⓿❶-➓㉈-㊿]"
+SIGNS = str.maketrans("−‐‑‒–—〜∼、⁄∕÷每٫٬’‘′“”", "------~~~////.,'''\"\"")
 
 
-@lru_cache
-def unit_pattern(task: str) -> re.Pattern:
-    words = sorted(map(re.escape, TASKS[task].unit), key=len, reverse=True)
-    return re.compile(r"[\s\-]*(" + "|".join(words) + r")(?![A-Za-z/])", re.I)
-
-
-def parse_answer(text: str, task: str = "distance") -> float | None:
+def parse_answer(text: str, task: str = "distance", truncated: bool = False) -> float | None:
     """The number of an answer in metres (seconds, m/s: the task's unit), or None: a wrong answer,
     counted as unparsed.
 
-    The last <answer> tag decides if there is one; else the first number that stands before a unit,
-    converted to metres; else the only number there is. Several bare numbers, no number, or one that
-    is not finite: None."""
-    text = text or ""
-    tags = re.findall(r"<answer>(.*?)(?:</answer>|$)", text, re.S)
-    text = tags[-1] if tags else text
-    found = [(m.group(), m.end()) for m in NUMBER.finditer(text)
-             if not PERCENT.match(text, m.end())]
-    with_unit = [(digits, unit.group(1).lower()) for digits, end in found
-                 if (unit := unit_pattern(task).match(text, end))]
-    if len(with_unit) > 1:  # "2 in front of" is no length
-        with_unit = [(digits, unit) for digits, unit in with_unit if unit != "in"]
-    if with_unit:
-        digits, factor = with_unit[0][0], TASKS[task].unit[with_unit[0][1]]
-    elif len(found) == 1 or (tags and found):
-        digits, factor = found[0][0], 1.0
-    else:
-        return None
-    comma = "" if re.match(rf"\D?{THOUSANDS}(?!\d)", digits) else "."
-    value = float(digits.replace(",", comma).replace("\u2212", "-")) * factor
-    return value if math.isfinite(value) else None
+    What follows a thought is the answer; of that the last complete <answer>, or what follows
+    \\boxed or "answer is". It is a quantity with a unit, converted (5 ft 6 in), or else a number
+    alone. None: several that differ, ranges, words, numbers of something else. truncated: the token
+    limit ended the text, so that a number at its end may be a part of one."""
+    text = plain_text(text or "")
+    _, *tagged = text.split("<answer>")
+    if tagged:
+        closed = [part for part in tagged if "</answer>" in part]
+        if truncated and tagged[-1] not in closed:
+            return None
+        text = (closed or tagged)[-1].replace("</answer>", "\0")
+    text = re.split(r"\bboxed\b|\banswer\s*(?:is\b|:|=)", text)[-1]
+
+    letters, values = "", []
+    for token in TOKEN.finditer(text):
+        letter, value = read_token(token, TASKS[task].unit)
+        letters += letter
+        values.append(value)
+    if "\0" in letters:
+        letters = re.sub("\0(u?)[^\0]*", "\0\\1", letters)  # <answer>250</answer> cm, because
+    elif truncated:
+        letters = re.sub("((?<=n)[.,']+)?$", "x", letters)
+    found = [quantity(m[0], values[m.start():]) for m in QUANTITY.finditer(letters)]
+    alone = ALONE.search(letters)
+    if not found and alone and len(re.findall("n(?![a-z%/])", letters)) == 1:
+        units = [value for letter, value in zip(letters, values) if letter == "u"]
+        if {*units} <= {1.0}:  # not {"distance_cm": 250}
+            found.append(values[alone.end() - 1])
+    clear = found and not UNCLEAR.search(QUANTITY.sub("q", letters))
+    # 2.5 m (8.2 ft) is one answer
+    if clear and all(map(math.isfinite, found)) and np.ptp(found) <= 0.1 * abs(found[0]):
+        return found[0]
+    return None
+
+
+def read_answer(answer: dict, task: str = "distance") -> float | None:
+    """parse_answer of {"text"}, and "truncated" if the token limit ended it."""
+    return parse_answer(answer["text"], task, answer.get("truncated", False))
+
+
+def plain_text(text: str) -> str:
+    """What follows the thought: lower case, one form of each digit and sign, no accents, no markup
+    but <answer>."""
+    text = re.sub("([a-z])([A-Z])", r"\1 \2", text)  # distanceCm
+    text = re.sub(SMALL_DIGITS, r" \g<0> ", text.lower())  # 10² is no 102, and 2½ no 21/2
+    text = re.sub("[\u0300-\u036f]", "", unicodedata.normalize("NFKD", text))
+    text = unicodedata.normalize("NFC", text).translate(SIGNS)
+    text = re.split(THOUGHT % "/", text)[-1]
+    text = MARKUP.sub(" ", re.split(THOUGHT % "", text)[0])
+    text = re.sub(rf"(?<!{LETTER})in\b(?!\s*{LETTER})", "inch", text)
+    return re.sub(r"\s*(?:/|\b(?:per|pro|par|por|al|в)\b)\s*", "/", text)
+
+
+def read_token(token: re.Match, unit: dict[str, float]) -> tuple[str, float | None]:
+    """-> its letter, and the value of a number or unit."""
+    word, kind = token[0], token.lastgroup
+    if word in unit:
+        return "u", unit[word]
+    if kind[0] not in "nf":
+        return WORDS.get(word, word if kind == "s" else kind[0]), None
+    point, comma = (",", ".") if kind in ("n1", "n3") else (".", ",")
+    digits = re.sub(f"[ '{comma}]", "", word).replace(point, ".")
+    above, _, below = digits.partition("/")
+    return kind[0], float(above) / float(below or 1)
+
+
+def quantity(letters: str, values: list) -> float:
+    """The sum of its parts: 1 m 20 cm; NaN if they are not of one quantity."""
+    total, number, last = 0.0, 0.0, math.inf
+    for letter, value in zip(letters, values):
+        if letter != "u":
+            number += value or 0.0
+        elif max(value, number * value) >= last or round(total / last, 6) % 1:
+            return math.nan
+        else:
+            total, number, last = total + number * value, 0.0, value
+    return total
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1182,6 +1330,7 @@ FAMILIES = {
                       "{% if c['type'] == 'image' %}[IMG]{% else %}{{ c['text'] }}{% endif %}"
                       "{% endfor %}[/INST]{% endfor %}"),
 }
+TEMPLATE_SECONDS = 30  # a chat template that loops for ever is given up
 HUB_SETTINGS = {"facebook/DepthLM": {"prompt": "release"}}  # public, without a depthlm.json
 
 
@@ -1201,7 +1350,7 @@ class Checkpoint:
     row_end_id: int | None
     image_end_id: int | None
     stop_ids: frozenset[int]  # where decoding ends: the end of turn and generation_config's
-    prompt_cache: dict = field(default_factory=dict)  # question -> tokens
+    prompt_cache: dict = field(default_factory=dict)  # number of images -> tokens of the template
     template_cache: dict = field(default_factory=dict)  # answer form -> evaluate.Template
 
     @property
@@ -1214,11 +1363,18 @@ class Checkpoint:
         """The end-of-turn token that closes an answer."""
         return self.tokenizer.eos_token_id
 
-    def tokens(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+    def tokens(self, text: str, special: bool = False) -> list[int]:
+        """special: read "<|im_end|>" and the like as control tokens, not as text."""
+        return self.tokenizer(text, add_special_tokens=False,
+                              split_special_tokens=not special)["input_ids"]
 
     def text(self, tokens: list[int]) -> str:
         return self.tokenizer.decode([t for t in tokens if t not in self.stop_ids])
+
+    def answer(self, tokens: list[int]) -> dict:
+        """{"text"}, and "truncated" if no end token ended it."""
+        cut = {} if self.stop_ids & {*tokens[-1:]} else {"truncated": True}
+        return {"text": self.text(tokens), **cut}
 
 
 def find_checkpoint(name: str) -> Path:
@@ -1247,8 +1403,9 @@ def find_checkpoint(name: str) -> Path:
 def read_family(folder: Path) -> Family:
     """By config.json; a Llava whose vision tower is not Pixtral's is another family."""
     config = read_json(folder / "config.json")
-    kind = config.get("model_type")
-    vision = (config.get("vision_config") or {}).get("model_type", "pixtral")
+    kind = str(config.get("model_type"))
+    with blaming(folder / "config.json"):
+        vision = (config.get("vision_config") or {}).get("model_type", "pixtral")
     if kind not in FAMILIES or (kind == "llava" and vision != "pixtral"):
         raise ValueError(f"{folder}: model_type '{kind}' in config.json is none of "
                          f"{', '.join(FAMILIES)} (llava with the vision tower of Pixtral). Query "
@@ -1265,40 +1422,44 @@ def open_checkpoint(name: str, overrides: dict | None = None, fallback: dict | N
     folder = find_checkpoint(name)
     family = read_family(folder)
     settings = read_settings(name, folder, family, overrides or {}, fallback or {}, quiet)
+    config = read_json(folder / "config.json")
+    with blaming(folder / "config.json"):
+        vision = config["vision_config"]
+        patch = vision.get("patch_size", family.patch)
+        merge = vision.get("spatial_merge_size", 2) if family.mrope else 1
+        if patch not in range(4, 65) or merge not in range(1, 9):
+            raise ValueError(f"vision_config has patches of {patch!r} px, {merge!r} a token")
+
     tokenizer = load_tokenizer(folder, family)
-    vision = read_json(folder / "config.json")["vision_config"]
+    with blaming(folder / "tokenizer.json"):
+        ids = tokenizer.get_vocab()
+        needed = {family.image_token, family.row_end, family.image_end} - {None}
+        for token in (*needed, tokenizer.eos_token):
+            if token not in ids:
+                raise ValueError(f"has no token {token or 'that ends an answer'}")
+        size = config.get("text_config", config).get("vocab_size", math.inf)
+        if len(ids) > size:
+            raise ValueError(f"has {len(ids)} tokens, the model of config.json has {size}")
 
-    processor = {}
-    for file in ("preprocessor_config.json", "processor_config.json"):
-        if (folder / file).is_file():
-            processor = read_json(folder / file)
-            processor = processor.get("image_processor", processor)
-            break
-    mean = np.array(processor.get("image_mean", family.mean), np.float32)[:, None]
-    std = np.array(processor.get("image_std", family.std), np.float32)[:, None]
-    factor = processor.get("rescale_factor", 1 / 255)
-    if not processor.get("do_rescale", True):  # Pixtral as released
-        factor = 1.0
-    scaled = (np.arange(256, dtype=np.float64) * factor).astype(np.float32)
-
-    def token_id(token):
-        return tokenizer.convert_tokens_to_ids(token) if token else None
-
-    return Checkpoint(
-        name, folder, family, settings, tokenizer,
-        patch=vision.get("patch_size", family.patch),
-        merge=vision.get("spatial_merge_size", 2) if family.mrope else 1,
-        table=(scaled[None] - mean) / std, image_id=token_id(family.image_token),
-        row_end_id=token_id(family.row_end), image_end_id=token_id(family.image_end),
+    checkpoint = Checkpoint(
+        name, folder, family, settings, tokenizer, patch, merge, pixel_table(folder, family),
+        image_id=ids[family.image_token], row_end_id=ids.get(family.row_end),
+        image_end_id=ids.get(family.image_end),
         stop_ids=generation_stops(folder) | {tokenizer.eos_token_id})
+    with blaming(f"{folder}, chat template"), ThreadPool(1) as pool:
+        pool.apply_async(prompt_tokens, (checkpoint, "", 1)).get(TEMPLATE_SECONDS)
+    return checkpoint
 
 
 def read_settings(name: str, folder: Path, family: Family, overrides: dict, fallback: dict,
                   quiet: bool) -> dict:
     """What the model was trained to see."""
-    settings = dict(DEFAULTS)
-    if (folder / "depthlm.json").is_file():
-        settings |= read_json(folder / "depthlm.json")
+    settings, path = dict(DEFAULTS), folder / "depthlm.json"
+    if path.is_file():
+        with blaming(path):
+            known = read_json(path)
+            settings |= {key: known[key] for key in DEFAULTS if key in known}
+            check_settings(settings)
     else:
         settings |= {**family.settings, **HUB_SETTINGS.get(name, {}), **fallback}
         if not quiet:
@@ -1310,9 +1471,12 @@ def read_settings(name: str, folder: Path, family: Family, overrides: dict, fall
 
 def load_tokenizer(folder: Path, family: Family):
     from transformers import AutoTokenizer
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    if (folder / "chat_template.json").is_file():
-        tokenizer.chat_template = read_json(folder / "chat_template.json")["chat_template"]
+    with blaming(folder / "tokenizer.json"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    path = folder / "chat_template.json"
+    if path.is_file():
+        with blaming(path):
+            tokenizer.chat_template = read_json(path)["chat_template"]
     tokenizer.chat_template = tokenizer.chat_template or family.chat_template
     if tokenizer.chat_template is None:
         raise ValueError(f"{folder}: has no chat template; copy chat_template.json from the base "
@@ -1320,11 +1484,36 @@ def load_tokenizer(folder: Path, family: Family):
     return tokenizer
 
 
+def pixel_table(folder: Path, family: Family) -> np.ndarray:
+    """(3, 256) float32: the normalised value of each uint8, per channel."""
+    processor, path = {}, folder / "processor_config.json"
+    for file in ("processor_config.json", "preprocessor_config.json"):
+        if (folder / file).is_file():
+            path = folder / file
+            processor = read_json(path)
+    with blaming(path), np.errstate(all="ignore"):
+        processor = processor.get("image_processor", processor)
+        mean, std = (np.array(processor.get(f"image_{name}", default), np.float32).reshape(3, 1)
+                     for name, default in (("mean", family.mean), ("std", family.std)))
+        factor = processor.get("rescale_factor", 1 / 255)
+        if not processor.get("do_rescale", True):  # Pixtral as released
+            factor = 1.0
+        scaled = (np.arange(256, dtype=np.float64) * factor).astype(np.float32)
+        table = (scaled - mean) / std
+        if not np.isfinite(table).all():
+            raise ValueError(f"image_std {std.tolist()} makes no numbers of pixels")
+    return table
+
+
 def generation_stops(folder: Path) -> frozenset[int]:
     """The tokens at which transformers' generate ends for this checkpoint."""
     path = folder / "generation_config.json"
-    stops = (read_json(path).get("eos_token_id") or []) if path.is_file() else []
-    return frozenset([stops] if isinstance(stops, int) else stops)
+    with blaming(path):
+        stops = (read_json(path).get("eos_token_id") or []) if path.is_file() else []
+        stops = stops if type(stops) is list else [stops]
+        if any(type(token) is not int for token in stops):
+            raise ValueError(f"eos_token_id {stops} are no tokens")
+    return frozenset(stops)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1342,17 +1531,24 @@ def patchify(pixels: np.ndarray, checkpoint: Checkpoint) -> np.ndarray:
     return np.ascontiguousarray(blocks).reshape(h * w, 3 * p * p)
 
 
+QUESTION = "@question@"  # stands for the question in a chat template
+
+
 def prompt_tokens(checkpoint: Checkpoint, question: str, images: int) -> list[int]:
-    """Chat template around images and question; one image token per image."""
-    key = (question, images)
-    if key not in checkpoint.prompt_cache:
-        content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
+    """Chat template around images and question; one image token per image. What looks like a
+    control token in the question is text."""
+    if images not in checkpoint.prompt_cache:
+        content = [{"type": "image"}] * images + [{"type": "text", "text": QUESTION}]
         text = checkpoint.tokenizer.apply_chat_template(
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
-        if len(checkpoint.prompt_cache) > 4096:
-            checkpoint.prompt_cache.clear()
-        checkpoint.prompt_cache[key] = checkpoint.tokens(text)
-    return checkpoint.prompt_cache[key]
+        halves = [checkpoint.tokens(half, special=True) for half in text.split(QUESTION)]
+        found = sum(half.count(checkpoint.image_id) for half in halves)
+        if len(halves) != 2 or found != images:
+            raise ValueError(f"holds {len(halves) - 1} questions and {found} images, where 1 and "
+                             f"{images} were given")
+        checkpoint.prompt_cache[images] = halves
+    start, end = checkpoint.prompt_cache[images]
+    return start + checkpoint.tokens(question) + end
 
 
 def image_tokens(checkpoint: Checkpoint, rows: int, columns: int) -> tuple[list, np.ndarray, int]:

@@ -30,7 +30,6 @@ number of processes and the micro-batch change nothing (on a GPU: nothing but ro
 """
 import argparse
 import math
-import re
 import sys
 import time
 from dataclasses import dataclass, fields
@@ -51,9 +50,6 @@ from render import COUNT, POSITIVE, Checkpoint, number
 WORST = 2.0  # an error counts up to this multiple of the true value
 SMALLEST = 0.01  # true values count as at least this much, the last digit of an answer
 ROLLOUT = 1000  # third number of the seed; train_sft.Samples uses 0..19 for the data
-DIGITS = r"\d+(?:\.\d+)?"
-THOUGHT = (r"<think>(?:(?!</?think>|</?answer>).)*</think>\s*,?\s*"
-           rf"<answer>\s*{DIGITS}\s*</answer>")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -145,10 +141,9 @@ def ends_answer(checkpoint: Checkpoint, tokens: torch.Tensor) -> torch.Tensor:
     return torch.isin(tokens, torch.tensor(sorted(checkpoint.stop_ids), device=tokens.device))
 
 
-def answer_texts(checkpoint: Checkpoint, rollout: Rollout) -> list[list[str]]:
-    """Texts of the answers, without the end token."""
+def rollout_answers(checkpoint: Checkpoint, rollout: Rollout) -> list[list[dict]]:
     lengths = rollout.mask.sum(2).tolist()
-    return [[checkpoint.text(tokens[:length]) for tokens, length in zip(*group)]
+    return [[checkpoint.answer(tokens[:length]) for tokens, length in zip(*group)]
             for group in zip(rollout.tokens.tolist(), lengths)]
 
 
@@ -184,29 +179,21 @@ def l2_reward(pred: float | None, true: float) -> float:
 REWARDS = {"delta1": delta1_reward, "absrel": absrel_reward, "l1": l1_reward, "l2": l2_reward}
 
 
-def format_reward(text: str, task: str, settings: dict) -> float:
-    """1 if the whole answer has the form that the prompt asks for, with a plain number, else 0
-    (App. A.4)."""
-    form = THOUGHT
-    if settings["prompt"] != "release":
-        answer = re.escape(render.wording(task, settings)[1])
-        form = re.sub(r"\\\{(\w+)\\\}", lambda field: DIGITS if field[1] == "x" else r"\S+", answer)
-    return float(re.fullmatch(form, text.strip(), re.S) is not None)
-
-
-def score_answers(texts: list[list[str]], samples: list[dict], reward: str, format_weight: float,
+def score_answers(answers: list[list[dict]], samples: list[dict], reward: str, format_weight: float,
                   settings: dict) -> dict[str, torch.Tensor]:
     """Answers of B prompts, G each -> (B, G) float64 each: the "reward" to learn from, its parts,
     more for the log."""
     scores = []
-    for sample, group in zip(samples, texts):
+    for sample, group in zip(samples, answers):
         task, true = sample["task"], sample["value"]
-        for text in group:
-            pred = render.parse_answer(text, task)
-            error, form = REWARDS[reward](pred, true), format_reward(text, task, settings)
+        for answer in group:
+            pred = render.read_answer(answer, task)
+            error = REWARDS[reward](pred, true)
+            form = float(render.has_form(answer["text"], task, settings))
             scores.append({"reward": error + format_weight * form, f"reward_{reward}": error,
                            "reward_format": form, "parsed": float(pred is not None),
-                           "sampled_delta1": delta1_reward(pred, true)})
+                           "sampled_delta1": delta1_reward(pred, true),
+                           "truncated": float("truncated" in answer)})
     return {key: torch.tensor([score[key] for score in scores],
                               dtype=torch.float64).view(len(samples), -1) for key in scores[0]}
 
@@ -303,22 +290,21 @@ def grpo_loss(logps, mask, advantages, reference=None,
 # --------------------------------------------------------------------------------------------------
 
 
-def log_means(checkpoint: Checkpoint, rollout: Rollout, scores: dict) -> dict[str, float]:
+def log_means(rollout: Rollout, scores: dict) -> dict[str, float]:
     """Means over the answers of all ranks. reward_std: within a group, the average."""
-    rewards, ended = scores["reward"], ends_answer(checkpoint, rollout.tokens) & rollout.mask
+    rewards = scores["reward"]
     values = {**scores, "reward_std": rewards.std(1, correction=0),
-              "no_variance": no_variance(rewards), "length": rollout.mask.sum(2),
-              "truncated": ~ended.any(2)}
+              "no_variance": no_variance(rewards), "length": rollout.mask.sum(2)}
     means = [value.double().mean().item() for value in values.values()]
     means = train_sft.sum_over_ranks(means, rollout.tokens.device)
     world = dist.get_world_size()  # each rank has the same number of prompts
     return {key: mean / world for key, mean in zip(values, means)}
 
 
-def one_answer(step: int, samples: list[dict], texts: list, scores: dict, advantages) -> dict:
+def one_answer(step: int, samples: list[dict], answers: list, scores: dict, advantages) -> dict:
     """Another answer of the first prompt each time, for people to read."""
-    k = step % len(texts[0])
-    return {"text": texts[0][k], "true": round(samples[0]["value"], 4),
+    k = step % len(answers[0])
+    return {**answers[0][k], "true": round(samples[0]["value"], 4),
             "reward": round(scores["reward"][0, k].item(), 4),
             "advantage": round(advantages[0, k].item(), 4)}
 
@@ -402,11 +388,11 @@ def train(args: argparse.Namespace, rank: int, world: int, device: torch.device)
                 parts.append(sample_answers(model, checkpoint, samples[rows], uniform[rows],
                                             args.temperature))
         rollout = Rollout.join(parts)
-        texts = answer_texts(checkpoint, rollout)
+        answers = rollout_answers(checkpoint, rollout)
         rolled = time.time()
 
         # rewards, advantages
-        scores = score_answers(texts, samples, args.reward, args.format_weight, settings)
+        scores = score_answers(answers, samples, args.reward, args.format_weight, settings)
         advantages = group_advantages(scores["reward"], args.advantage)
         advantages = advantages.to(device, torch.float32)
 
@@ -439,9 +425,9 @@ def train(args: argparse.Namespace, rank: int, world: int, device: torch.device)
         if gap > 0.1:
             train_sft.print_line(run, step + 1, f"WARNING: logp_gap {gap:.2f}: the update scores "
                                  "answers under another distribution than they were drawn from")
-        means = log_means(checkpoint, rollout, scores)
+        means = log_means(rollout, scores)
         shown = (step + 1) % args.log_every == 0
-        answer = one_answer(step, samples, texts, scores, advantages) if shown else {}
+        answer = one_answer(step, samples, answers, scores, advantages) if shown else {}
         train_sft.log_line(run.out / "log.jsonl", step=step + 1, **means, loss=loss,
                            grad_norm=norm, nll=nll, kl=kl, logp_gap=gap, tokens=int(tokens), lr=lr,
                            bad=run.bad, rollout_s=rolled - loaded, update_s=done - rolled,

@@ -57,6 +57,7 @@ STATE_CLASSES = {"PosixPath", "WindowsPath", "Size", "float32", "bfloat16", "_St
                  "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
                  "_get_layout"}
 SMALL_UNIT = 1_000_000  # parameters; a smaller layer is gathered with the root, in one message
+CHAT_LENGTH = 20_000  # characters of a question or an answer
 SHARD_BYTES = 4 << 30  # of one safetensors file; also all that rank 0 holds at once while saving
 # what may differ when a run is resumed
 FREE_FLAGS = {"resume", "out", "workers", "micro_batch", "rollout_batch", "checkpointing",
@@ -220,8 +221,11 @@ def read_chats(path: str, answers: bool = True) -> list[dict]:
     absolute paths. Raises ValueError with file and line."""
     chats, needed = [], ("question", "answer") if answers else ("question",)
     for where, chat in render.read_jsonl(path):
-        if not all(isinstance(chat.get(key), str) and chat[key] for key in needed):
-            raise ValueError(f"{where}: needs the texts {' and '.join(needed)}.")
+        texts = [chat.get(key) or "none" for key in ("answer", "image")]
+        texts += [chat.get(key) for key in needed]
+        if not all(isinstance(text, str) and 0 < len(text) <= CHAT_LENGTH for text in texts):
+            raise ValueError(f"{where}: needs the texts {' and '.join(needed)}, and image may be a "
+                             f"path; each has 1 to {CHAT_LENGTH:,} characters.")
         if chat.get("image"):
             chat["image"] = str((Path(path).parent / chat["image"]).resolve())
         chats.append(chat)
@@ -389,14 +393,14 @@ def training_flops(model, batch: dict) -> float:
 # files: the model folder, and the state to resume from
 
 
-def save_model(model, source: Path, out: Path, settings: dict, dtype: torch.dtype) -> None:
+def save_model(model, checkpoint: Checkpoint, out: Path, dtype: torch.dtype) -> None:
     """Write the model as a folder that plain from_pretrained opens: tensor after tensor is
     gathered, rank 0 holds one file's worth. A reader finds the old model or the new one at any
     moment: the index, or the only file, is renamed last."""
     rank, size, shard = dist.get_rank(), 0, {}
     if rank == 0:
-        copy_model_files(source, out, dtype)
-        render.write_json(out / "depthlm.json", settings)
+        copy_model_files(checkpoint, out, dtype)
+        render.write_json(out / "depthlm.json", checkpoint.settings)
     parts: list[tuple[Path, list[str]]] = []  # files, and the weights in each
 
     def flush():
@@ -429,8 +433,10 @@ def save_model(model, source: Path, out: Path, settings: dict, dtype: torch.dtyp
     dist.barrier()
 
 
-def copy_model_files(source: Path, out: Path, dtype: torch.dtype) -> None:
-    """Config, tokenizer, templates and licence of the model that the run started from."""
+def copy_model_files(checkpoint: Checkpoint, out: Path, dtype: torch.dtype) -> None:
+    """Config, tokenizer, templates and licence of the model that the run started from; how plain
+    generate decodes is of our own: greedily, without the base's penalties and forced tokens."""
+    source = checkpoint.folder
     for path in source.iterdir():
         wanted = path.suffix in (".json", ".txt", ".jinja", ".model", ".md")
         ours = "safetensors" in path.name or path.name in ("depthlm.json", "run.json", "README.md")
@@ -440,6 +446,10 @@ def copy_model_files(source: Path, out: Path, dtype: torch.dtype) -> None:
     config = render.read_json(source / "config.json")
     config["dtype"] = str(dtype).removeprefix("torch.")
     render.write_json(out / "config.json", config)
+    render.write_json(out / "generation_config.json", {
+        "do_sample": False, "max_new_tokens": checkpoint.settings["max_new_tokens"],
+        "eos_token_id": sorted(checkpoint.stop_ids),
+        "pad_token_id": checkpoint.tokenizer.pad_token_id})
 
 
 def publish_weights(parts: list[tuple[Path, list[str]]], out: Path) -> None:
@@ -508,17 +518,13 @@ def load_resume(model, optimizer, out: Path) -> dict | None:
     if not path.is_file():
         return None
     named = render.read_json(path)
-    try:
+    with render.blaming(path, "Start again in another --out, or bring the folder back."):
         folder = out / "resume" / Path(named["folder"]).name
         named = {"step": int(named["step"]), "bad": int(named["bad"])}
         with open(folder / ".metadata", "rb") as file:
             MetadataUnpickler(file).load()
         state = training_state(model, optimizer)
         dcp.load(state, checkpoint_id=folder)
-    except (KeyError, TypeError, AttributeError, OSError, RuntimeError, ValueError, EOFError,
-            pickle.UnpicklingError, CheckpointException) as e:
-        raise ValueError(f"{path}: names no state that can be loaded ({evaluate.first_line(e)}). "
-                         "Start again in another --out, or bring the folder back.") from None
     dcp_state.set_model_state_dict(model, state["model"])
     settings = dcp_state.get_optimizer_state_dict(model, optimizer)
     dcp_state.set_optimizer_state_dict(model, optimizer, settings | {"state": state["optimizer"]})
@@ -543,7 +549,7 @@ def open_run(args: argparse.Namespace, out: Path, world: int) -> None:
         raise ValueError(f"{out}: exists and is not empty. Resume it with --resume, or choose "
                          "another --out.")
     if (out / "resume" / "state.json").is_file() and path.is_file():
-        before, flags = render.read_json(path)["flags"], info["flags"]
+        before, flags = render.read_json(path).get("flags", {}), info["flags"]
         changed = [key for key in flags
                    if key not in FREE_FLAGS and key in before and before[key] != flags[key]]
         if changed:
@@ -579,19 +585,22 @@ def validate(model, checkpoint: Checkpoint, sets: list[tuple[str, Records, list]
     scores, rank, world = {}, dist.get_rank(), dist.get_world_size()
     with gathered(model, reshard):
         for name, records, pairs in sets:
-            sums = np.zeros(3)
+            sums = np.zeros(4)
             for task in tasks:
                 mine = evaluate.fitting_pairs(records, task, pairs)[rank::world]
                 answered = evaluate.run_queries(model, checkpoint, records, mine, task, batch_size)
                 for queries, answers, _ in answered:
                     true = np.array([query.value for query in queries])
-                    pred = [render.parse_answer(answer["text"], task) for answer in answers]
+                    pred = [render.read_answer(answer, task) for answer in answers]
                     pred = np.array(pred, float)  # None becomes NaN
                     hits = evaluate.within(pred, true, 1.25)
-                    sums += hits.sum(), np.isnan(pred).sum(), len(true)
-            hits, unparsed, count = sum_over_ranks(sums.tolist(), model.device)
+                    cut = sum("truncated" in answer for answer in answers)
+                    sums += hits.sum(), np.isnan(pred).sum(), cut, len(true)
+            hits, *counts = sum_over_ranks(sums.tolist(), model.device)
+            unparsed, cut, count = map(int, counts)
             if count:  # a file without poses says nothing about motion
-                scores[name] = {"delta1": hits / count, "unparsed": int(unparsed), "n": int(count)}
+                scores[name] = {"delta1": hits / count, "unparsed": unparsed, "truncated": cut,
+                                "n": count}
     return scores
 
 
@@ -767,7 +776,7 @@ def start_run(args: argparse.Namespace, rank: int, world: int, device: torch.dev
               f"{str(dtype).removeprefix('torch.')}, {steps} steps of {batch} {what}, "
               f"{len(datasets)} file(s) with {images} images, from step {first}", flush=True)
     if state and first >= last:  # its model may have been lost since
-        save_model(model, checkpoint.folder, out, checkpoint.settings, dtype)
+        save_model(model, checkpoint, out, dtype)
     return run
 
 
@@ -779,14 +788,17 @@ def print_line(run: Run, step: int, text: str) -> None:
 def score_and_log(run: Run, step: int, batch_size: int, reshard: bool) -> None:
     scores = validate(run.model, run.checkpoint, run.validation, run.tasks, batch_size, reshard)
     log_line(run.out / "log.jsonl", step=step, val=scores)
-    shown = (f"{name} delta1 {score['delta1']:.3f}" for name, score in scores.items())
+    shown = []
+    for name, score in scores.items():
+        cut = f" ({score['truncated']} of {score['n']} truncated)" if score["truncated"] else ""
+        shown.append(f"{name} delta1 {score['delta1']:.3f}{cut}")
     print_line(run, step, "  ".join(shown))
 
 
 def save_run(run: Run, step: int) -> None:
     """The model, then the state: a kill between the two costs steps, but never leaves an older
     model beside a newer state."""
-    save_model(run.model, run.checkpoint.folder, run.out, run.checkpoint.settings, run.dtype)
+    save_model(run.model, run.checkpoint, run.out, run.dtype)
     save_resume(run.model, run.optimizer, run.out, step, run.bad)
 
 
@@ -810,7 +822,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     flag = parser.add_argument_group("SFT").add_argument
     flag("--mix", type=weighted(MIX_SHARE, 1), default=(None, 0.0), metavar="FILE[:SHARE]",
          help=f"ordinary chat samples among the others, so that the model keeps other abilities; "
-         f"SHARE of all samples is {MIX_SHARE} if not given; default: none, as in the paper")
+         f"SHARE of all samples is {MIX_SHARE} if not given; texts of up to {CHAT_LENGTH:,} "
+         "characters; default: none, as in the paper")
     flag("--points-per-image", type=COUNT, metavar="K",
          help="see samples / K images only, K points of each (Fig. 5); default: any point of any "
          "image")

@@ -76,6 +76,14 @@ def test_metrics_by_hand():
     assert (got["n"], got["unparsed"], got["nonpositive"]) == (8, 1, 2)
 
 
+def test_a_truth_that_is_not_positive():
+    """Counts no answer right, whatever it is: 1 m for -1 m and 0 m for 0 m are no distances."""
+    true = np.array([-1.0, -2.0, 0.0, 0.0, np.nan, 1.0])
+    for pred in (1.0, 2.0, 1e9, 0.0, -1.0, np.nan):
+        hits = evaluate.within(np.full(6, pred), true, 1.25)
+        assert hits.tolist() == [False] * 5 + [pred == 1.0]
+
+
 def test_no_answer_parsed():
     """All unparsed: delta 0, no errors to average, and a metrics.json that strict JSON parsers
     read."""
@@ -538,6 +546,10 @@ def test_rows_outside_of_the_template_are_answered_greedily(unsure):
     tokens, _ = greedy(model, checkpoint, samples, None, 64)
     texts = [checkpoint.text(t) for t in tokens]
     assert together == alone and together[1] == {"text": texts[1]}
+    cut, _ = evaluate.median_answers(model, checkpoint, evaluate.pack_prompts(
+        checkpoint, samples, FORM), 3)
+    assert cut[1] == {"text": checkpoint.text(tokens[1][:3]), "truncated": True}
+    assert cut[0] == together[0]  # a median has its number, however few tokens are allowed
     assert not texts[1].startswith("The point")
     assert set(together[0]) == {"text", "q10", "q90", "confidence", "lost"}
     assert together[2]["confidence"] > together[0]["confidence"]  # one lesson against many
@@ -640,6 +652,47 @@ def test_every_task(allrounder, moving, tmp_path, capsys):
             task in ("speed", "time"), task == "two_point", task == "motion")
     result = json.loads((tmp_path / "eval" / "metrics.json").read_text())
     assert list(result["tasks"]) == list(render.TASKS) and "average of tasks" in shown
+
+
+def test_answers_of_a_kind(taught):
+    """Cut off, and of another form than the prompt asked for: both are said, as they are true."""
+    checkpoint, model, samples, expected = taught
+    for limit in (6, 64):
+        tokens, _ = greedy(model, checkpoint, samples, FORM, limit)
+        answers = [checkpoint.answer(t) for t in tokens]
+        assert [a["text"] for a in answers] == [checkpoint.text(t[:limit]) for t in expected]
+        assert [a.get("truncated", False) for a in answers] == [len(t) > limit for t in expected]
+    assert checkpoint.answer([]) == {"text": "", "truncated": True}
+    for stop in checkpoint.stop_ids:
+        assert checkpoint.answer([stop]) == {"text": ""}
+
+
+def test_cut_numbers(speaker, world, tmp_path, capsys):
+    """Wherever the token limit ends the answers, each has the number of the whole answer or none,
+    and the shares of cut ones and of ones in another form are in the metrics and in the table."""
+    whole, cut = run(speaker, world, tmp_path / "whole", "--max-new-tokens", 40), 0
+    lines = lines_of(tmp_path / "whole" / "predictions.jsonl")
+    assert whole["datasets"]["world"].get("truncated", 0) < 0.5
+    for limit in (1, 4, 5, 6, 7, 8, 9):
+        capsys.readouterr()
+        out = tmp_path / str(limit)
+        found = run(speaker, world, out, "--max-new-tokens", limit)["datasets"]["world"]
+        shown = capsys.readouterr().out
+        short = lines_of(out / "predictions.jsonl")
+        for a, b in zip(short, lines):
+            assert b["text"].startswith(a["text"].rstrip("\ufffd"))
+            assert a["pred"] in (None, b["pred"]), (a, b)
+            assert "truncated" in a or (a["text"] == b["text"] and "truncated" not in b)
+            cut += a["pred"] != render.parse_answer(a["text"])
+        truncated = sum("truncated" in a for a in short) / len(short)
+        assert found["truncated"] == truncated > 0 and f"{truncated:.3f}" in shown
+        off = sum("off_form" in a for a in short) / len(short)
+        assert found["off_form"] == off > 0
+        rows = [line.split() for line in shown.splitlines()]
+        assert ["truncated", f"{truncated:.3f}"] in rows and ["off_form", f"{off:.3f}"] in rows
+    assert cut > 20  # that would have been scored as if they were whole
+    off = [not render.has_form(b["text"], "distance", render.DEFAULTS) for b in lines]
+    assert off == ["off_form" in b for b in lines] and 0 < sum(off) < len(off)
 
 
 def test_two_points_by_geometry(speaker, world, monkeypatch):
@@ -1079,7 +1132,7 @@ def test_settings_come_from_the_checkpoint(speaker, world, tmp_path, monkeypatch
         seen.append((checkpoint.settings["focal"], checkpoint.settings["max_new_tokens"]))
         return iter(())
 
-    answers = {n: predictions([1.0], [1.0])[0] for n in range(48)}
+    answers = {n: {**predictions([1.0], [1.0])[0], "id": n} for n in range(48)}
     monkeypatch.setattr(evaluate, "run_queries", spy)
     monkeypatch.setattr(evaluate, "load_model", lambda *args: None)
     monkeypatch.setattr(evaluate, "read_parts", lambda out: answers)
@@ -1183,17 +1236,98 @@ def test_predictions_of_a_task_that_is_not_ours(tmp_path, capsys):
     assert result["tasks"]["width"]["delta1"] == 0.5 and "\nwidth" in capsys.readouterr().out
 
 
+def test_the_same_query_twice(reference, speaker, world, tmp_path, capsys):
+    """A file that was joined from two runs would count its queries twice: both lines are named.
+    Two labels of one pixel are two queries, which their ids tell apart, if all lines have one."""
+    out, _ = reference
+    lines = lines_of(out / "predictions.jsonl")
+    again = [{**line, "pred": 1.0, "text": "1 m", "confidence": 0.5} for line in lines[5:7]]
+
+    def scored(lines, name="p"):
+        path = write_jsonl(tmp_path / f"{name}.jsonl", lines)
+        evaluate.main(["--predictions", str(path), "--out", str(tmp_path / "out")])
+
+    def twice(lines) -> str:
+        path = write_jsonl(tmp_path / "twice.jsonl", lines)
+        message = fails(capsys, "--predictions", path, "--out", tmp_path / "x")
+        assert "same query" in message and not (tmp_path / "x").exists()
+        return message
+
+    message = twice([*lines, *again])
+    assert "twice.jsonl, line 49:" in message and "twice.jsonl, line 6." in message
+    without = [{k: v for k, v in line.items() if k != "id"} for line in [*lines[:8], *again]]
+    assert "line 9:" in twice(without)
+    assert "line 9:" in twice([*without[:8], {**again[0], "id": 77}])  # one id says nothing
+    scored([*lines[:8], {**again[0], "id": 77}])
+    for other in ({"task": "axis"}, {"dataset": "b"}, {"image": "b.png"}, {"pixel": [1, 2]},
+                  {"given": 3.0}, {"image2": "c.png"}, {"pixel2": [4, 4]}):
+        scored([*without[:8], {**without[5], **other}])
+    # a constant has the same lines, of any task
+    evaluate.main(["--constant", "2", "--data", str(world), "--all", "--out", str(tmp_path / "c"),
+                   "--tasks", "distance", "two_point"])
+    scored(lines_of(tmp_path / "c" / "predictions.jsonl"))
+
+
+@pytest.mark.parametrize("way", ["lines", "flag"])
+def test_predictions_of_z(reference, tmp_path, capsys, way):
+    """Another system's depth along the axis is made a distance by the ray of its line: answering
+    the true z is answering right. Numbers, texts, and their intervals; other tasks stay."""
+    out, _ = reference
+    lines = []
+    for k, line in enumerate(lines_of(out / "predictions.jsonl")):
+        z = line["true"] / line["ray"]
+        answers = (z, f"{100 * z:.3f} cm", -z, None)
+        lines.append({**line, "pred": answers[k % 4], "ray": line["ray"] * 2, "true": 2 * z
+                      * line["ray"], "q10": 0.9 * z, "q90": 1.1 * z, "confidence": 1, "lost": 0})
+    lines.append({**lines[0], "task": "axis", "pred": lines[0]["true"]})
+    flags = ["--depth-type", "z"] if way == "flag" else []
+    if way == "lines":
+        lines = [{**line, "depth_type": "z"} for line in lines]
+        lines.append({**lines[1], "id": 100, "depth_type": "euclidean", "pred": lines[1]["true"],
+                      "q10": 1, "q90": 1})
+
+    def score(lines, *more) -> dict:
+        path = write_jsonl(tmp_path / "z.jsonl", lines)
+        evaluate.main(["--predictions", str(path), "--out", str(tmp_path / "z"), *more])
+        return json.loads((tmp_path / "z" / "metrics.json").read_text())
+
+    result = score(lines, *flags)
+    got = result["datasets"]["world"]
+    right = 25 if way == "lines" else 24
+    assert got["delta1"] == right / (right + 24) and got["abs_rel"] < 1e-4
+    assert (got["nonpositive"], got["unparsed"]) == (12, 12)
+    assert got["in_10_90"] == 48 / (right + 24) and got["by_z"]["delta1"] == got["delta1"]
+    assert result["datasets"]["world/axis"]["delta1"] == 1.0
+    bare = {key: value for key, value in lines[0].items() if key not in ("depth_type", "ray")}
+    wrong = ({**lines[0], "depth_type": "disparity"}, {**lines[0], "depth_type": ["z"]},
+             {**lines[0], "ray": 0.5}, {**lines[0], "ray": None}, {**bare, "depth_type": "z"})
+    for line in wrong:
+        path = write_jsonl(tmp_path / "w.jsonl", [lines[1], line])
+        message = fails(capsys, "--predictions", path, "--out", tmp_path / "w")
+        assert "w.jsonl, line 2: " in message and "ray" in message
+
+
 @pytest.mark.parametrize("line", [
     '{"image": "a", "true": 2.0', '{"image": "a", "true": 2.0}', '{"true": 1, "pred": 1}', "[1]",
     "3", '{"image": "a", "true": 0, "pred": 1}', '{"image": "a", "true": -1, "pred": 1}',
     '{"image": "a", "true": NaN, "pred": 1}', '{"image": "a", "true": "far", "pred": 1}',
-    '{"image": "a", "true": 1, "pred": [1]}', '{"image": "a", "true": 1, "pred": {}}'])
+    '{"image": "a", "true": 1, "pred": [1]}', '{"image": "a", "true": 1, "pred": {}}',
+    '{"image": "a", "true": 1e999, "pred": 1}', '{"image": "a", "true": null, "pred": 1}',
+    '{"image": "a", "true": 1' + "0" * 400 + ', "pred": 1}',
+    '{"image": "a", "true": 1, "pred": 1' + "0" * 400 + '}',
+    '{"image": "a", "true": [1], "pred": 1}', '{"image": ["a"], "true": 1, "pred": 1}',
+    '{"image": "a", "true": 1, "pred": 1, "task": 3}',
+    '{"image": "a", "true": 1, "pred": 1, "dataset": ["nyuv2"]}',
+    '{"image": "a", "true": 1, "pred": 1, "ray": "long"}',
+    '{"image": "a", "true": 1, "pred": 1, "ray": NaN}',
+    '{"image": "a", "true": 1, "pred": 1, "q10": "x"}',
+    '{"image": "a", "true": 1, "pred": 1, "confidence": []}'])
 def test_malformed_predictions(tmp_path, capsys, line):
     """Named by file and line; nothing is written."""
     path = tmp_path / "p.jsonl"
     path.write_text(json.dumps(predictions([1.0], [1.0])[0]) + "\n" + line + "\n")
     message = fails(capsys, "--predictions", path, "--out", tmp_path / "out")
-    assert "p.jsonl, line 2" in message
+    assert "p.jsonl, line 2" in message and len(message) < 900
     assert not (tmp_path / "out" / "metrics.json").exists()
 
 

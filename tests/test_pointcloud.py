@@ -45,11 +45,11 @@ def plane(pixels, intrinsics):
 
 class Exact:
     """Exact distances of a plane in place of a model's answers. instead: what to answer to a query,
-    by its number on the grid; asked: these numbers; stop: before which one to raise `how`; during:
-    called once, before the second batch."""
+    by its number on the grid; cut: of which the token limit ended the answer; asked: these numbers;
+    stop: before which one to raise `how`; during: called once, before the second batch."""
 
     def __init__(self):
-        self.instead, self.asked, self.numbers = {}, [], {}
+        self.instead, self.cut, self.asked, self.numbers = {}, set(), [], {}
         self.stop, self.how, self.during = None, KeyboardInterrupt(), None
 
     def run_queries(self, model, checkpoint, records, pairs, task, batch_size, workers, decode):
@@ -68,6 +68,8 @@ class Exact:
                 self.asked.append(number)
                 text = self.instead.get(number, f"It is {depth_m[k]:.6f} meters.")
                 answers.append({"text": text})
+                if number in self.cut:
+                    answers[-1]["truncated"] = True
                 if decode == "median":
                     answers[-1] |= {"confidence": number % 10 / 10, "q10": 1.0, "q90": 2.0}
             yield None, answers, 1
@@ -408,6 +410,24 @@ def test_plane(tmp_path, tiny, photo, exact, capsys):
     assert run["inputs"]["grid"] == list(depth_m.shape) and run["flags"]["photo_focal"] == [80]
     assert f"{queries - 5} points, 5 of {queries} answers were no distance" in said.out
     assert "s a query" in said.out
+
+
+def test_cut_answers_are_no_points(tmp_path, tiny, photo, exact, capsys):
+    """A number that the token limit may have cut is none; it is kept as text, marked, and counted
+    in the note, also by a later run that queries nothing."""
+    exact.instead = {3: "It is 1", 4: "It is 2.", 5: "It is 2 m", 6: "It is 2 m away from"}
+    exact.cut = {3, 4, 5, 6}
+    out = tmp_path / "out"
+    for _ in range(2):
+        cloud(tiny, photo, "--photo-focal", 80, "--points", 500, "--out", out)
+        depth_m = np.load(out / "depth.npy").ravel()
+        assert np.isnan(depth_m[3:6]).all() and depth_m[6] == 2 and np.isfinite(depth_m[7:]).all()
+        said = capsys.readouterr().out
+        assert f"3 of {len(depth_m)} answers were no distance, 4 cut by the token limit" in said
+    _, *lines = map(json.loads, (out / "answers.jsonl").read_text().splitlines())
+    assert lines[3] == {"pixel": lines[3]["pixel"], "pred": None, "text": "It is 1",
+                        "truncated": True}
+    assert [k for k, line in enumerate(lines) if "truncated" in line] == [3, 4, 5, 6]
 
 
 def test_edge_filter_is_for_the_cloud_only(tmp_path, tiny, photo, exact):

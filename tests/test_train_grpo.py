@@ -87,6 +87,11 @@ def naive_logps(model, folder, checkpoint, sample, views, tokens, mask):
     return logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
 
 
+def answers_of(groups: list[list[str]], **more) -> list[list[dict]]:
+    """Texts as answers that ended by themselves, or of which `more` is true."""
+    return [[{"text": text, **more} for text in group] for group in groups]
+
+
 def uniform_for(rows, group=GROUP, length=LENGTH, seed=0):
     return torch.from_numpy(np.stack([train_grpo.uniforms(seed, i, group, length)
                                       for i in range(rows)]))
@@ -117,7 +122,7 @@ def test_no_answer_raises_and_none_is_worse_than_one_without_a_number(reward):
              "1e999", "-3", "nan", "<answer> 2.0 </answer>",
              "<think> x </think> <answer> 1e308 </answer>", "\ufffd\ud83d", "2.3.4.5", "0"]
     sample = {"task": "distance", "value": 2.0}
-    scores = train_grpo.score_answers([texts], [sample], reward, 0.0, RELEASE)
+    scores = train_grpo.score_answers(answers_of([texts]), [sample], reward, 0.0, RELEASE)
     assert scores["reward"].isfinite().all() and scores["reward"].shape == (1, len(texts))
     lowest = train_grpo.REWARDS[reward](None, 2.0)
     assert (scores["reward"] >= lowest).all()
@@ -139,8 +144,8 @@ def test_format_reward():
            think + "<answer> 2 </answer> and more", "so " + think + "<answer> 2 </answer>",
            think + think + "<answer> 2 </answer>",
            think + "<answer> 2 </answer> <answer> 3 </answer>"]
-    found = [train_grpo.format_reward(text, "distance", RELEASE) for text in good + bad]
-    assert found == [1.0] * len(good) + [0.0] * len(bad)
+    found = [render.has_form(text, "distance", RELEASE) for text in good + bad]
+    assert found == [True] * len(good) + [False] * len(bad)
 
 
 @pytest.mark.parametrize("task", render.TASKS)
@@ -157,9 +162,9 @@ def test_what_sft_teaches_has_the_form(task):
             assert task != "distance"
             continue
         text = answer.format(x="2.35", **more)
-        assert train_grpo.format_reward(text, task, settings) == 1.0, (task, way)
-        assert train_grpo.format_reward(text + " So.", task, settings) == 0.0
-        assert train_grpo.format_reward(answer.format(x="few", **more), task, settings) == 0.0
+        assert render.has_form(text, task, settings), (task, way)
+        assert not render.has_form(text + " So.", task, settings)
+        assert not render.has_form(answer.format(x="few", **more), task, settings)
         assert render.parse_answer(text, task) == 2.35
 
 
@@ -175,19 +180,39 @@ def test_format_reward_of_an_answer_with_more_than_its_number():
            form.format("12", "left", "", "above", "2.35"),
            form.format("12", "far left", "3", "above", "2.35"),
            render.wording("distance", PAPER)[1].format(x="2.35")]
-    found = [train_grpo.format_reward(text, "distance", ray) for text in good + bad]
-    assert found == [1.0] * len(good) + [0.0] * len(bad)
+    found = [render.has_form(text, "distance", ray) for text in good + bad]
+    assert found == [True] * len(good) + [False] * len(bad)
 
 
 def test_format_weight():
     sample = {"task": "distance", "value": 2.0}
     texts = [["<think> x </think> <answer> 2.5 </answer>", "2.5"]]
     for weight in (0.0, 0.5):
-        scores = train_grpo.score_answers(texts, [sample], "l1", weight, RELEASE)
+        scores = train_grpo.score_answers(answers_of(texts), [sample], "l1", weight, RELEASE)
         assert scores["reward"].tolist() == [[-0.5 + weight, -0.5]]
         assert scores["reward_l1"].tolist() == [[-0.5, -0.5]]
         assert scores["reward_format"].tolist() == [[1, 0]]
         assert scores["sampled_delta1"].tolist() == [[0, 0]]
+
+
+@pytest.mark.parametrize("reward", train_grpo.REWARDS)
+def test_a_cut_number_earns_nothing(reward):
+    """A number that the token limit may have cut is no number: reward, parsed and sampled_delta1
+    are those of an answer without one; behind the number the limit may come."""
+    sample = {"task": "distance", "value": 2.0}
+    cut = ["The point is around 2", "The point is around 2.", "The point is around 2.00",
+           "The point is around 2.00 m", "<think> x </think> <answer> 2.0", "<think> 2.0 m, then",
+           "<think> x </think> <answer> 2.0 </ans"]
+    whole = ["The point is around 2.00 meters away", "<think> x </think> <answer> 2.0 </answer>"]
+    scores = train_grpo.score_answers(answers_of([cut + whole], truncated=True), [sample], reward,
+                                      0.0, RELEASE)
+    lowest, best = (train_grpo.REWARDS[reward](pred, 2.0) for pred in (None, 2.0))
+    assert scores["reward"].tolist() == [[lowest] * len(cut) + [best] * 2]
+    for key in ("parsed", "sampled_delta1"):
+        assert scores[key].tolist() == [[0.0] * len(cut) + [1.0] * 2]
+    assert (scores["truncated"] == 1).all()
+    ended = train_grpo.score_answers(answers_of([cut[:3]]), [sample], reward, 0.0, RELEASE)
+    assert (ended["reward"] == best).all() and (ended["truncated"] == 0).all()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -219,7 +244,8 @@ def test_group_without_variance_gives_exactly_zero(kind):
 def test_equal_prompts_stay_groups_of_their_own():
     sample = {"task": "distance", "value": 2.0}
     texts = [["2", "2"], ["1", "3.5"]]
-    scores = train_grpo.score_answers(texts, [sample, sample], "l1", 0.0, RELEASE)
+    scores = train_grpo.score_answers(answers_of(texts), [sample, sample], "l1", 0.0,
+                                      RELEASE)
     assert train_grpo.group_advantages(scores["reward"]).tolist() == [[0, 0], [1, -1]]
 
 
@@ -325,15 +351,18 @@ def test_mask_holds_the_end_token_and_nothing_behind(tiny, one_process, monkeypa
     assert answers == [[[60, 63, end], [end], [62, 65, end]],
                        [[60, 63, end], [61, end], [end]],
                        [[60, end], [61, 64, end], [62, 65, end]]]
-    texts = train_grpo.answer_texts(checkpoint, rollout)
-    assert texts[0][1] == "" and texts[1][1] == checkpoint.tokenizer.decode([61])
+    found = train_grpo.rollout_answers(checkpoint, rollout)
+    assert found[0][1] == {"text": ""}
+    assert found[1][1] == {"text": checkpoint.tokenizer.decode([61])}
 
-    scores = train_grpo.score_answers(texts, samples, "l1", 1.0, RELEASE)
-    means = train_grpo.log_means(checkpoint, rollout, scores)
+    scores = train_grpo.score_answers(found, samples, "l1", 1.0, RELEASE)
+    means = train_grpo.log_means(rollout, scores)
     assert means["length"] == pytest.approx(21 / 9) and means["truncated"] == 0
     mask[0, 0, 2] = False  # as if the limit had come first
-    means = train_grpo.log_means(checkpoint, rollout, scores)
-    assert means["truncated"] == pytest.approx(1 / 9)
+    found = train_grpo.rollout_answers(checkpoint, rollout)
+    assert found[0][0] == {"text": checkpoint.tokenizer.decode([60, 63]), "truncated": True}
+    scores = train_grpo.score_answers(found, samples, "l1", 1.0, RELEASE)
+    assert train_grpo.log_means(rollout, scores)["truncated"] == pytest.approx(1 / 9)
 
 
 def test_parts_of_a_rollout():
@@ -546,8 +575,8 @@ def test_it_learns_which_token_pays(tiny, world, tmp_path, monkeypatch):
     """A bandit: one token an answer, the first half of the vocabulary pays."""
     _, samples, _ = prompts_of(tiny, [(2, 2), (3, 2)])
     monkeypatch.setattr(train_sft, "Samples", lambda *a, **k: Endless(samples))
-    monkeypatch.setattr(train_grpo, "answer_texts", lambda checkpoint, rollout:
-                        [[str(token) for token, in group] for group in rollout.tokens.tolist()])
+    monkeypatch.setattr(train_grpo, "rollout_answers", lambda checkpoint, rollout: answers_of(
+        [[str(token) for token, in group] for group in rollout.tokens.tolist()]))
     monkeypatch.setitem(train_grpo.REWARDS, "low", lambda pred, true: float(pred < 256))
     out = tmp_path / "run"
     train_grpo.main(command(tiny, world, out, "--batch", 2, "--samples", 30, "--group", 16,
@@ -646,9 +675,9 @@ def test_an_answer_to_read(taught, world, tmp_path, monkeypatch, capsys):
     reward; and the console the shares of answers that were parsed, in form, cut off."""
     told, score, advantages_of = [], train_grpo.score_answers, train_grpo.group_advantages
 
-    def look(texts, samples, *args):
-        scores = score(texts, samples, *args)
-        told.append((texts[0], samples[0]["value"], scores["reward"][0].tolist(),
+    def look(answers, samples, *args):
+        scores = score(answers, samples, *args)
+        told.append((answers[0], samples[0]["value"], scores["reward"][0].tolist(),
                      advantages_of(scores["reward"])[0].tolist()))
         return scores
 
@@ -660,10 +689,10 @@ def test_an_answer_to_read(taught, world, tmp_path, monkeypatch, capsys):
     lines = log_of(out)
     assert [line["step"] for line in lines if "answer" in line] == [2, 4]
     assert len({json.dumps(line["answer"]) for line in lines if "answer" in line}) == 2
-    for line, (texts, true, rewards, advantages) in list(zip(lines, told))[1::2]:
+    for line, (answers, true, rewards, advantages) in list(zip(lines, told))[1::2]:
         answer = line["answer"]
-        assert set(answer) == {"text", "true", "reward", "advantage"}
-        found = [k for k in range(4) if texts[k] == answer["text"]
+        assert set(answer) - {"truncated"} == {"text", "true", "reward", "advantage"}
+        found = [k for k in range(4) if answers[k].items() <= answer.items()
                  and abs(rewards[k] - answer["reward"]) < 1e-4
                  and abs(advantages[k] - answer["advantage"]) < 1e-3]
         assert found and answer["true"] == pytest.approx(true, abs=1e-4)
@@ -674,6 +703,22 @@ def test_an_answer_to_read(taught, world, tmp_path, monkeypatch, capsys):
             assert int(share) == pytest.approx(100 * line[key], abs=0.51)
     assert "step 1/4" not in printed and "step 3/4" not in printed
     assert 0 < lines[1]["truncated"]  # 15 tokens are too few for some
+
+
+def test_answers_longer_than_the_limit(taught, world, tmp_path, capsys):
+    """All answers are cut inside of their numbers: the log and the console say that none of them is
+    parsed; nothing is learnt."""
+    out = tmp_path / "run"
+    train_grpo.main(command(taught, world, out, "--samples", 4, "--max-new-tokens", 6,
+                            "--val", world, "--val-every", 1, "--val-queries", 4))
+    steps = [line for line in log_of(out) if "reward" in line]
+    assert [line["truncated"] for line in steps] == [1.0]
+    assert all(line["parsed"] == line["sampled_delta1"] == 0 for line in steps)
+    assert all(line["no_variance"] == 1 and line["loss"] == 0 for line in steps)
+    printed = capsys.readouterr().out
+    assert "truncated 100%" in printed and "(4 of 4 truncated)" in printed
+    checks = [line["val"]["world"] for line in log_of(out) if "val" in line]
+    assert all(check["unparsed"] == check["truncated"] == check["n"] == 4 for check in checks)
 
 
 def limits_seen(monkeypatch) -> list[int]:

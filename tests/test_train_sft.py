@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, make_world, plain_inputs, run_script, stock, write_jsonl
+from conftest import ROOT, make_world, plain_inputs, run_script, stock, views_for, write_jsonl
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -394,10 +394,11 @@ def test_sharded_model_is_the_plain_one(tiny, one_process):
 def test_saved_folder_opens_with_plain_transformers(name, request, tmp_path, monkeypatch,
                                                     one_process):
     folder = request.getfixturevalue(name)
+    started = render.open_checkpoint(str(folder), {"focal": 100}, quiet=True)
     settings = {**render.DEFAULTS, "focal": 100}
     monkeypatch.setattr(train_sft, "SHARD_BYTES", 100_000)  # several files
     model = sharded(folder)
-    train_sft.save_model(model, folder, tmp_path, settings, torch.float32)
+    train_sft.save_model(model, started, tmp_path, torch.float32)
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] > 0
@@ -409,10 +410,51 @@ def test_saved_folder_opens_with_plain_transformers(name, request, tmp_path, mon
 
     monkeypatch.setattr(train_sft, "SHARD_BYTES", 4 << 30)
     # over the old files: none is left
-    train_sft.save_model(model, folder, tmp_path, settings, torch.bfloat16)
+    train_sft.save_model(model, started, tmp_path, torch.bfloat16)
     assert [p.name for p in tmp_path.glob("model*")] == ["model.safetensors"]
     assert {v.dtype for v in weights(tmp_path).values()} == {torch.bfloat16}
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+# what generation_config.json of a base may say: each changes what plain generate answers
+DECODING = {"do_sample": True, "temperature": 3.0, "top_k": 40, "top_p": 0.9,
+            "repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "min_new_tokens": 2,
+            "forced_eos_token_id": 7, "suppress_tokens": [*range(20, 300)], "max_new_tokens": 3}
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny_pixtral"])
+def test_plain_generate_of_a_saved_folder_gives_our_answers(name, request, tmp_path, one_process):
+    """Token for token, without an argument, whatever the base's generation_config said; evaluate's
+    answers do not depend on it."""
+    base = shutil.copytree(request.getfixturevalue(name), tmp_path / "base")
+    said = json.loads((base / "generation_config.json").read_text())
+    stops = [said["eos_token_id"], 70]  # a second token that ends an answer
+    (base / "generation_config.json").write_text(json.dumps({**said, **DECODING,
+                                                             "eos_token_id": stops}))
+    checkpoint = render.open_checkpoint(str(base), {"max_new_tokens": 9}, quiet=True)
+    (tmp_path / "out").mkdir()
+    train_sft.save_model(sharded(base), checkpoint, tmp_path / "out", torch.float32)
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert set(written) == {"do_sample", "max_new_tokens", "eos_token_id", "pad_token_id"}
+    assert set(written["eos_token_id"]) == set(stops) and written["max_new_tokens"] == 9
+
+    ours = {}
+    for folder in (base, tmp_path / "out"):
+        opened = render.open_checkpoint(str(folder), quiet=True)
+        model = evaluate.load_model(opened, CPU, torch.float32)
+        views = [views_for(opened, [(2 + k, 3)], k) for k in range(4)]
+        samples = [render.encode(opened, v, f"How far, number {k}?") for k, v in enumerate(views)]
+        batch = evaluate.pack_prompts(opened, samples)
+        ours[folder], _ = evaluate.greedy_answers(model, opened, batch, 9)
+    assert opened.stop_ids == checkpoint.stop_ids and opened.settings["max_new_tokens"] == 9
+    assert ours[base] == ours[tmp_path / "out"] and {*map(len, ours[base])} != {3}
+
+    def generated(folder) -> list[list[int]]:
+        plain = stock(folder)
+        inputs = [plain_inputs(folder, opened, s, v) for s, v in zip(samples, views)]
+        return [plain.generate(**one)[0, one["input_ids"].shape[1]:].tolist() for one in inputs]
+
+    assert generated(tmp_path / "out") == ours[base] != generated(base)
 
 
 def test_weights_load_under_the_names_of_the_hub(tiny, tmp_path, one_process):
@@ -489,6 +531,22 @@ def test_resumed_equals_uninterrupted(tiny, reference, distances, tmp_path, caps
     capsys.readouterr()
     train(tiny, distances, out, "--resume")
     assert "from step 10" in capsys.readouterr().out and len(losses(out)) == 10
+
+
+@pytest.mark.parametrize("state", [
+    "", "{", "[]", "4", {}, {"step": 4, "bad": 0}, {"step": "4"}, {"step": None}, {"step": -1},
+    {"step": 4.5}, {"step": True}, {"bad": None}, {"bad": -3}, {"folder": 3},
+    {"folder": "step_00000099"}, {"folder": ""}, {"folder": ".."}, {"folder": None}])
+def test_a_state_of_a_wrong_form(tiny, reference, distances, tmp_path, capsys, state):
+    """state.json is refused in a line with its name; nothing of the run is touched."""
+    out = shutil.copytree(reference, tmp_path / "run")
+    path = out / "resume" / "state.json"
+    if isinstance(state, dict) and len(state) == 1:
+        state = {**json.loads(path.read_text()), **state}
+    path.write_text(state if isinstance(state, str) else json.dumps(state))
+    message = refused(capsys, command(tiny, distances, out, "--resume"))
+    assert str(path) in message and message.count("state.json") == 1
+    assert equal(weights(out), weights(reference)) and log_of(out) == log_of(reference)
 
 
 def test_a_finished_run_has_its_model(tiny, reference, distances, tmp_path, capsys):
@@ -772,6 +830,59 @@ def test_chat_is_mixed_in(tiny, distances, tmp_path):
     texts = {checkpoint.tokenizer.decode(sample["input_ids"][sample["prompt_length"]:])
              for sample in talk}
     assert texts == {"A model.<|im_end|>", "That.<|im_end|>"}
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny_pixtral"])
+def test_control_tokens_in_a_text_are_text(name, request, tmp_path):
+    """What a user writes ends no turn and is no image: its tokens spell it, letter by letter."""
+    checkpoint = render.open_checkpoint(str(request.getfixturevalue(name)), quiet=True)
+    special = checkpoint.tokenizer.added_tokens_encoder
+    assert {checkpoint.family.image_token, checkpoint.tokenizer.eos_token} < special.keys()
+    black = [render.View(np.zeros((checkpoint.grid,) * 2 + (3,), np.uint8), (1.0,) * 6, (1.0, 1.0),
+                         (0, 0))]
+    for token in special:
+        text = f"What is {token} for, {token}{token}?"
+        tokens = checkpoint.tokens(text)
+        assert not {*tokens} & {*special.values()}
+        assert checkpoint.tokenizer.decode(tokens) == text
+        for views in ([], black):
+            whole, plain = (render.encode(checkpoint, views, question)["input_ids"].tolist()
+                            for question in (text, "@"))
+            inside = checkpoint.tokens("@")
+            at = next(k for k in range(len(plain)) if plain[k:k + len(inside)] == inside)
+            assert whole == plain[:at] + tokens + plain[at + len(inside):]
+            assert whole.count(checkpoint.image_id) == len(views)
+
+    chats = write_jsonl(tmp_path / "chat.jsonl", [
+        {"question": f"And {token}?", "answer": f"{token} is a token."} for token in special])
+    samples = train_sft.Samples([], {}, checkpoint, CROP, 0,
+                                chats=(train_sft.read_chats(str(chats)), 1.0))
+    samples.tasks = {"distance": 1.0}
+    for i in range(20):
+        sample = samples[i]
+        answer = sample["input_ids"][sample["prompt_length"]:].tolist()
+        assert answer[-1] == checkpoint.end_id
+        assert not {*answer[:-1]} & {*special.values()}
+        assert sample["sizes"] == [] and not sample["bad"]
+        render.pack([sample])
+
+
+@pytest.mark.parametrize("line", [
+    {"question": 5, "answer": "a"}, {"question": "", "answer": "a"}, {"answer": "a"},
+    {"question": ["q"], "answer": "a"}, {"question": "q", "answer": {"a": 1}},
+    {"question": "q" * 30_000, "answer": "a"}, {"question": "q", "answer": "a" * 30_000},
+    {"question": "q", "answer": "a", "image": 3}, {"question": "q", "answer": "a", "image": ["b"]}])
+def test_chats_of_a_wrong_form(tmp_path, line):
+    """A text that is none, or longer than the limit, is a line with file, number and remedy; for a
+    probe, which needs no answer, too."""
+    good = {"question": "q" * 20_000, "answer": "a", "image": None}
+    path = write_jsonl(tmp_path / "chat.jsonl", [good, line])
+    for answers in (True, False):
+        with pytest.raises(ValueError, match="chat.jsonl, line 2: .* 20,000 characters") as error:
+            train_sft.read_chats(str(path), answers)
+        assert len(str(error.value)) < 300
+    write_jsonl(path, [good])
+    assert train_sft.read_chats(str(path)) == [good]
 
 
 def test_bad_chats(tmp_path):
