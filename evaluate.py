@@ -967,7 +967,7 @@ QUERY = ("dataset", "task", "image", "image2", "pixel", "pixel2", "given")
 def read_predictions(path, depth_type: str = "euclidean") -> list[dict]:
     """Lines of a predictions file, in one form. depth_type: what pred is where a line does not say.
     Raises ValueError with file, line and value, also where a query is answered twice."""
-    lines, found = list(render.read_jsonl(path)), {}
+    lines, found = list(render.read_jsonl(path, nan=True)), {}
     # two labels of one pixel are two queries, which only ids tell apart
     keys = [*QUERY, *(["id"] if all("id" in line for _, line in lines) else [])]
     for where, line in lines:

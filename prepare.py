@@ -1966,7 +1966,7 @@ def fetch(url, part, noted):
     headers = {"User-Agent": "prepare.py"}
     start = part.stat().st_size
     if noted.exists():
-        mark, size = read_json(noted)
+        mark, size = read_json(noted, list)
         if start == size:
             return size
         headers |= {"Range": f"bytes={start}-", "If-Range": mark}

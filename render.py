@@ -81,8 +81,9 @@ def write_jsonl(path, lines) -> None:
     write_text(path, "".join(map(json_text, lines)))
 
 
-def parse_json(data: bytes):
-    """Standard JSON in UTF-8, with or without a byte order mark. Raises ValueError."""
+def parse_json(data: bytes, nan: bool = False):
+    """Standard JSON in UTF-8, with or without a byte order mark; nan: NaN and Infinity may stand in
+    it. Raises ValueError."""
 
     def unique(pairs: list[tuple]) -> dict:
         value = dict(pairs)
@@ -95,7 +96,7 @@ def parse_json(data: bytes):
 
     try:
         value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=unique,
-                           parse_constant=refuse)
+                           parse_constant=float if nan else refuse)
         if b"\\u" in data:  # half of a surrogate pair is no text
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
@@ -130,10 +131,10 @@ def first_line(error: BaseException) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def parse_line(line: bytes, where: str) -> dict:
+def parse_line(line: bytes, where: str, nan: bool = False) -> dict:
     """One line of a jsonl. Raises ValueError."""
     try:
-        value = parse_json(line)
+        value = parse_json(line, nan)
     except ValueError as e:
         raise ValueError(f"{where}: not a JSON object ({e}). The line is damaged or cut off: "
                          "write the file again.") from None
@@ -142,9 +143,9 @@ def parse_line(line: bytes, where: str) -> dict:
     return value
 
 
-def read_jsonl(path, interrupted: bool = False) -> Iterator[tuple[str, dict]]:
+def read_jsonl(path, interrupted: bool = False, nan: bool = False) -> Iterator[tuple[str, dict]]:
     """-> "file, line n" and the object of each line. interrupted: the file of a run that may have
-    been killed while it wrote; reading ends before a damaged line."""
+    been killed while it wrote; reading ends before a damaged line. nan: see parse_json."""
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file.")
     with open(path, "rb") as file:
@@ -153,7 +154,7 @@ def read_jsonl(path, interrupted: bool = False) -> Iterator[tuple[str, dict]]:
                 continue
             where = f"{path}, line {number}"
             try:
-                value = parse_line(line, where)
+                value = parse_line(line, where, nan)
             except ValueError:
                 if interrupted:
                     return

@@ -520,7 +520,9 @@ def load_resume(model, optimizer, out: Path) -> dict | None:
     named = render.read_json(path)
     with render.blaming(path, "Start again in another --out, or bring the folder back."):
         folder = out / "resume" / Path(named["folder"]).name
-        named = {"step": int(named["step"]), "bad": int(named["bad"])}
+        counts = {key: named[key] for key in ("step", "bad")}
+        if any(type(n) is not int or n < 0 for n in counts.values()):
+            raise ValueError(f"{counts} are no counts")
         with open(folder / ".metadata", "rb") as file:
             MetadataUnpickler(file).load()
         state = training_state(model, optimizer)
@@ -528,7 +530,7 @@ def load_resume(model, optimizer, out: Path) -> dict | None:
     dcp_state.set_model_state_dict(model, state["model"])
     settings = dcp_state.get_optimizer_state_dict(model, optimizer)
     dcp_state.set_optimizer_state_dict(model, optimizer, settings | {"state": state["optimizer"]})
-    return named
+    return counts
 
 
 class MetadataUnpickler(pickle.Unpickler):

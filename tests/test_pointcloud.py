@@ -424,7 +424,7 @@ def test_cut_answers_are_no_points(tmp_path, tiny, photo, exact, capsys):
         assert np.isnan(depth_m[3:6]).all() and depth_m[6] == 2 and np.isfinite(depth_m[7:]).all()
         said = capsys.readouterr().out
         assert f"3 of {len(depth_m)} answers were no distance, 4 cut by the token limit" in said
-    _, *lines = map(json.loads, (out / "answers.jsonl").read_text().splitlines())
+    lines = [*map(json.loads, (out / "answers.jsonl").read_text().splitlines())]
     assert lines[3] == {"pixel": lines[3]["pixel"], "pred": None, "text": "It is 1",
                         "truncated": True}
     assert [k for k, line in enumerate(lines) if "truncated" in line] == [3, 4, 5, 6]

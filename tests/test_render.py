@@ -631,7 +631,7 @@ def test_settings(tmp_path, tiny, tiny_pixtral, capsys):
 
 
 @pytest.mark.parametrize("content", [
-    {"focal": "750"}, {"focal": None}, {"focal": True}, {"focal": math.nan}, {"focal": 0},
+    {"focal": "750"}, {"focal": None}, {"focal": True}, {"focal": 0},
     {"focal": 1e9}, {"focal": [750]}, {"marker": 1}, {"marker": ["dot"]}, {"marker_size": 0},
     {"marker_size": 5.5}, {"marker_size": -3}, {"prompt": None}, {"camera": {}},
     {"tasks": "distance"}, {"tasks": []}, {"tasks": [1]}, {"max_new_tokens": 0},
@@ -1236,7 +1236,7 @@ def test_json_holds_no_nan(tmp_path, value):
             write(tmp_path / "a.json", content)
     assert render.read_json(tmp_path / "a.json") == {"a": 1}
     (tmp_path / "b.json").write_text(json.dumps({"a": value}))
-    with pytest.raises(ValueError, match="b.json: is not JSON .*no finite number"):
+    with pytest.raises(ValueError, match="b.json: .* no finite number"):
         render.read_json(tmp_path / "b.json")
 
 

@@ -855,9 +855,8 @@ def test_control_tokens_in_a_text_are_text(name, request, tmp_path):
 
     chats = write_jsonl(tmp_path / "chat.jsonl", [
         {"question": f"And {token}?", "answer": f"{token} is a token."} for token in special])
-    samples = train_sft.Samples([], {}, checkpoint, CROP, 0,
-                                chats=(train_sft.read_chats(str(chats)), 1.0))
-    samples.tasks = {"distance": 1.0}
+    samples = train_sft.Samples([train_sft.Stream("chat", None, 1.0)], checkpoint, CROP, 0,
+                                chats=train_sft.read_chats(str(chats)))
     for i in range(20):
         sample = samples[i]
         answer = sample["input_ids"][sample["prompt_length"]:].tolist()
