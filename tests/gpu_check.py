@@ -227,7 +227,7 @@ def taught_model(folder: Path) -> Path:
             break
     out = folder.with_name("taught")
     out.mkdir()
-    train_sft.save_model(model, folder, out, checkpoint.settings, torch.float32)
+    train_sft.save_model(model, checkpoint, out, torch.float32)
     print(f"   taught: loss {loss:.3f}")
     return out
 
