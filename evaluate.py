@@ -299,7 +299,9 @@ def weight_files(folder: Path) -> dict[str, str]:
     """Weight name -> the safetensors file that holds it."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        return render.read_json(index)["weight_map"]
+        with render.blaming(index):
+            named = render.read_json(index)["weight_map"]
+            return {name: Path(file).name for name, file in named.items()}
     if not (folder / "model.safetensors").is_file():
         raise ValueError(f"{folder}: holds no *.safetensors weights; download the whole folder.")
     with open_weights(folder / "model.safetensors") as file:

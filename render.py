@@ -50,12 +50,13 @@ except ImportError:  # on Windows: no lock
 
 
 @contextmanager
-def replacing(path) -> Iterator[Path]:
+def replacing(path, writer: str = "") -> Iterator[Path]:
     """A temporary path that becomes `path` when the block ends, and vanishes if it fails: a reader
-    finds the old file or the new one at any moment, never a part."""
+    finds the old file or the new one at any moment, never a part. What a killed run leaves is
+    overwritten by the next; writer: which one it is, where there may be several."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}{writer}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -90,12 +91,14 @@ def parse_json(data: bytes):
             raise ValueError(f"one of the keys {sorted(value)} stands twice")
         return value
 
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no finite number")
+    def finite(text: str) -> float:
+        if not math.isfinite(float(text)):
+            raise ValueError(f"{text} is no finite number")
+        return float(text)
 
     try:
         value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=unique,
-                           parse_constant=refuse)
+                           parse_constant=finite, parse_float=finite)
         if b"\\u" in data:  # half of a surrogate pair is no text
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
@@ -120,7 +123,7 @@ def blaming(path, remedy: str = "The file is damaged, or of something else: copy
     try:
         yield
     except BaseException as e:  # a panic of the tokenizers is no Exception
-        if isinstance(e, KeyboardInterrupt) or str(e).startswith(str(path)):
+        if isinstance(e, (KeyboardInterrupt, SystemExit)) or str(e).startswith(str(path)):
             raise
         kind = "" if type(e) is ValueError else f"{type(e).__name__} "
         raise ValueError(f"{path}: {kind}{first_line(e)}. {remedy}") from None
@@ -285,6 +288,13 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter,
                                      fromfile_prefix_chars="@", allow_abbrev=False)
     parser.convert_arg_line_to_args = split_line
+    read_files = parser._read_args_from_files
+
+    def read(words: list[str]) -> list[str]:
+        with blaming(" ".join(word for word in words if word.startswith("@"))):
+            return read_files(words)
+
+    parser._read_args_from_files = read
     return parser
 
 
@@ -419,7 +429,9 @@ def open_index(path: str) -> np.ndarray:
     if offsets[-1] != size:  # the last line has no line feed
         offsets = np.append(offsets, size)
     with suppress(OSError):  # in a read-only folder the index stays in memory
-        with replacing(index) as temporary:
+        for leftover in path.parent.glob(f".{index.name}.*.tmp"):
+            leftover.unlink()
+        with replacing(index, f".{os.getpid()}") as temporary:
             offsets.astype("<i8").tofile(temporary)
     return offsets
 

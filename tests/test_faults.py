@@ -338,3 +338,333 @@ def test_full_disks(bench, whole, name):
         return code not in (0, 2) or (code and (said.count("error:") != 1 or "Trace" in said))
 
     broken(name, bench, whole, "full", DISKS, unclear)
+
+
+# --------------------------------------------------------------------------------------------------
+# damaged files
+
+
+RAW = {  # what no JSON library writes by itself
+    "NaN": "NaN", "Infinity": "-Infinity", "1e999": "1e999", "400 digits": "9" * 400,
+    "nested": "[" * 30_000 + "]" * 30_000, "surrogate": '"\\ud800"', "twice": '1, "image": 1'}
+VALUES = [None, "", "x", "\x1b[31m\0", "../" * 60, [], {}, [None], True, -1, 0, 1e9, -1e-9, 1.5,
+          *({"raw": name} for name in RAW)]
+WORDS = ["nan", "inf", "-1", "0", "1e9", "abc", "9" * 400, "\x1b[31m", "--", "1,2", "\ufeff", "½"]
+
+
+def mutate_bytes(data: bytes, rng) -> tuple[str, bytes]:
+    """What a broken copy, a bad disk or the wrong download makes of a file."""
+    at, end = sorted(rng.integers(0, len(data) + 1, 2))
+    noise = rng.integers(0, 256, 8, np.uint8).tobytes()
+    flipped = bytearray(data)
+    for place in rng.integers(0, max(1, len(data)), 4):
+        if data:
+            flipped[place] ^= int(rng.integers(1, 256))
+    made = {
+        "cut": data[:at], "empty": b"", "flipped": bytes(flipped), "head lost": data[at:],
+        "zeroed": data[:at] + b"\0" * (end - at) + data[end:], "part lost": data[:at] + data[end:],
+        "part twice": data[:end] + data[at:], "noise inside": data[:at] + noise + data[at:],
+        "noise behind": data + noise, "zeros": b"\0" * len(data),
+        "a pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 123\n",
+        "a page": b"<!DOCTYPE html><html><body>404 Not Found</body></html>\n",
+        "two bytes a letter": data.decode("latin-1").encode("utf-16"),
+        "of another": b"\x89PNG\r\n\x1a\n" + noise}
+    name = str(rng.choice(sorted(made)))
+    return name, made[name]
+
+
+def places(value) -> list:
+    """(container, key) of all parts of a JSON value."""
+    keys = value if isinstance(value, dict) else range(len(value))
+    found = [(value, key) for key in keys]
+    for key in keys:
+        if isinstance(value[key], (dict, list)):
+            found += places(value[key])
+    return found
+
+
+def mutate_json(data: bytes, rng) -> tuple[str, bytes]:
+    """A file of JSON with one value lost, renamed or of another kind: one of its lines, if it is a
+    jsonl."""
+    lines = data.splitlines() if data.count(b"\n") and data.lstrip()[:1] == b"{" else [data]
+    try:
+        values = [json.loads(line) for line in lines]
+    except ValueError:
+        lines, values = [data], [json.loads(data)]
+    line = int(rng.integers(len(lines)))
+    found = places(values[line])
+    if not found:
+        return mutate_bytes(data, rng)
+    keys = sorted({str(key) for box, key in found if isinstance(box, dict)})
+    if keys and rng.random() < 0.7:  # each key as often, however many numbers it has
+        key = str(rng.choice(keys))
+        found = [(box, k) for box, k in found if k == key]
+    box, key = found[rng.integers(len(found))]
+    what = VALUES[rng.integers(len(VALUES))]
+    chance = rng.random()
+    if chance < 0.12:
+        del box[key]
+        name = f"{key} lost"
+    elif chance < 0.2 and isinstance(box, dict):
+        box[key + "_"] = box.pop(key)
+        name = f"{key} renamed"
+    else:
+        box[key] = what
+        name = f"{key} = {what}"
+    text = json.dumps(values[line])
+    for raw, form in RAW.items():
+        text = text.replace(json.dumps({"raw": raw}), form)
+    lines[line] = text.encode()
+    return name, b"\n".join(lines) + b"\n"
+
+
+def mutate_words(data: bytes, rng) -> tuple[str, bytes]:
+    """A text with one word lost, twice, or another."""
+    words = re.split(r"(\s+)", data.decode("latin-1"))
+    at = int(rng.integers(0, len(words), 1)[0]) // 2 * 2
+    new = ["", words[at] + " " + words[at], *WORDS][rng.integers(len(WORDS) + 2)]
+    name = f"word {at}: {words[at][:20]!r} -> {new[:20]!r}"
+    return name, "".join([*words[:at], new, *words[at + 1:]]).encode()
+
+
+def mutate_place(path: Path, rng) -> str:
+    """Something else than a file of its own is there."""
+    kind = str(rng.choice(["nothing", "folder", "loop", "itself", "pipe", "locked"]))
+    path.unlink()
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "loop":
+        path.symlink_to(path.parent)
+    elif kind == "itself":
+        path.symlink_to(path)
+    elif kind == "pipe":
+        os.mkfifo(path)
+    return kind
+
+
+def mutate(path: Path, rng) -> str:
+    """Damage a file -> how."""
+    data = path.read_bytes()
+    if rng.random() < 0.08:
+        return mutate_place(path, rng)
+    change = mutate_bytes
+    if path.suffix in (".json", ".jsonl") and rng.random() < 0.75:
+        change = mutate_json
+    elif path.suffix in (".txt", ".args", ".csv", ".conf", ".jinja") and rng.random() < 0.7:
+        change = mutate_words
+    name, data = change(data, rng)
+    path.write_bytes(data)
+    return name
+
+
+class Kind(NamedTuple):
+    """A kind of file: what is mutated in a folder, and the runs that read it. strict: no mutation
+    may change what comes out."""
+    folder: Path
+    files: str  # pattern
+    runs: list[Case]
+    strict: bool = False
+    split: str = ""
+
+
+IMAGES = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP", "tif": "TIFF", "bmp": "BMP", "gif": "GIF",
+          "ppm": "PPM", "jp2": "JPEG2000", "avif": "AVIF", "mpo": "MPO"}
+
+
+@pytest.fixture(scope="module")
+def kinds(bench) -> dict[str, Kind]:
+    """Each kind of file in a folder of its own. The word HERE in a run is a copy of that folder,
+    OUT is another folder in it."""
+    folder, cases = bench
+    model, root = folder / "model", folder / "kinds"
+    world = folder / "world" / "val.jsonl"
+    made = {}
+
+    def kind(name, files, *runs, **options):
+        made[name] = Kind(root / name, files, list(runs), **options)
+
+    sheet = Case("render", ["HERE/val.jsonl", "--n", 4, "--focal", 60, "--out", "OUT/sheet.png"])
+    check = Case("prepare", ["--check", "HERE/val.jsonl"])
+    constant = Case("evaluate", ["--constant", 2, "--all", "--data", "HERE/val.jsonl", "--out",
+                                 "OUT"])
+    tasks = Case("evaluate", [model, "--data", "HERE/val.jsonl", "--queries", 4, "--tasks",
+                              "distance", "motion", "--workers", 0, "--out", "OUT"])
+    shutil.copytree(world.parent, root / "jsonl")
+    kind("jsonl", "val.jsonl", sheet, check, constant, tasks)
+    shutil.copytree(world.parent, root / "idx")
+    importlib.import_module("render").open_index(root / "idx" / "val.jsonl")
+    kind("idx", "val.idx", sheet, check, constant, strict=True)
+    for ending, form in IMAGES.items():
+        shutil.copytree(world.parent, root / ending)
+        for path in (root / ending).glob("*.png"):
+            with importlib.import_module("PIL.Image").open(path) as image:
+                image = image.copy()
+                image.save(path.with_suffix(f".{ending}"), form)
+            if ending != "png":
+                path.unlink()
+        lines = world.read_text().replace(".png", f".{ending}")
+        (root / ending / "val.jsonl").write_text(lines)
+        kind(ending, f"*.{ending}", sheet, check, tasks)
+
+    own = Case("prepare", ["--dataset", "folder", "--root", "HERE", "--workers", 1, "--points", 20,
+                           "--out", "OUT"])
+    for ending in ("png", "npy", "npz", "tif"):
+        rgbd_folder(root / f"depth {ending}", ending)
+        kind(f"depth {ending}", f"depth/*.{ending}", own)
+    for name, files in (("intrinsics.txt", "intrinsics.txt"), ("poses", "poses/*.txt")):
+        rgbd_folder(root / name, "npy")
+        kind(name, files, own)
+
+    ask = Case("evaluate", ["HERE", "--data", world, "--queries", 4, "--workers", 0, "--out",
+                            "OUT"])
+    for path in sorted(model.iterdir()):
+        if path.is_file():
+            shutil.copytree(model, root / path.name)
+            kind(path.name, path.name, ask)
+    files = cases["train_sft, files"]
+    start("train_sft, files", bench)
+    shutil.copytree(folder / "train_sft, files", root / "index")
+    shutil.rmtree(root / "index" / "resume")
+    kind("index", "*.index.json", ask)
+    begun = Case(files.script, [*files.argv, "--samples", 8, "--out", "HERE"], files.before)
+    shutil.move(folder / "train_sft, files", root / "state")
+    info = root / "state" / "run.json"
+    info.write_text(info.read_text().replace('"samples": 4', '"samples": 8'))
+    for name in ("state.json", "run.json", "log.jsonl"):
+        shutil.copytree(root / "state", root / f"run {name}")
+        kind(f"run {name}", f"**/{name}", begun)
+    shutil.copytree(root / "state", root / "run resume")
+    kind("run resume", "resume/step*/*", begun)
+
+    forked("evaluate", [model, "--data", world, "--queries", 8, "--workers", 0, "--out",
+                        root / "predictions"], folder / "log")
+    kind("predictions", "predictions.jsonl", Case("evaluate", [
+        "--predictions", "HERE/predictions.jsonl", "--out", "OUT"]))
+    (root / "chats").mkdir()
+    lines = [{"question": f"What is {k} + 1?", "answer": f"{k + 1}"} for k in range(6)]
+    (root / "chats" / "chats.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    train = cases["train_sft"].argv
+    kind("chats", "chats.jsonl", Case("train_sft", [
+        *train, "--samples", 4, "--batch", 4, "--val-every", 0, "--mix", "HERE/chats.jsonl:0.5",
+        "--out", "OUT"]))
+    (root / "flags").mkdir()
+    (root / "flags" / "run.args").write_text(
+        f"--constant 2 --data {world}  # all of it\n--queries 8 --seed 3\n\n--batch-size 4\n")
+    kind("flags", "run.args", Case("evaluate", ["@HERE/run.args", "--out", "OUT"]))
+
+    half = root / "answers"
+    forked("pointcloud", [*cases["pointcloud"].argv, "--out", half], folder / "log", any_answer)
+    for path in half.iterdir():
+        if path.name not in ("run.json", "answers.jsonl"):
+            path.unlink()
+    lines = (half / "answers.jsonl").read_text().splitlines(True)
+    (half / "answers.jsonl").write_text("".join(lines[:8]))
+    kind("answers", "answers.jsonl", Case("pointcloud", [
+        *cases["pointcloud"].argv, "--out", "HERE"], any_answer))
+    half = shutil.copytree(root / "predictions", root / "parts")
+    (half / "metrics.json").unlink()
+    lines = (half / "predictions.jsonl").read_text().splitlines(True)
+    (half / "predictions.jsonl").unlink()
+    (half / "predictions.part-0-of-1-1.jsonl").write_text("".join(lines[:4]))
+    kind("parts", "*.part*", Case("evaluate", [
+        model, "--data", world, "--queries", 8, "--workers", 0, "--out", "HERE"]))
+    return made
+
+
+def rgbd_folder(folder: Path, ending: str) -> None:
+    """Four frames as people have them."""
+    image_of = importlib.import_module("PIL.Image").fromarray
+    for part in ("rgb", "depth", "poses"):
+        (folder / part).mkdir(parents=True)
+    (folder / "intrinsics.txt").write_text("50 50 31.5 23.5\n")
+    for k in range(4):
+        y, x = np.mgrid[:48, :64]
+        depth = (1.5 + 0.3 * k + x / 40 + y / 60).astype(np.float32)
+        grey = (255 / (1 + depth)).astype(np.uint8)
+        image_of(np.stack([grey] * 3, 2)).save(folder / f"rgb/{k}.png")
+        np.savetxt(folder / f"poses/{k}.txt", np.eye(4))
+        path = folder / f"depth/{k}.{ending}"
+        if ending == "npy":
+            np.save(path, depth)
+        elif ending == "npz":
+            np.savez(path, depth)
+        else:
+            image_of((1000 * depth).astype(np.uint16)).save(path)
+
+
+def trial(kind: Kind, run: Case, rng=None) -> tuple[str, Outcome, dict, set]:
+    """Mutate one file of a copy of the folder, and run -> how it was mutated, the end, the files,
+    what was said, without numbers."""
+    here = kind.folder.with_name("here")
+    shutil.rmtree(here, ignore_errors=True)
+    shutil.copytree(kind.folder, here)
+    mutated, name = "", ""
+    if rng is not None:
+        files = sorted(path for path in here.glob(kind.files) if path.is_file())
+        path = files[rng.integers(len(files))]
+        name = str(path.relative_to(here))
+        mutated = f"{name}: {mutate(path, rng)}"
+    out = here / "out"
+    argv = [str(word).replace("HERE", str(here)).replace("OUT", str(out)) for word in run.argv]
+    outcome = forked(run.script, argv, here.with_suffix(".log"), run.before, 30)
+    said = {re.sub(r"[-\d.]+", "", line) for line in outcome.said.splitlines()}
+    place = out if "OUT" in " ".join(map(str, run.argv)) else here
+    files = {}
+    if place.exists() and outcome.code == 0:
+        files = {file: data for file, data in contents(place).items()
+                 if file != name and "run.json" not in file}
+    return mutated, outcome, files, said
+
+
+def judge(kind: Kind, run: Case, base, rng) -> tuple[str, str]:
+    """-> "harmless", "other" (a value that might be true), "refused", "reported" or "wrong", and
+    how it came about."""
+    mutated, (code, said), files, lines = trial(kind, run, rng)
+    story = f"{run.script} {mutated}: exit {code}: {said[-700 if code else -300:]}"
+    ends = [line for line in said.splitlines() if "error: " in line]
+    if code == "hang" or code not in (0, 1, 2) or "Traceback" in said:
+        return "wrong", story
+    if any(not (c.isprintable() or c in "\r\n\t") for c in said):
+        return "wrong", f"unescaped {story}"
+    if code == 2:
+        named = "here" in ends[-1] or "argument" in ends[-1] or run.argv[0].startswith("@")
+        clear = len(ends) == 1 and named and len(ends[0]) < 1500
+        return ("refused" if clear else "wrong"), story
+    if run.argv[0] == "--check" and code == 1:
+        return "reported", story
+    if code == 1 or re.search(r"\bNaN\b|\bInfinity\b", " ".join(
+            data.decode("latin-1") for name, data in files.items() if "json" in name)):
+        return "wrong", story
+    if lines - base[1]:
+        return "reported", story
+    if all(files.get(file, data) == data for file, data in base[0].items()):
+        return "harmless", story
+    return ("wrong" if kind.strict else "other"), story
+
+
+@pytest.mark.parametrize("name", ["all"])
+def test_damaged_files(kinds, name):
+    import collections
+    table, tell = collections.defaultdict(collections.Counter), []
+    only = os.environ.get("KINDS", "").split(",")
+    names = [n for n in kinds if only == [""] or n in only]
+    bases = {}
+    number = int(os.environ.get("NUMBER", MUTATIONS))
+    for k in range(number):
+        rng = np.random.default_rng((7, k))
+        kname = names[k % len(names)]
+        kind = kinds[kname]
+        n = int(rng.integers(len(kind.runs)))
+        run = kind.runs[n]
+        if (kname, n) not in bases:
+            _, outcome, files, lines = trial(kind, run)
+            assert outcome.code == 0 or run.argv[0] == "--check", (kname, outcome.said[-3000:])
+            bases[kname, n] = files, lines
+        verdict, story = judge(kind, run, bases[kname, n], rng)
+        table[kname][verdict] += 1
+        if verdict in ("wrong", "other"):
+            tell.append(f"{verdict} [{kname} {k}] {story}")
+    print("\nTABLE", flush=True)
+    for kname, row in table.items():
+        print(f"{kname:24}", dict(row))
+    print("\n".join(tell))
