@@ -1091,7 +1091,8 @@ def read_parts(out: Path) -> dict[int, dict]:
     """Answers of an interrupted run, by query number."""
     done = {}
     for path in sorted(out.glob("predictions.part-*.jsonl")):
-        done |= {line["id"]: line for _, line in render.read_jsonl(path, interrupted=True)}
+        with render.blaming(path):
+            done |= {line["id"]: line for _, line in render.read_jsonl(path, interrupted=True)}
     return done
 
 
@@ -1184,7 +1185,7 @@ def answer_queries(args, checkpoint: Checkpoint, groups: list, out: Path, rank: 
 def join_parts(out: Path, total: int) -> None:
     """Make predictions.jsonl. Raises ValueError if an answer is missing."""
     done = read_parts(out)
-    if len(done) < total:
+    if done.keys() != {*range(total)}:
         raise ValueError(f"{out}: has {len(done)} of {total} answers, though all ranks have ended. "
                          "Give an --out that all of them share.")
     render.write_jsonl(out / "predictions.jsonl", [done[number] for number in sorted(done)])

@@ -519,8 +519,8 @@ def load_resume(model, optimizer, out: Path) -> dict | None:
         return None
     named = render.read_json(path)
     with render.blaming(path, "Start again in another --out, or bring the folder back."):
-        folder = out / "resume" / Path(named["folder"]).name
-        named = {"step": int(named["step"]), "bad": int(named["bad"])}
+        named = {"step": named["step"], "bad": int(named["bad"])}
+        folder = out / "resume" / f"step_{named['step']:08d}"
         with open(folder / ".metadata", "rb") as file:
             MetadataUnpickler(file).load()
         state = training_state(model, optimizer)
@@ -562,8 +562,10 @@ def open_run(args: argparse.Namespace, out: Path, world: int) -> None:
 def trim_log(path: Path, step: int) -> None:
     """Drop the lines after `step`: a resumed run writes them again."""
     if path.is_file():
-        lines = [line for _, line in render.read_jsonl(path, interrupted=True)]
-        render.write_jsonl(path, [line for line in lines if line["step"] <= step])
+        with render.blaming(path):
+            lines = [line for _, line in render.read_jsonl(path, interrupted=True)
+                     if line["step"] <= step]
+        render.write_jsonl(path, lines)
 
 
 def log_line(path: Path, **fields) -> None:

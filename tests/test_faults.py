@@ -22,12 +22,13 @@ import sys
 import time
 import traceback
 import zlib
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
+import test_prepare_readers as readers
 from conftest import make_world
 
 LONG = os.environ.get("FAULTS") == "long"
@@ -461,7 +462,7 @@ class Kind(NamedTuple):
     """A kind of file: what is mutated in a folder, and the runs that read it. strict: no mutation
     may change what comes out."""
     folder: Path
-    files: str  # pattern
+    files: str  # patterns
     runs: list[Case]
     strict: bool = False
     split: str = ""
@@ -568,7 +569,36 @@ def kinds(bench) -> dict[str, Kind]:
     (half / "predictions.part-0-of-1-1.jsonl").write_text("".join(lines[:4]))
     kind("parts", "*.part*", Case("evaluate", [
         model, "--data", world, "--queries", 8, "--workers", 0, "--out", "HERE"]))
+    for name, (split, build) in TREES.items():
+        build(root / f"raw {name}")
+        kind(f"raw {name}", "**/*", Case("prepare", [
+            "--dataset", name, "--root", "HERE", "--split", split, "--points", 20, "--workers", 1,
+            "--out", "OUT"]))
     return made
+
+
+def scannetpp(root: Path) -> None:
+    readers.scannetpp_scene(root, "aaa", (0, 10), width=640)
+    readers.scannetpp_splits(root, [], ["aaa"])
+
+
+def omnidata(root: Path, dataset: str) -> None:
+    readers.omnidata_root(root, "omnitools", dataset, ("allensville", "ackermanville"),
+                          ("depth_euclidean",), "point_info")
+
+
+TREES = {
+    "argoverse2": ("val", lambda root: readers.argoverse_log(root / "val", "0a")),
+    "waymo": ("train", readers.waymo_root),
+    "nuscenes": ("val", readers.nuscenes_root),
+    "scannetpp": ("val", scannetpp),
+    "taskonomy": ("train", partial(omnidata, dataset="taskonomy")),
+    "hm3d": ("train", partial(omnidata, dataset="hm3d")),
+    "matterport3d": ("train", readers.matterport_house),
+    "ddad": ("val", readers.ddad_root),
+    "eth3d": ("val", readers.eth3d_root),
+    "sunrgbd": ("val", lambda root: readers.sun_scene(root / "SUNRGBD/kv2/align_kv2/2014-12-18")),
+    "ibims1": ("val", readers.ibims_root)}
 
 
 def rgbd_folder(folder: Path, ending: str) -> None:
@@ -650,7 +680,8 @@ def test_damaged_files(kinds, name):
     names = [n for n in kinds if only == [""] or n in only]
     bases = {}
     number = int(os.environ.get("NUMBER", MUTATIONS))
-    for k in range(number):
+    first = int(os.environ.get("FIRST", 0))
+    for k in range(first, first + number):
         rng = np.random.default_rng((7, k))
         kname = names[k % len(names)]
         kind = kinds[kname]
@@ -664,6 +695,8 @@ def test_damaged_files(kinds, name):
         table[kname][verdict] += 1
         if verdict in ("wrong", "other"):
             tell.append(f"{verdict} [{kname} {k}] {story}")
+            if LONG:
+                print(tell[-1], flush=True)
     print("\nTABLE", flush=True)
     for kname, row in table.items():
         print(f"{kname:24}", dict(row))
