@@ -234,6 +234,11 @@ def build_model(folder: Path, dtype: torch.dtype, master: torch.dtype):
     import transformers
     with render.blaming(f"{folder}/config.json"), torch.device("meta"):
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        text = config.get_text_config()
+        width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        axes = text.rope_parameters.get("mrope_section", [width // 2])
+        if 2 * sum(axes) != width:
+            raise ValueError(f"mrope_section {axes} is no split of heads {width} wide")
         model = transformers.AutoModelForImageTextToText.from_config(
             config, dtype=master, trust_remote_code=False)
     return prepare_model(model, dtype)
@@ -995,7 +1000,8 @@ def check_prediction(line: dict, depth_type: str) -> None:
     numbers = {key: float(line[key]) for key in NUMBERS if key in line}
     if pred is not None and math.isfinite(pred):
         numbers["pred"] = pred
-    texts = [line["image"], line.get("dataset", ""), task, line.get("depth_type", depth_type)]
+    texts = [line["image"], line.get("dataset", ""), task, line.get("depth_type", depth_type),
+             line.get("text", "")]
     if not all(isinstance(text, str) for text in texts) or texts[3] not in ("euclidean", "z"):
         raise ValueError(f"{texts} are no texts, or depth_type is neither euclidean nor z")
     finite = all(map(math.isfinite, numbers.values()))
@@ -1051,7 +1057,7 @@ def list_queries(args, tasks: list[str]) -> list[tuple[str, Records, str, list]]
 
 
 def file_hash(path) -> str:
-    with open(path, "rb") as file:
+    with render.blaming(path), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -1239,7 +1245,7 @@ def answer_constant(args, groups: list, out: Path) -> None:
 def report(lines: list[dict], out: Path) -> None:
     result = summarize(lines)
     render.write_json(out / "metrics.json", result)
-    print(f"{table(result)}\n{out}/metrics.json")
+    print(render.printable(f"{table(result)}\n{out}/metrics.json"))
 
 
 @render.command

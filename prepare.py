@@ -196,6 +196,8 @@ def reason(error, about=""):
 def naming(path):
     """Whatever goes wrong with a file becomes a ValueError that names it."""
     try:
+        if Path(path).is_fifo():
+            raise ValueError("is a pipe, no file")
         yield
     except Exception as error:  # readers of damaged files raise whatever they like
         raise ValueError(reason(error, path)) from error
@@ -1622,7 +1624,7 @@ def prepare_split(path, inputs, info, workers, overwrite):
     for what, times in state["notes"].items():
         print(f"  {times:,} {what}")
     for example in state["bad_examples"]:
-        print(f"left out: {example}", file=sys.stderr)
+        print(f"left out: {render.printable(example)}", file=sys.stderr)
     if state["bad"] > BAD_SHARE * len(frames):
         print(f"WARNING: {state['bad']} of {len(frames)} images cannot be read: is the download "
               "complete?", file=sys.stderr)
@@ -1666,9 +1668,10 @@ def check(paths, image_root=None):
     for report in reports:
         print(f"  {report['path']}: {report['note']}")
         for what, (times, example) in report["faults"].items():
-            print(f"  FAULT {report['path']}: {what} ({times} x); {example}")
+            line = f"  FAULT {report['path']}: {what} ({times} x); {example}"
+            print(render.printable(line))
     total = sum(len(report["faults"]) for report in reports)
-    print(f"{total or 'no'} kinds of fault found")
+    print(f"{total or 'no'} kinds of fault found", flush=True)
     return total
 
 

@@ -121,6 +121,8 @@ def blaming(path, remedy: str = "The file is damaged, or of something else: copy
             "again.") -> Iterator[None]:
     """Whatever a parser raises inside, others' too, becomes one line that names the file."""
     try:
+        if os.path.exists(path) and not os.path.isfile(path):  # a pipe would not end
+            raise ValueError("is no file")
         yield
     except BaseException as e:  # a panic of the tokenizers is no Exception
         if isinstance(e, (KeyboardInterrupt, SystemExit)) or str(e).startswith(str(path)):
@@ -232,13 +234,12 @@ def text_table(rows: list[list[str]]) -> str:
 
 def printable(text) -> str:
     """What comes from data, without characters that would control the terminal."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in str(text))
 
 
 def fail(message, code: int = 2) -> None:
     """End with one line that says what is wrong and what helps."""
-    lines = [printable(line) for line in str(message).split("\n")]
-    print("error:", "\n".join(lines), file=sys.stderr)
+    print("error:", printable(message), file=sys.stderr)
     raise SystemExit(code)
 
 
@@ -248,7 +249,8 @@ def command(main: Callable) -> Callable:
     @wraps(main)
     def run(argv=None):
         try:
-            return main(argv)
+            main(argv)
+            sys.stdout.flush()
         except BrokenPipeError:  # the reader of our output, such as head, has enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except (ValueError, OSError) as e:
@@ -256,7 +258,12 @@ def command(main: Callable) -> Callable:
             if "Original Traceback" in said:  # of a loader worker, which sends the whole of it
                 said = said.rstrip().splitlines()[-1].removeprefix("ValueError: ")
             fail(said)
-        except RuntimeError as e:
+        except (RuntimeError, KeyboardInterrupt) as e:
+            # of a loader worker it may be known first
+            if isinstance(e, KeyboardInterrupt) or "signal: Interrupt" in str(e):
+                if os.environ.get("RANK", "0") != "0":  # one line is enough
+                    raise SystemExit(130) from None
+                fail("interrupted. Give the same command again to resume.", 130)
             if "DataLoader worker" in str(e):
                 fail("a loader worker was killed, most likely for lack of memory. Give the same "
                      "command with fewer --workers to resume.")
@@ -264,8 +271,6 @@ def command(main: Callable) -> Callable:
                 raise
             fail(f"the GPU has not enough memory ({str(e).splitlines()[0]}). Lower --micro-batch "
                  "or --batch-size; for training there are --checkpointing and --reshard, too.")
-        except KeyboardInterrupt:
-            fail("interrupted. Give the same command again to resume.", 130)
 
     return run
 
@@ -502,7 +507,7 @@ def camera_fault(intrinsics, doubt: bool = False) -> str | None:
     numbers in another order or scale."""
     *camera, w, h = intrinsics
     off = off_centre(*intrinsics)
-    possible = off < 0.5 and any(camera[2:])
+    possible = off < 0.5 and all(camera[2:])
     if possible and not (doubt and off > 0.1):
         return None
     for mistake, meant in mistaken_cameras(*intrinsics):

@@ -505,10 +505,14 @@ def save_resume(model, optimizer, out: Path, step: int, bad: int) -> None:
         temporary.rename(folder)
         render.write_json(out / "resume" / "state.json",
                           {"step": step, "folder": folder.name, "bad": bad})
-        for old in (out / "resume").glob("*step_*"):
-            if old != folder:
-                shutil.rmtree(old, ignore_errors=True)
+        drop_other_states(folder)
     dist.barrier()
+
+
+def drop_other_states(folder: Path) -> None:
+    for old in folder.parent.glob("*step_*"):
+        if old != folder:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def load_resume(model, optimizer, out: Path) -> dict | None:
@@ -519,12 +523,14 @@ def load_resume(model, optimizer, out: Path) -> dict | None:
         return None
     named = render.read_json(path)
     with render.blaming(path, "Start again in another --out, or bring the folder back."):
-        named = {"step": named["step"], "bad": int(named["bad"])}
+        named = {"step": named["step"], "bad": NATURAL(str(named["bad"]))}
         folder = out / "resume" / f"step_{named['step']:08d}"
         with open(folder / ".metadata", "rb") as file:
             MetadataUnpickler(file).load()
         state = training_state(model, optimizer)
         dcp.load(state, checkpoint_id=folder)
+    if dist.get_rank() == 0:  # a kill may have come before
+        drop_other_states(folder)
     dcp_state.set_model_state_dict(model, state["model"])
     settings = dcp_state.get_optimizer_state_dict(model, optimizer)
     dcp_state.set_optimizer_state_dict(model, optimizer, settings | {"state": state["optimizer"]})
@@ -561,7 +567,7 @@ def open_run(args: argparse.Namespace, out: Path, world: int) -> None:
 
 def trim_log(path: Path, step: int) -> None:
     """Drop the lines after `step`: a resumed run writes them again."""
-    if path.is_file():
+    if path.exists():
         with render.blaming(path):
             lines = [line for _, line in render.read_jsonl(path, interrupted=True)
                      if line["step"] <= step]
