@@ -31,6 +31,7 @@ import shutil
 import sys
 import time
 import urllib.request
+import zipfile
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -1960,6 +1961,8 @@ def download(url, path, md5=None):
             part.unlink()
             raise ValueError(f"{url}: has checksum {found} instead of {md5}, and was thrown away. "
                              "Give the same command again.")
+    else:
+        print(f"{path}: there is no checksum to compare it with")
     os.replace(part, path)
 
 
@@ -1996,10 +1999,19 @@ def unpack(archive, root):
     shutil.rmtree(hidden, ignore_errors=True)
     print(f"unpacking {archive}")
     try:
-        options = {"filter": "data"} if archive.suffix == ".tar" else {}
+        options, size = {"filter": "data"}, archive.stat().st_size
+        if archive.suffix == ".zip":
+            with zipfile.ZipFile(archive) as file:
+                options, size = {}, sum(part.file_size for part in file.infolist())
+        free = shutil.disk_usage(root).free
+        if free < size:
+            raise ValueError(f"takes {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
         shutil.unpack_archive(archive, hidden, **options)
         for path in listed(hidden):
-            os.replace(path, root / path.name)
+            if (root / path.name).exists():
+                print(f"{root / path.name}: is there already, and is kept")
+            else:
+                os.replace(path, root / path.name)
     except Exception as error:  # as in naming
         raise ValueError(f"{archive}: cannot be unpacked ({reason(error)}). If it is damaged, "
                          "delete it; then give the same command again.") from None
