@@ -234,6 +234,11 @@ def build_model(folder: Path, dtype: torch.dtype, master: torch.dtype):
     import transformers
     with render.blaming(f"{folder}/config.json"), torch.device("meta"):
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        text = config.get_text_config()
+        width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        axes = text.rope_parameters.get("mrope_section", [width // 2])
+        if 2 * sum(axes) != width:
+            raise ValueError(f"mrope_section {axes} is no split of heads {width} wide")
         model = transformers.AutoModelForImageTextToText.from_config(
             config, dtype=master, trust_remote_code=False)
     return prepare_model(model, dtype)
@@ -299,7 +304,9 @@ def weight_files(folder: Path) -> dict[str, str]:
     """Weight name -> the safetensors file that holds it."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        return render.read_json(index)["weight_map"]
+        with render.blaming(index):
+            named = render.read_json(index)["weight_map"]
+            return {name: Path(file).name for name, file in named.items()}
     if not (folder / "model.safetensors").is_file():
         raise ValueError(f"{folder}: holds no *.safetensors weights; download the whole folder.")
     with open_weights(folder / "model.safetensors") as file:
@@ -993,7 +1000,8 @@ def check_prediction(line: dict, depth_type: str) -> None:
     numbers = {key: float(line[key]) for key in NUMBERS if key in line}
     if pred is not None and math.isfinite(pred):
         numbers["pred"] = pred
-    texts = [line["image"], line.get("dataset", ""), task, line.get("depth_type", depth_type)]
+    texts = [line["image"], line.get("dataset", ""), task, line.get("depth_type", depth_type),
+             line.get("text", "")]
     if not all(isinstance(text, str) for text in texts) or texts[3] not in ("euclidean", "z"):
         raise ValueError(f"{texts} are no texts, or depth_type is neither euclidean nor z")
     finite = all(map(math.isfinite, numbers.values()))
@@ -1049,7 +1057,7 @@ def list_queries(args, tasks: list[str]) -> list[tuple[str, Records, str, list]]
 
 
 def file_hash(path) -> str:
-    with open(path, "rb") as file:
+    with render.blaming(path), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -1089,7 +1097,8 @@ def read_parts(out: Path) -> dict[int, dict]:
     """Answers of an interrupted run, by query number."""
     done = {}
     for path in sorted(out.glob("predictions.part-*.jsonl")):
-        done |= {line["id"]: line for _, line in render.read_jsonl(path, interrupted=True)}
+        with render.blaming(path):
+            done |= {line["id"]: line for _, line in render.read_jsonl(path, interrupted=True)}
     return done
 
 
@@ -1182,7 +1191,7 @@ def answer_queries(args, checkpoint: Checkpoint, groups: list, out: Path, rank: 
 def join_parts(out: Path, total: int) -> None:
     """Make predictions.jsonl. Raises ValueError if an answer is missing."""
     done = read_parts(out)
-    if len(done) < total:
+    if done.keys() != {*range(total)}:
         raise ValueError(f"{out}: has {len(done)} of {total} answers, though all ranks have ended. "
                          "Give an --out that all of them share.")
     render.write_jsonl(out / "predictions.jsonl", [done[number] for number in sorted(done)])
@@ -1236,7 +1245,7 @@ def answer_constant(args, groups: list, out: Path) -> None:
 def report(lines: list[dict], out: Path) -> None:
     result = summarize(lines)
     render.write_json(out / "metrics.json", result)
-    print(f"{table(result)}\n{out}/metrics.json")
+    print(render.printable(f"{table(result)}\n{out}/metrics.json"))
 
 
 @render.command

@@ -234,7 +234,9 @@ def answer_grid(load_model, checkpoint, photo: Photo, pixels: np.ndarray, path: 
     before the next batch begins. -> lines in the order of the pixels, and what a query took."""
     done = {}
     if path.exists():
-        done = {tuple(line["pixel"]): line for _, line in render.read_jsonl(path, True)}
+        with render.blaming(path):
+            done = {tuple(line["pixel"]): line for _, line in render.read_jsonl(path, True)
+                    if line["pred"] is None or NEAREST < line["pred"] < FARTHEST}
     order = [tuple(pixel) for pixel in pixels.tolist()]
     kept = next((k for k, pixel in enumerate(order) if pixel not in done), len(order))
     if kept == len(order):

@@ -31,6 +31,7 @@ import shutil
 import sys
 import time
 import urllib.request
+import zipfile
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -196,6 +197,8 @@ def reason(error, about=""):
 def naming(path):
     """Whatever goes wrong with a file becomes a ValueError that names it."""
     try:
+        if Path(path).is_fifo():
+            raise ValueError("is a pipe, no file")
         yield
     except Exception as error:  # readers of damaged files raise whatever they like
         raise ValueError(reason(error, path)) from error
@@ -1622,7 +1625,7 @@ def prepare_split(path, inputs, info, workers, overwrite):
     for what, times in state["notes"].items():
         print(f"  {times:,} {what}")
     for example in state["bad_examples"]:
-        print(f"left out: {example}", file=sys.stderr)
+        print(f"left out: {render.printable(example)}", file=sys.stderr)
     if state["bad"] > BAD_SHARE * len(frames):
         print(f"WARNING: {state['bad']} of {len(frames)} images cannot be read: is the download "
               "complete?", file=sys.stderr)
@@ -1666,9 +1669,10 @@ def check(paths, image_root=None):
     for report in reports:
         print(f"  {report['path']}: {report['note']}")
         for what, (times, example) in report["faults"].items():
-            print(f"  FAULT {report['path']}: {what} ({times} x); {example}")
+            line = f"  FAULT {report['path']}: {what} ({times} x); {example}"
+            print(render.printable(line))
     total = sum(len(report["faults"]) for report in reports)
-    print(f"{total or 'no'} kinds of fault found")
+    print(f"{total or 'no'} kinds of fault found", flush=True)
     return total
 
 
@@ -1957,6 +1961,8 @@ def download(url, path, md5=None):
             part.unlink()
             raise ValueError(f"{url}: has checksum {found} instead of {md5}, and was thrown away. "
                              "Give the same command again.")
+    else:
+        print(f"{path}: there is no checksum to compare it with")
     os.replace(part, path)
 
 
@@ -1993,10 +1999,19 @@ def unpack(archive, root):
     shutil.rmtree(hidden, ignore_errors=True)
     print(f"unpacking {archive}")
     try:
-        options = {"filter": "data"} if archive.suffix == ".tar" else {}
+        options, size = {"filter": "data"}, archive.stat().st_size
+        if archive.suffix == ".zip":
+            with zipfile.ZipFile(archive) as file:
+                options, size = {}, sum(part.file_size for part in file.infolist())
+        free = shutil.disk_usage(root).free
+        if free < size:
+            raise ValueError(f"takes {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
         shutil.unpack_archive(archive, hidden, **options)
         for path in listed(hidden):
-            os.replace(path, root / path.name)
+            if (root / path.name).exists():
+                print(f"{root / path.name}: is there already, and is kept")
+            else:
+                os.replace(path, root / path.name)
     except Exception as error:  # as in naming
         raise ValueError(f"{archive}: cannot be unpacked ({reason(error)}). If it is damaged, "
                          "delete it; then give the same command again.") from None

@@ -50,12 +50,13 @@ except ImportError:  # on Windows: no lock
 
 
 @contextmanager
-def replacing(path) -> Iterator[Path]:
+def replacing(path, writer: str = "") -> Iterator[Path]:
     """A temporary path that becomes `path` when the block ends, and vanishes if it fails: a reader
-    finds the old file or the new one at any moment, never a part."""
+    finds the old file or the new one at any moment, never a part. What a killed run leaves is
+    overwritten by the next; writer: which one it is, where there may be several."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}{writer}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -91,12 +92,14 @@ def parse_json(data: bytes, nan: bool = False):
             raise ValueError(f"one of the keys {sorted(value)} stands twice")
         return value
 
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no finite number")
+    def finite(text: str) -> float:
+        if not math.isfinite(float(text)):
+            raise ValueError(f"{text} is no finite number")
+        return float(text)
 
     try:
         value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=unique,
-                           parse_constant=float if nan else refuse)
+                           parse_constant=float if nan else finite, parse_float=finite)
         if b"\\u" in data:  # half of a surrogate pair is no text
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
@@ -119,9 +122,11 @@ def blaming(path, remedy: str = "The file is damaged, or of something else: copy
             "again.") -> Iterator[None]:
     """Whatever a parser raises inside, others' too, becomes one line that names the file."""
     try:
+        if os.path.exists(path) and not os.path.isfile(path):  # a pipe would not end
+            raise ValueError("is no file")
         yield
     except BaseException as e:  # a panic of the tokenizers is no Exception
-        if isinstance(e, KeyboardInterrupt) or str(e).startswith(str(path)):
+        if isinstance(e, (KeyboardInterrupt, SystemExit)) or str(e).startswith(str(path)):
             raise
         kind = "" if type(e) is ValueError else f"{type(e).__name__} "
         raise ValueError(f"{path}: {kind}{first_line(e)}. {remedy}") from None
@@ -230,13 +235,12 @@ def text_table(rows: list[list[str]]) -> str:
 
 def printable(text) -> str:
     """What comes from data, without characters that would control the terminal."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in str(text))
 
 
 def fail(message, code: int = 2) -> None:
     """End with one line that says what is wrong and what helps."""
-    lines = [printable(line) for line in str(message).split("\n")]
-    print("error:", "\n".join(lines), file=sys.stderr)
+    print("error:", printable(message), file=sys.stderr)
     raise SystemExit(code)
 
 
@@ -246,7 +250,8 @@ def command(main: Callable) -> Callable:
     @wraps(main)
     def run(argv=None):
         try:
-            return main(argv)
+            main(argv)
+            sys.stdout.flush()
         except BrokenPipeError:  # the reader of our output, such as head, has enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except (ValueError, OSError) as e:
@@ -254,7 +259,12 @@ def command(main: Callable) -> Callable:
             if "Original Traceback" in said:  # of a loader worker, which sends the whole of it
                 said = said.rstrip().splitlines()[-1].removeprefix("ValueError: ")
             fail(said)
-        except RuntimeError as e:
+        except (RuntimeError, KeyboardInterrupt) as e:
+            # of a loader worker it may be known first
+            if isinstance(e, KeyboardInterrupt) or "signal: Interrupt" in str(e):
+                if os.environ.get("RANK", "0") != "0":  # one line is enough
+                    raise SystemExit(130) from None
+                fail("interrupted. Give the same command again to resume.", 130)
             if "DataLoader worker" in str(e):
                 fail("a loader worker was killed, most likely for lack of memory. Give the same "
                      "command with fewer --workers to resume.")
@@ -262,8 +272,6 @@ def command(main: Callable) -> Callable:
                 raise
             fail(f"the GPU has not enough memory ({str(e).splitlines()[0]}). Lower --micro-batch "
                  "or --batch-size; for training there are --checkpointing and --reshard, too.")
-        except KeyboardInterrupt:
-            fail("interrupted. Give the same command again to resume.", 130)
 
     return run
 
@@ -286,6 +294,13 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter,
                                      fromfile_prefix_chars="@", allow_abbrev=False)
     parser.convert_arg_line_to_args = split_line
+    read_files = parser._read_args_from_files
+
+    def read(words: list[str]) -> list[str]:
+        with blaming(" ".join(word for word in words if word.startswith("@"))):
+            return read_files(words)
+
+    parser._read_args_from_files = read
     return parser
 
 
@@ -420,7 +435,9 @@ def open_index(path: str) -> np.ndarray:
     if offsets[-1] != size:  # the last line has no line feed
         offsets = np.append(offsets, size)
     with suppress(OSError):  # in a read-only folder the index stays in memory
-        with replacing(index) as temporary:
+        for leftover in path.parent.glob(f".{index.name}.*.tmp"):
+            leftover.unlink()
+        with replacing(index, f".{os.getpid()}") as temporary:
             offsets.astype("<i8").tofile(temporary)
     return offsets
 
@@ -491,7 +508,7 @@ def camera_fault(intrinsics, doubt: bool = False) -> str | None:
     numbers in another order or scale."""
     *camera, w, h = intrinsics
     off = off_centre(*intrinsics)
-    possible = off < 0.5 and any(camera[2:])
+    possible = off < 0.5 and all(camera[2:])
     if possible and not (doubt and off > 0.1):
         return None
     for mistake, meant in mistaken_cameras(*intrinsics):

@@ -505,10 +505,14 @@ def save_resume(model, optimizer, out: Path, step: int, bad: int) -> None:
         temporary.rename(folder)
         render.write_json(out / "resume" / "state.json",
                           {"step": step, "folder": folder.name, "bad": bad})
-        for old in (out / "resume").glob("*step_*"):
-            if old != folder:
-                shutil.rmtree(old, ignore_errors=True)
+        drop_other_states(folder)
     dist.barrier()
+
+
+def drop_other_states(folder: Path) -> None:
+    for old in folder.parent.glob("*step_*"):
+        if old != folder:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def load_resume(model, optimizer, out: Path) -> dict | None:
@@ -519,14 +523,17 @@ def load_resume(model, optimizer, out: Path) -> dict | None:
         return None
     named = render.read_json(path)
     with render.blaming(path, "Start again in another --out, or bring the folder back."):
-        folder = out / "resume" / Path(named["folder"]).name
         counts = {key: named[key] for key in ("step", "bad")}
-        if any(type(n) is not int or n < 0 for n in counts.values()):
-            raise ValueError(f"{counts} are no counts")
+        folder = out / "resume" / f"step_{counts['step']:08d}"
+        whole = all(type(n) is int and n >= 0 for n in counts.values())
+        if not whole or named["folder"] != folder.name:
+            raise ValueError(f"{named} names no state")
         with open(folder / ".metadata", "rb") as file:
             MetadataUnpickler(file).load()
         state = training_state(model, optimizer)
         dcp.load(state, checkpoint_id=folder)
+    if dist.get_rank() == 0:  # a kill may have come before
+        drop_other_states(folder)
     dcp_state.set_model_state_dict(model, state["model"])
     settings = dcp_state.get_optimizer_state_dict(model, optimizer)
     dcp_state.set_optimizer_state_dict(model, optimizer, settings | {"state": state["optimizer"]})
@@ -563,9 +570,11 @@ def open_run(args: argparse.Namespace, out: Path, world: int) -> None:
 
 def trim_log(path: Path, step: int) -> None:
     """Drop the lines after `step`: a resumed run writes them again."""
-    if path.is_file():
-        lines = [line for _, line in render.read_jsonl(path, interrupted=True)]
-        render.write_jsonl(path, [line for line in lines if line["step"] <= step])
+    if path.exists():
+        with render.blaming(path):
+            lines = [line for _, line in render.read_jsonl(path, interrupted=True)
+                     if line["step"] <= step]
+        render.write_jsonl(path, lines)
 
 
 def log_line(path: Path, **fields) -> None:
