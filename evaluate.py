@@ -903,14 +903,16 @@ def table(result: dict) -> str:
         notes.append("queries (unparsed): " + ", ".join(counts))
     by_z = {name: d["by_z"] for name, d in result["datasets"].items() if "by_z" in d}
     if by_z and "tasks" not in result:
-        shown = (f"{name} {z['delta1']:.3f} (always 2.0 m {z['always_2m']:.3f}, abs_rel "
-                 f"{show(z['abs_rel'])}, rmse {show(z['rmse'])})" for name, z in by_z.items())
+        shown = (f"{name} {z['delta1']:.3f} (abs_rel {show(z['abs_rel'])}, rmse {show(z['rmse'])})"
+                 for name, z in by_z.items())
         notes.append("by z instead of Euclidean, delta1: " + "  ".join(shown))
     return "\n".join([render.text_table(rows), *notes])
 
 
 def metric_rows(result: dict) -> list[list[str]]:
-    columns = {**result["datasets"], "average": result["average"]}
+    columns = dict(result["datasets"])
+    if len(columns) > 1:
+        columns["average"] = result["average"]
     rows = [["", *columns]]
     for key in ("delta1", "delta1_ci", "delta2", "delta3", "abs_rel", "rmse", "log10", "silog",
                 "unparsed", *ODD, "n", "in_10_90", "confidence", "lost"):
@@ -920,11 +922,11 @@ def metric_rows(result: dict) -> list[list[str]]:
             rows.append(["  95 % interval", *cells])
         elif any(key in c for c in columns.values()):
             rows.append([key, *(show(c[key]) if key in c else "" for c in columns.values())])
-    rows.append(["always 2.0 m: delta1", *(show(c["always_2m"]) for c in columns.values())])
     best = [c.get("best_constant") for c in columns.values()]
     rows.append(["best constant: delta1",
                  *(f"{b['delta1']:.3f} ({b['value']:g} m)" if b else "" for b in best)])
     if set(columns) & set(PAPER_CONSTANT):
+        rows.append(["always 2.0 m: delta1", *(show(c["always_2m"]) for c in columns.values())])
         published = [PAPER_CONSTANT.get(name, "") for name in columns]
         rows.append(["paper, always 2.0 m", *map(show, published)])
     return rows
@@ -945,14 +947,17 @@ def task_rows(result: dict) -> list[list[str]]:
         cells = [columns.get(name if task == "distance" else f"{name}/{task}", {})
                  for name in names]
         rows.append([task, *(show(c.get("delta1")) for c in cells), show(mean["delta1"])])
-        rows.append(["  always 2.0", *(show(c.get("always_2m")) for c in cells),
-                     show(mean["always_2m"])])
+        if {*names} & {*PAPER_CONSTANT}:
+            rows.append(["  always 2.0", *(show(c.get("always_2m")) for c in cells),
+                         show(mean["always_2m"])])
         best = [c.get("best_constant") for c in cells]
         found = [b["delta1"] for b in best if b]
         rows.append(["  best constant",
                      *(f"{b['delta1']:.3f} ({b['value']:g})" if b else "-" for b in best),
                      show(sum(found) / len(found))])
-    rows.append(["average of tasks", *([""] * len(names)), show(result["average"]["delta1"])])
+    if len(names) == 1:
+        rows = [row[:2] for row in rows]
+    rows.append(["average of tasks", *([""] * (len(rows[0]) - 2)), show(result["average"]["delta1"])])
     return rows
 
 
@@ -1261,6 +1266,10 @@ def main(argv=None) -> None:
     if args.checkpoint:
         checkpoint = render.open_checkpoint(args.checkpoint, given, quiet=rank > 0)
         settings, grid = checkpoint.settings, checkpoint.grid
+        unseen = [task for task in args.tasks or () if task not in settings["tasks"]]
+        if unseen and rank == 0:
+            print(f"{args.checkpoint}: was not trained on {', '.join(unseen)}, only on "
+                  f"{', '.join(settings['tasks'])}", file=sys.stderr)
     groups = list_queries(args, args.tasks or settings["tasks"])
     try:
         with render.lock_folder(out, when=rank == 0):

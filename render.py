@@ -234,8 +234,8 @@ def printable(text) -> str:
 
 def fail(message, code: int = 2) -> None:
     """End with one line that says what is wrong and what helps."""
-    lines = [printable(line) for line in str(message).split("\n")]
-    print("error:", "\n".join(lines), file=sys.stderr)
+    text = "\n".join(printable(line) for line in str(message).split("\n"))
+    sys.stderr.write(f"error: {text}\n")  # at once: other processes may write, too
     raise SystemExit(code)
 
 
@@ -250,6 +250,8 @@ def command(main: Callable) -> Callable:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except (ValueError, OSError) as e:
             said = str(e)
+            if isinstance(e, OSError) and e.filename:
+                said = f"{e.filename}: {e.strerror}."
             if "Original Traceback" in said:  # of a loader worker, which sends the whole of it
                 said = said.rstrip().splitlines()[-1].removeprefix("ValueError: ")
             fail(said)
@@ -262,6 +264,8 @@ def command(main: Callable) -> Callable:
             fail(f"the GPU has not enough memory ({str(e).splitlines()[0]}). Lower --micro-batch "
                  "or --batch-size; for training there are --checkpointing and --reshard, too.")
         except KeyboardInterrupt:
+            if int(os.environ.get("RANK", 0)):  # one line for all processes
+                raise SystemExit(130) from None
             fail("interrupted. Give the same command again to resume.", 130)
 
     return run
@@ -280,10 +284,15 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
         return super()._get_help_string(action)
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        fail(f"{message}. See --help.")
+
+
 def make_parser(doc: str) -> argparse.ArgumentParser:
     """A parser whose flags may also stand in a file, given as @FILE, with # comments."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter,
-                                     fromfile_prefix_chars="@", allow_abbrev=False)
+    parser = Parser(description=doc, formatter_class=HelpFormatter, fromfile_prefix_chars="@",
+                    allow_abbrev=False)
     parser.convert_arg_line_to_args = split_line
     return parser
 
@@ -1455,6 +1464,7 @@ def read_settings(name: str, folder: Path, family: Family, overrides: dict, fall
                   quiet: bool) -> dict:
     """What the model was trained to see."""
     settings, path = dict(DEFAULTS), folder / "depthlm.json"
+    given = {key: value for key, value in overrides.items() if value is not None}
     if path.is_file():
         with blaming(path):
             known = read_json(path)
@@ -1463,13 +1473,16 @@ def read_settings(name: str, folder: Path, family: Family, overrides: dict, fall
     else:
         settings |= {**family.settings, **HUB_SETTINGS.get(name, {}), **fallback}
         if not quiet:
-            shown = ", ".join(f"{k} {v}" for k, v in settings.items())
+            shown = ", ".join(f"{k} {v}" for k, v in settings.items() if k not in given)
             print(f"{name}: no depthlm.json, so the defaults of its family: {shown}",
                   file=sys.stderr)
-    return check_settings(settings | {k: v for k, v in overrides.items() if v is not None})
+    return check_settings(settings | given)
 
 
 def load_tokenizer(folder: Path, family: Family):
+    if not version("transformers").startswith("5."):
+        raise ValueError(f"transformers {version('transformers')} is installed, 5 is needed: pip "
+                         "install -r requirements.txt")
     from transformers import AutoTokenizer
     with blaming(folder / "tokenizer.json"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

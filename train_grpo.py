@@ -451,8 +451,7 @@ def train(args: argparse.Namespace, rank: int, world: int, device: torch.device)
 
     # --------------------------------------------------------------------------------------- finish
     bar.close()
-    if rank == 0:
-        print(f"{run.out}: step {run.last} of {run.steps}. Score it: python evaluate.py {run.out}")
+    train_sft.say_finished(run)
 
 
 @render.command

@@ -8,7 +8,8 @@ Supervised fine-tuning of a VLM on distances as text (Sec. 3.4): jsonl files + m
         train_sft.py @runs/sft_7b.args
 
 Reads jsonl files and a model folder (or hub name). Writes run.json (flags, versions), log.jsonl,
-a Hugging Face model folder with depthlm.json (what it was trained to see), and resume/.
+a Hugging Face model folder with depthlm.json (what it was trained to see), and resume/: the same
+command resumes.
 
 One code path from one CPU process to many nodes: FSDP2, bf16 compute over fp32 master weights,
 packed samples, logits and loss on the answer only. Sample i is a pure function of (seed, i), so a
@@ -19,6 +20,7 @@ later flag wins.
 import argparse
 import math
 import pickle
+import shlex
 import shutil
 import sys
 import time
@@ -476,7 +478,7 @@ def save_failed(path: Path, error: Exception) -> ValueError:
     free = shutil.disk_usage(path.parent).free / 2**20
     return ValueError(f"{path}: could not be written with {free:.0f} MiB free on the disk "
                       f"({type(error).__name__}). What was saved before is whole: make room and "
-                      "give the command again with --resume.")
+                      "give the same command again.")
 
 
 def training_state(model, optimizer) -> dict:
@@ -542,19 +544,20 @@ class MetadataUnpickler(pickle.Unpickler):
 
 
 def open_run(args: argparse.Namespace, out: Path, world: int) -> None:
-    """Write run.json, or refuse a folder that is in use, and a resumed run whose flags would change
-    what is learned."""
+    """Write run.json, or refuse a folder that holds anything but the run of the same command, which
+    is resumed: other flags would change what is learned."""
     path, info = out / "run.json", render.run_info(args, world_size=world)
-    if not args.resume and {p.name for p in out.iterdir()} - {path.name, ".lock"}:  # a failed start
-        raise ValueError(f"{out}: exists and is not empty. Resume it with --resume, or choose "
-                         "another --out.")
-    if (out / "resume" / "state.json").is_file() and path.is_file():
+    saved = {p.name for p in out.iterdir()} - {path.name, ".lock", "log.jsonl"}
+    if saved and not (path.is_file() and (out / "resume").is_dir()):
+        raise ValueError(f"{out}: exists, is not empty, and has no run to resume. Choose another "
+                         "--out.")
+    if saved:
         before, flags = render.read_json(path).get("flags", {}), info["flags"]
         changed = [key for key in flags
                    if key not in FREE_FLAGS and key in before and before[key] != flags[key]]
         if changed:
             said = ", ".join(f"--{key.replace('_', '-')} {before[key]}" for key in changed)
-            raise ValueError(f"{out}: was begun with {said}. Resume with the same, or choose "
+            raise ValueError(f"{out}: was begun with {said}. Give the same to resume it, or choose "
                              "another --out.")
     render.write_json(path, info)
 
@@ -643,8 +646,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     flag("--out", type=file_path, default="ckpt/sft_3b", help="folder of the run")
     flag("--model", default="Qwen/Qwen2.5-VL-3B-Instruct",
          help="folder or hub name to start from (Sec. 4)")
-    flag("--resume", action=on_off, default=False,
-         help="continue from the last state in --out, if it has one")
+    flag("--resume", action="store_true", help=argparse.SUPPRESS)  # the same command resumes
 
     flag = parser.add_argument_group("data").add_argument
     flag("--data", type=weighted(1.0), nargs="+", metavar="JSONL[:WEIGHT]",
@@ -763,7 +765,7 @@ def start_run(args: argparse.Namespace, rank: int, world: int, device: torch.dev
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=tuple(args.betas),
                                   weight_decay=args.weight_decay, fused=True)
     model.train()
-    state = load_resume(model, optimizer, out) if args.resume else None
+    state = load_resume(model, optimizer, out)
     first, bad = (state["step"], state["bad"]) if state else (0, 0)
     last = max(first, min(steps, args.stop_after or steps))
     run = Run(out, rank, world, device, dtype, checkpoint, datasets, tasks, validation, model,
@@ -798,8 +800,18 @@ def score_and_log(run: Run, step: int, batch_size: int, reshard: bool) -> None:
 def save_run(run: Run, step: int) -> None:
     """The model, then the state: a kill between the two costs steps, but never leaves an older
     model beside a newer state."""
+    (run.out / "resume").mkdir(exist_ok=True)
     save_model(run.model, run.checkpoint, run.out, run.dtype)
     save_resume(run.model, run.optimizer, run.out, step, run.bad)
+
+
+def say_finished(run: Run) -> None:
+    if run.rank == 0:
+        command = ["python", Path(sys.argv[0]).with_name("evaluate.py"), run.out]
+        if run.validation:
+            command += ["--data", *(records.path for _, records, _ in run.validation)]
+        print(f"{run.out}: step {run.last} of {run.steps}. Score it: "
+              f"{shlex.join(map(str, command))}")
 
 
 @contextmanager
@@ -912,8 +924,7 @@ def train(args: argparse.Namespace, rank: int, world: int, device: torch.device)
 
     # --------------------------------------------------------------------------------------- finish
     bar.close()
-    if rank == 0:
-        print(f"{out}: step {run.last} of {run.steps}. Score it: python evaluate.py {out}")
+    say_finished(run)
 
 
 @render.command
