@@ -40,6 +40,7 @@ import render
 from render import COUNT, NATURAL, PAPER_CONSTANT, TASKS, Checkpoint, Query, Records, file_path
 
 NUM_QUERIES = 8192  # Sec. 3, random samples a set
+ADAPTERS = (".lora_a", ".lora_b")  # endings of their names
 ODD = ("truncated", "off_form")  # what is true of some answers
 
 
@@ -239,9 +240,13 @@ def build_model(folder: Path, dtype: torch.dtype, master: torch.dtype):
     return prepare_model(model, dtype)
 
 
-def fill_model(model, folder: Path, device: torch.device):
-    """Give a model of build_model, sharded or not, memory and weights."""
-    model.to_empty(device=device)
+def fill_model(model, folder: Path, device: torch.device, offload: bool = False):
+    """Give a model of build_model, sharded or not, memory and weights. offload: its parameters stay
+    in the memory of the CPU, and FSDP fetches them."""
+    model.compute_device = device
+    model.to_empty(device="cpu" if offload else device)
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(device)
     if not isinstance(model, FSDPModule):  # there a tie survives
         model.tie_weights()
     for module in model.modules():  # rotary frequencies are in no file
@@ -258,6 +263,8 @@ def load_weights(model, folder: Path) -> None:
     where, files = weight_files(folder), {}
     unused = {name for name in where if not name.endswith(("lm_head.weight", "inv_freq"))}
     for name, parameter in model.named_parameters():
+        if name.endswith(ADAPTERS):  # of train_sft.py; they begin anew
+            continue
         found = [n for n in file_names(model, name) if n in where]
         if not found:
             raise ValueError(f"{folder}: the weight '{name}' is in none of its files; is the "
@@ -272,19 +279,23 @@ def load_weights(model, folder: Path) -> None:
             raise ValueError(f"{path}: the weight '{found[0]}' is {kind} {shape}, the model of "
                              f"config.json has numbers of {tuple(parameter.shape)}. They are not "
                              "of one model: download the folder again.")
-        local, first, last = parameter, 0, shape[0]
-        if isinstance(parameter, DTensor):
-            local = parameter.to_local()
-            share = -(-shape[0] // dist.get_world_size())  # equal chunks of the first dimension
-            first = min(dist.get_rank() * share, shape[0])
-            last = min(first + share, shape[0])
-        local.copy_(stored[first:last])
+        local, rows = local_rows(parameter)
+        local.copy_(stored[rows])
         if not local.isfinite().all():
             raise ValueError(f"{path}: the weight '{found[0]}' holds NaN or infinity; the training "
                              "that wrote it has failed. Take an earlier checkpoint.")
     if unused:
         raise ValueError(f"{folder}: its model has no place for {len(unused)} of its weights, such "
                          f"as '{min(unused)}'; config.json and weights are not of one model.")
+
+
+def local_rows(parameter) -> tuple[torch.Tensor, slice]:
+    """What this rank holds of a parameter, and which of its rows that is."""
+    if not isinstance(parameter, DTensor):
+        return parameter, slice(None)
+    share = -(-len(parameter) // dist.get_world_size())  # equal chunks of the first dimension
+    first = min(dist.get_rank() * share, len(parameter))
+    return parameter.to_local(), slice(first, min(first + share, len(parameter)))
 
 
 def file_names(model, name: str) -> list[str]:
@@ -368,7 +379,7 @@ def prefill(model, checkpoint: Checkpoint, batch: dict) -> Prefix:
     """Packed prompts of any sizes in one forward, nothing padded; their keys and values are laid
     out as rows afterwards."""
     from transformers import DynamicCache
-    inputs = render.model_inputs(batch, checkpoint, model.device, model.compute_dtype)
+    inputs = render.model_inputs(batch, checkpoint, model.compute_device, model.compute_dtype)
     starts, drafted = inputs["segments"].long(), len(batch["template"].start)
     ends, lengths = starts[1:], starts[1:] - starts[:-1]
     keep = ends[:, None] - 1 + torch.arange(-drafted, 1, device=ends.device)
@@ -698,7 +709,8 @@ def run_queries(model, checkpoint: Checkpoint, records: Records, pairs: list,
     dataset = QueryBatches(checkpoint, records, task, pairs, batch_size, seed, singly, form)
     loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=workers,
                                          worker_init_fn=render.start_worker,
-                                         collate_fn=tuple, pin_memory=model.device.type == "cuda")
+                                         collate_fn=tuple,
+                                         pin_memory=model.compute_device.type == "cuda")
     limit = settings["max_new_tokens"]
     for queries, batch in loader:
         if decode == "median":

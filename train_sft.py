@@ -41,7 +41,12 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint as run_checkpointed
 from tqdm import tqdm
@@ -63,7 +68,7 @@ CHAT_LENGTH = 20_000  # characters of a question or an answer
 SHARD_BYTES = 4 << 30  # of one safetensors file; also all that rank 0 holds at once while saving
 # what may differ when a run is resumed
 FREE_FLAGS = {"resume", "out", "workers", "micro_batch", "rollout_batch", "checkpointing",
-              "reshard", "compile", "log_every", "save_every", "stop_after", "val", "val_every",
+              "reshard", "offload", "compile", "log_every", "save_every", "stop_after", "val", "val_every",
               "val_queries", "val_batch"}
 
 
@@ -270,11 +275,15 @@ def layers_of(model) -> tuple[list, list]:
 
 def shard_model(folder: Path, device: torch.device, dtype: torch.dtype, reshard: bool = True,
                 checkpointing: bool = False, compile: bool = False,
-                master: torch.dtype = torch.float32):
+                master: torch.dtype = torch.float32, lora: int | None = None,
+                freeze: str | None = None, offload: bool = False):
     """Build the model without memory, shard it (each vision block, each decoder layer, the root),
     and fill each rank's own slices from the safetensors files: no rank ever holds all of it.
-    Parameters are `master`, compute is `dtype`."""
+    Parameters are `master`, compute is `dtype`, and so is what is not trained."""
     model = evaluate.build_model(folder, dtype, master)
+    if lora:
+        add_adapters(model, lora)
+    freeze_parameters(model, bool(lora), freeze == "vision", dtype)
     vision, text = layers_of(model)
     if checkpointing:
         for layer in vision + text:
@@ -289,13 +298,96 @@ def shard_model(folder: Path, device: torch.device, dtype: torch.dtype, reshard:
     # inputs stay as they are: the vision tower's rotations are fp32, as they are in evaluation
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32,
                                   cast_forward_inputs=False)
+    shard = partial(fully_shard, mesh=mesh, mp_policy=policy)
+    if offload:
+        shard = partial(shard, offload_policy=CPUOffloadPolicy(pin_memory=device.type == "cuda"))
     for layer in vision + text:
         if sum(p.numel() for p in layer.parameters()) < SMALL_UNIT:
             continue
-        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        shard(layer, reshard_after_forward=reshard)
+    shard(model, reshard_after_forward=False)
 
-    return evaluate.fill_model(model, folder, device)
+    evaluate.fill_model(model, folder, device, offload)
+    reset_adapters(model)
+    return model
+
+
+# --------------------------------------------------------------------------------------------------
+# adapters (LoRA, Hu et al. 2021), frozen parts
+
+LORA_SCALE = 2.0  # alpha / rank
+
+
+def add_adapters(model, rank: int) -> None:
+    """Beside each linear layer of the language model: W x + LORA_SCALE B A x with A (rank, in), B
+    (out, rank). They are parameters of the layer itself, whose name and place stay."""
+    for module in model.model.language_model.modules():
+        if isinstance(module, torch.nn.Linear):
+            empty = module.weight.new_empty
+            module.lora_a = torch.nn.Parameter(empty(rank, module.in_features))
+            module.lora_b = torch.nn.Parameter(empty(module.out_features, rank))
+            module.adapted = True
+            module.forward = adapted_linear.__get__(module)
+
+
+def adapted_linear(self, x):
+    out = F.linear(x, self.weight, self.bias)
+    if not self.adapted:
+        return out
+    return out + LORA_SCALE * F.linear(F.linear(x, self.lora_a), self.lora_b)
+
+
+@torch.no_grad()
+def reset_adapters(model) -> None:
+    """B is zero: the start is the model as it was. A is the same for any number of processes."""
+    for k, (name, parameter) in enumerate(model.named_parameters()):
+        if name.endswith(evaluate.ADAPTERS):
+            full = torch.zeros(parameter.shape)
+            if name.endswith(evaluate.ADAPTERS[0]):
+                full.normal_(std=full.shape[1] ** -0.5, generator=torch.Generator().manual_seed(k))
+            local, rows = evaluate.local_rows(parameter)
+            local.copy_(full[rows])
+
+
+def freeze_parameters(model, language: bool, vision: bool, dtype: torch.dtype) -> None:
+    """Not trained: the language model but for its adapters, or all else. vision includes what maps
+    its tokens to the language model's width."""
+    for name, parameter in model.named_parameters():
+        of_language = name.startswith(("model.language_model.", "lm_head."))
+        frozen = language if of_language else vision
+        if frozen and not name.endswith(evaluate.ADAPTERS):
+            parameter.requires_grad = False
+            parameter.data = parameter.data.to(dtype)
+
+
+@contextmanager
+def without_adapters(model):
+    """The model as it was before its language model was adapted."""
+    modules = [module for module in model.modules() if hasattr(module, "adapted")]
+    for module in modules:
+        module.adapted = False
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.adapted = True
+
+
+def merged(model, name: str, parameter) -> torch.Tensor:
+    """The whole of a weight, its adapter added. All ranks take part."""
+    full, module = whole(parameter), model.get_submodule(name.rpartition(".")[0])
+    if name.endswith(".weight") and hasattr(module, "adapted"):
+        full = full.float() + LORA_SCALE * whole(module.lora_b) @ whole(module.lora_a)
+    return full
+
+
+def whole(parameter) -> torch.Tensor:
+    full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+    return full.detach()
+
+
+# --------------------------------------------------------------------------------------------------
+# inference with sharded weights
 
 
 @contextmanager
@@ -384,11 +476,13 @@ def training_flops(model, batch: dict) -> float:
     window = (getattr(vision, "window_size", 0) // vision.patch_size) ** 2
     pairs = in_full * (patches ** 2).sum() + (len(blocks) - in_full) * window * patches.sum()
 
-    forward = 2 * in_blocks * patches.sum() + 2 * in_layers * lengths.sum()
-    forward += 4 * vision.hidden_size * pairs
-    forward += 2 * text.hidden_size * len(layers) * (lengths ** 2).sum()  # causal: half of 4 h L^2
-    forward += 2 * text.hidden_size * text.vocab_size * len(batch["targets"])
-    return 3 * float(forward)
+    seen = 2 * in_blocks * patches.sum() + 4 * vision.hidden_size * pairs
+    read = 2 * in_layers * lengths.sum()
+    rest = 2 * text.hidden_size * len(layers) * (lengths ** 2).sum()  # causal: half of 4 h L^2
+    rest += 2 * text.hidden_size * text.vocab_size * len(batch["targets"])
+    # a frozen tower has no backward, a frozen language model no gradients of weights
+    trained = [next(group[0].parameters()).requires_grad for group in (blocks, layers)]
+    return float(seen * (3 if trained[0] else 1) + read * (3 if trained[1] else 2) + 3 * rest)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -418,12 +512,12 @@ def save_model(model, checkpoint: Checkpoint, out: Path, dtype: torch.dtype) -> 
         shard.clear()
 
     for name, parameter in model.named_parameters():
-        full = parameter
-        if isinstance(parameter, DTensor):  # all ranks take part
-            full = parameter.full_tensor()
+        if name.endswith(evaluate.ADAPTERS):
+            continue
+        full = merged(model, name, parameter)
         if rank == 0:
             check_finite(**{name: full.abs().max().item()})
-            full = full.detach().to("cpu", dtype, copy=True).contiguous()
+            full = full.to("cpu", dtype, copy=True).contiguous()
             if size + full.nbytes > SHARD_BYTES:
                 flush()
                 size = 0
@@ -481,9 +575,13 @@ def save_failed(path: Path, error: Exception) -> ValueError:
                       "give the same command again.")
 
 
+TRAINED = dcp_state.StateDictOptions(ignore_frozen_params=True, strict=False)
+
+
 def training_state(model, optimizer) -> dict:
-    """Tensors alone: anything else would be pickled. The optimizer's settings are flags."""
-    return {"model": dcp_state.get_model_state_dict(model),
+    """Of what is trained; tensors alone: anything else would be pickled. The optimizer's settings
+    are flags."""
+    return {"model": dcp_state.get_model_state_dict(model, options=TRAINED),
             "optimizer": dcp_state.get_optimizer_state_dict(model, optimizer)["state"]}
 
 
@@ -527,7 +625,7 @@ def load_resume(model, optimizer, out: Path) -> dict | None:
             MetadataUnpickler(file).load()
         state = training_state(model, optimizer)
         dcp.load(state, checkpoint_id=folder)
-    dcp_state.set_model_state_dict(model, state["model"])
+    dcp_state.set_model_state_dict(model, state["model"], options=TRAINED)
     settings = dcp_state.get_optimizer_state_dict(model, optimizer)
     dcp_state.set_optimizer_state_dict(model, optimizer, settings | {"state": state["optimizer"]})
     return named
@@ -599,7 +697,7 @@ def validate(model, checkpoint: Checkpoint, sets: list[tuple[str, Records, list]
                     hits = evaluate.within(pred, true, 1.25)
                     cut = sum("truncated" in answer for answer in answers)
                     sums += hits.sum(), np.isnan(pred).sum(), cut, len(true)
-            hits, *counts = sum_over_ranks(sums.tolist(), model.device)
+            hits, *counts = sum_over_ranks(sums.tolist(), model.compute_device)
             unparsed, cut, count = map(int, counts)
             if count:  # a file without poses says nothing about motion
                 scores[name] = {"delta1": hits / count, "unparsed": unparsed, "truncated": cut,
@@ -672,6 +770,11 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     flag("--betas", type=render.number(float, 0, 1), nargs=2, default=[0.9, 0.999], help="of AdamW")
     flag("--weight-decay", type=render.number(float, 0), default=0.0, help="of AdamW")
 
+    flag = parser.add_argument_group("what is trained (default: everything)").add_argument
+    flag("--lora", type=COUNT, metavar="R",
+         help="of the language model, adapters of rank R alone; merged in the saved model")
+    flag("--freeze", choices=("vision",), help="leave the vision tower and its projector as it is")
+
     flag = parser.add_argument_group("system").add_argument
     flag("--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
          help="of the compute; auto: bfloat16 on a GPU, float32 elsewhere")
@@ -680,6 +783,8 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     flag("--reshard", action=on_off, default=False,
          help="free gathered weights after each forward, reduce gradients in each micro-batch: "
          "less memory, more traffic")
+    flag("--offload", action=on_off, default=False,
+         help="keep weights, gradients and moments in the CPU's memory; slow, needs --reshard")
     flag("--compile", action=on_off, default=False,
          help="torch.compile each layer: minutes at the start, fewer and larger kernels")
 
@@ -761,8 +866,9 @@ def start_run(args: argparse.Namespace, rank: int, world: int, device: torch.dev
     dist.barrier()
 
     model = shard_model(checkpoint.folder, device, dtype, args.reshard, args.checkpointing,
-                        args.compile)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=tuple(args.betas),
+                        args.compile, lora=args.lora, freeze=args.freeze, offload=args.offload)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=tuple(args.betas),
                                   weight_decay=args.weight_decay, fused=True)
     model.train()
     state = load_resume(model, optimizer, out)
@@ -772,9 +878,12 @@ def start_run(args: argparse.Namespace, rank: int, world: int, device: torch.dev
               optimizer, steps, first, last, bad)
     if rank == 0:
         trim_log(out / "log.jsonl", first or -1)
-        parameters = sum(p.numel() for p in model.parameters())
+        counts = [sum(p.numel() for p in group) / 1e6 for group in (model.parameters(), trained)]
         images = sum(len(records) for records, _ in datasets)
-        print(f"{parameters / 1e6:.2f} M parameters, {world} x {device.type} "
+        parameters = f"{counts[0]:.2f} M parameters"
+        if counts[1] < counts[0]:
+            parameters += f" ({counts[1]:.2f} M trained)"
+        print(f"{parameters}, {world} x {device.type} "
               f"{str(dtype).removeprefix('torch.')}, {steps} steps of {batch} {what}, "
               f"{len(datasets)} file(s) with {images} images, from step {first}", flush=True)
     if state and first >= last:  # its model may have been lost since

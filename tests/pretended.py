@@ -151,6 +151,7 @@ def to_device(model):
             module._parameters[key] = moved[parameter]
         for key, buffer in module._buffers.items():
             module._buffers[key] = Pretended(buffer)
+    model.compute_device = torch.device("sim:0")
     return model
 
 

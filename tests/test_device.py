@@ -95,7 +95,7 @@ def test_scripts_on_a_pretended_device(speaker, poses, tmp_path):
     median = ["--decode", "median", *bf16]
     cloud = ["pointcloud.py", speaker, poses, "--record", 1, "--points", 12, *whole, *bf16,
              "--out", tmp_path / "cloud"]
-    sft_run = [*sft, tmp_path / "sft", "--resume"]
+    sft_run = [*sft, tmp_path / "sft"]
     done = pretend([*sft_run, "--stop-after", 1], sft_run, grpo, [*greedy, tmp_path / "greedy"],
                    [*greedy, tmp_path / "median", *median], cloud)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -837,7 +837,7 @@ def test_a_task_is_one_row(taught, world, tmp_path, monkeypatch):
 def test_stopped_and_resumed_is_bit_equal(reference, taught, world, tmp_path):
     out = tmp_path / "run"
     train_grpo.main(command(taught, world, out, "--stop-after", 3))
-    train_grpo.main(command(taught, world, out, "--resume"))
+    train_grpo.main(command(taught, world, out))
     assert equal(weights(out), weights(reference)) and not equal(weights(out), weights(taught))
     clocks = {"rollout_s", "update_s", "wait_s", "prompts_per_s"}
     ours, theirs = ([{key: value for key, value in line.items() if key not in clocks}
@@ -944,7 +944,7 @@ def test_killed_at_any_moment_it_can_be_resumed(reference, taught, world, tmp_pa
         pass
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    train_grpo.main(command(taught, world, out, "--resume"))
+    train_grpo.main(command(taught, world, out))
     assert equal(weights(out), weights(reference))
     assert [line["step"] for line in log_of(out)] == [1, 2, 3, 4]
     assert sorted(os.listdir(out / "resume")) == ["state.json", "step_00000004"]
@@ -952,7 +952,7 @@ def test_killed_at_any_moment_it_can_be_resumed(reference, taught, world, tmp_pa
 
 def test_a_second_run_in_the_same_folder_is_refused(reference, taught, world, capsys):
     with render.lock_folder(reference), pytest.raises(SystemExit) as stop:
-        train_grpo.main(command(taught, world, reference, "--resume"))
+        train_grpo.main(command(taught, world, reference))
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert stop.value.code == 2 and f"{reference}: another run is at work in it" in line
 
@@ -984,7 +984,7 @@ def test_recipe_is_table_5():
     ("--seed", -1, "-1 is not 0 or more"), ("--stop-after", 0, "0 is not 1 or more"),
     ("--out", "", "is an empty path"), ("--tasks", "smell", "smell is no task; there are dist")])
 def test_bad_flags(taught, world, tmp_path, capsys, flag, value, message):
-    """One line behind argparse's usage, with the flag's name, and exit code 2."""
+    """One line with the flag's name, and exit code 2."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         train_grpo.main(command(taught, world, tmp_path / "run", flag, value))
@@ -1013,10 +1013,9 @@ def test_errors_are_one_line(taught, world, tmp_path, capsys, flags, message):
 
 def test_other_numbers_cannot_be_resumed_and_a_used_folder_is_left_alone(reference, taught, world,
                                                                          capsys):
-    for more, message in ((("--resume", "--group", 8), "--group 4"),
-                          (("--resume", "--batch", 8), "--batch 4"),
-                          (("--resume", "--seed", 2), "--seed 1"),
-                          ((), "exists and is not empty")):
+    for more, message in ((("--group", 8), "--group 4"),
+                          (("--batch", 8), "--batch 4"),
+                          (("--seed", 2), "--seed 1")):
         with pytest.raises(SystemExit):
             train_grpo.main(command(taught, world, reference, *more))
         assert message in capsys.readouterr().err

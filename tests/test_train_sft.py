@@ -518,18 +518,18 @@ def test_resumed_equals_uninterrupted(tiny, reference, distances, tmp_path, caps
     out = tmp_path / "run"
     train(tiny, distances, out, "--stop-after", 4)
     shutil.copytree(out, tmp_path / "two")
-    train(tiny, distances, out, "--resume", "--workers", 2)
+    train(tiny, distances, out, "--workers", 2)
     assert equal(weights(out), weights(reference))
     keys = ("step", "loss", "grad_norm", "lr", "tokens")
     ours, theirs = ([{key: line[key] for key in keys} for line in log_of(folder)]
                     for folder in (out, reference))
     assert ours == theirs
-    train(tiny, distances, tmp_path / "two", "--resume", processes=2)
+    train(tiny, distances, tmp_path / "two", processes=2)
     assert losses(tmp_path / "two") == pytest.approx(losses(reference), abs=1e-5)
 
     # a finished run: nothing to do, nothing harmed
     capsys.readouterr()
-    train(tiny, distances, out, "--resume")
+    train(tiny, distances, out)
     assert "from step 10" in capsys.readouterr().out and len(losses(out)) == 10
 
 
@@ -544,7 +544,7 @@ def test_a_state_of_a_wrong_form(tiny, reference, distances, tmp_path, capsys, s
     if isinstance(state, dict) and len(state) == 1:
         state = {**json.loads(path.read_text()), **state}
     path.write_text(state if isinstance(state, str) else json.dumps(state))
-    message = refused(capsys, command(tiny, distances, out, "--resume"))
+    message = refused(capsys, command(tiny, distances, out))
     assert str(path) in message and message.count("state.json") == 1
     assert equal(weights(out), weights(reference)) and log_of(out) == log_of(reference)
 
@@ -553,10 +553,10 @@ def test_a_finished_run_has_its_model(tiny, reference, distances, tmp_path, caps
     """It is written again when it was lost; an earlier --stop-after does not call it younger."""
     out = shutil.copytree(reference, tmp_path / "run")
     (out / "model.safetensors").unlink()
-    train(tiny, distances, out, "--resume")
+    train(tiny, distances, out)
     assert equal(weights(out), weights(reference))
     capsys.readouterr()
-    train(tiny, distances, out, "--resume", "--stop-after", 2)
+    train(tiny, distances, out, "--stop-after", 2)
     assert equal(weights(out), weights(reference)) and len(losses(out)) == 10
     assert "step 10 of 10" in capsys.readouterr().out
 
@@ -611,7 +611,7 @@ def test_killed_while_saving(tiny, reference, distances, tmp_path, capsys, momen
     assert state["step"] == state_step and (out / "resume" / state["folder"]).is_dir()
 
     capsys.readouterr()
-    train(tiny, distances, out, "--save-every", 4, "--resume")
+    train(tiny, distances, out, "--save-every", 4)
     said = capsys.readouterr().out
     assert f"from step {state_step}" in said and "step 10 of 10" in said
     assert equal(weights(out), weights(reference))
@@ -624,7 +624,7 @@ def test_killed_at_any_moment_it_can_be_resumed(tiny, reference, distances, tmp_
     """kill -9 three times, once while a state is being written; the result is that of one run."""
     out = tmp_path / "run"
     script = [sys.executable, ROOT / "train_sft.py",
-              *command(tiny, distances, out, "--save-every", 1, "--resume")]
+              *command(tiny, distances, out, "--save-every", 1)]
     for kill_in_save in (True, False, False):
         process = subprocess.Popen(list(map(str, script)), stdout=subprocess.PIPE,
                                    stderr=subprocess.DEVNULL, text=True)
@@ -637,14 +637,14 @@ def test_killed_at_any_moment_it_can_be_resumed(tiny, reference, distances, tmp_
         process.send_signal(signal.SIGKILL)
         process.wait()
         process.stdout.close()
-    train(tiny, distances, out, "--resume", "--save-every", 1)
+    train(tiny, distances, out, "--save-every", 1)
     assert equal(weights(out), weights(reference))
     assert [line["step"] for line in log_of(out)] == list(range(1, 11))
     assert sorted(p.name for p in (out / "resume").iterdir()) == ["state.json", "step_00000010"]
 
 
 def test_a_second_run_in_the_same_folder_is_refused(tiny, reference, distances, tmp_path, capsys):
-    """With --resume or without; the first is unharmed."""
+    """The first is unharmed."""
     out = tmp_path / "run"
     script = [sys.executable, ROOT / "train_sft.py", *command(tiny, distances, out)]
     first = subprocess.Popen(list(map(str, script)), stdout=subprocess.PIPE, text=True)
@@ -652,9 +652,8 @@ def test_a_second_run_in_the_same_folder_is_refused(tiny, reference, distances, 
         assert first.poll() is None
     first.send_signal(signal.SIGSTOP)
     try:
-        for more in ([], ["--resume"]):
-            message = refused(capsys, command(tiny, distances, out, *more))
-            assert message.startswith(f"error: {out}: another run is at work in it")
+        message = refused(capsys, command(tiny, distances, out))
+        assert message.startswith(f"error: {out}: another run is at work in it")
     finally:
         first.send_signal(signal.SIGCONT)
     first.communicate(timeout=300)
@@ -668,10 +667,10 @@ def test_a_resumed_run_keeps_its_flags(tiny, distances, tmp_path, capsys):
     out = tmp_path / "run"
     train(tiny, distances, out, "--stop-after", 1)
     for flag, value in (("--lr", "3"), ("--marker", "dot"), ("--samples", "160")):
-        argv = command(tiny, distances, out, flag, value, "--resume")
+        argv = command(tiny, distances, out, flag, value)
         assert f"was begun with {flag}" in refused(capsys, argv)
     assert json.loads((out / "depthlm.json").read_text())["marker"] == "arrow"
-    train(tiny, distances, out, "--resume", "--micro-batch", 8, "--save-every", 5)
+    train(tiny, distances, out, "--micro-batch", 8, "--save-every", 5)
 
 
 def test_a_start_that_failed_does_not_block_its_folder(tiny, distances, tmp_path, capsys):
@@ -800,7 +799,7 @@ def test_an_optimizer_is_one_line(tiny, distances, tmp_path, monkeypatch):
         return torch.optim.SGD(params, lr=lr, momentum=0.9)
 
     monkeypatch.setattr(torch.optim, "AdamW", sgd)
-    for out, parts in (("whole", [[]]), ("parts", [["--stop-after", 4], ["--resume"]])):
+    for out, parts in (("whole", [[]]), ("parts", [["--stop-after", 4], []])):
         for more in parts:
             train(tiny, distances, tmp_path / out, "--lr", 0.1, *more)
     whole, parts = losses(tmp_path / "whole"), losses(tmp_path / "parts")
@@ -1029,14 +1028,17 @@ def test_weights_of_tasks():
     ("--tasks", "distance:0", "distance:0: what follows ':' has to be positive and finite"),
     ("--mix", "chat.jsonl:2", "chat.jsonl:2: what follows ':' has to be between 0 and 1")])
 def test_bad_flags(capsys, flag, value, message):
-    """One line behind argparse's usage, with the flag's name, and exit code 2."""
+    """One line with the flag's name, and exit code 2."""
     line = refused(capsys, ["--data", "a.jsonl", flag, value])
     assert f"error: argument {flag}: {message}" in line
 
 
 def test_errors_are_one_line(tiny, distances, reference, tmp_path, capsys):
-    line = refused(capsys, command(tiny, distances, reference))
-    assert "exists and is not empty" in line and "--resume" in line
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "model.safetensors").touch()
+    (tmp_path / "other" / "run.json").write_text("{}")
+    line = refused(capsys, command(tiny, distances, tmp_path / "other"))
+    assert "exists, is not empty, and has no run to resume" in line
     for more, message in (
             (["--model", tmp_path / "nowhere"], "no such checkpoint"),
             (["--data", tmp_path / "empty.jsonl"], "empty.jsonl: holds no record"),
@@ -1097,12 +1099,12 @@ def test_a_full_disk_leaves_the_last_state(tiny, distances, tmp_path, capsys, fr
         before = (out / "resume" / "state.json").read_text()
         filler = small / "filler"
         filler.write_bytes(bytes(shutil.disk_usage(small).free - free))
-        line = refused(capsys, command(tiny, distances, out, "--resume"))
+        line = refused(capsys, command(tiny, distances, out))
         assert line.startswith("error: ") and "MiB free" in line
         assert (out / "resume" / "state.json").read_text() == before
         assert weights(out)  # a whole model
         filler.unlink()
-        train(tiny, distances, out, "--resume")
+        train(tiny, distances, out)
         assert math.isfinite(losses(out)[-1]) and len(losses(out)) == 10
         assert sorted(p.name for p in out.glob("*safetensors*")) == ["model.safetensors"]
     finally:
