@@ -6,6 +6,7 @@ Score a checkpoint: jsonl files of labelled points -> predictions.jsonl, metrics
     python evaluate.py ckpt/toy --data data/toy/val.jsonl --all    # each labelled point once
     python evaluate.py --constant 2.0 --data data/nyuv2/val.jsonl  # a baseline without a model
     python evaluate.py --predictions theirs.jsonl                  # anyone's answers, same points
+    python evaluate.py --depth-maps maps --depth-type z            # dense depth of any model
 
 Also the home of everything that runs a trained model: loading, packed attention, the prefill,
 decoding. train_sft.py, train_grpo.py and pointcloud.py call these functions.
@@ -23,6 +24,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +39,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import render
-from render import COUNT, NATURAL, PAPER_CONSTANT, TASKS, Checkpoint, Query, Records, file_path
+from render import (
+    COUNT,
+    NATURAL,
+    PAPER_CONSTANT,
+    POSITIVE,
+    TASKS,
+    Checkpoint,
+    Query,
+    Records,
+    file_path,
+)
 
 NUM_QUERIES = 8192  # Sec. 3, random samples a set
 ADAPTERS = (".lora_a", ".lora_b")  # endings of their names
@@ -969,8 +981,34 @@ def task_rows(result: dict) -> list[list[str]]:
                      show(sum(found) / len(found))])
     if len(names) == 1:
         rows = [row[:2] for row in rows]
-    rows.append(["average of tasks", *([""] * (len(rows[0]) - 2)), show(result["average"]["delta1"])])
+    empty = [""] * (len(rows[0]) - 2)
+    rows.append(["average of tasks", *empty, show(result["average"]["delta1"])])
     return rows
+
+
+PAPER = Path(__file__).parent / "runs" / "paper.json"  # delta1 as published, of Tables 1 and 2
+
+
+def paper_table(result: dict) -> str:
+    """These answers above the published rows, on the paper's sets that are here. average: over
+    those that a row has; vs ours: of that, relative to our average over the same sets (Table 2)."""
+    ours = {name: scores["delta1"] for name, scores in result["datasets"].items()
+            if name in PAPER_CONSTANT}
+    if not ours:
+        raise ValueError(f"--paper-rows: the sets are called {', '.join(PAPER_CONSTANT)} there, "
+                         f"here {', '.join(result['datasets'])}.")
+    rows = [["delta1", *ours, "average", "vs ours"]]
+    for title, methods in {"here": {"ours": ours}, **render.read_json(PAPER)}.items():
+        rows.append([f"{title}:"] + [""] * (len(ours) + 2))
+        for method, published in methods.items():
+            both = [name for name in ours if name in published]
+            if not both:
+                continue
+            mean, mine = (sum(scores[name] for name in both) / len(both)
+                          for scores in (published, ours))
+            versus = f"{mean / mine - 1:+.1%}" if mine and published is not ours else ""
+            rows.append([method, *(show(published.get(name)) for name in ours), show(mean), versus])
+    return render.text_table(rows)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1020,6 +1058,45 @@ def check_prediction(line: dict, depth_type: str) -> None:
         numbers |= {key: numbers[key] * numbers["ray"] for key in ("pred", "q10", "q90")
                     if key in numbers}
     line |= {"pred": None, **numbers}
+
+
+def find_map(folder: Path, name: str, records: Records, image: str) -> Path:
+    """The depth map of an image: <folder>/<dataset>/<path of the image>.npy or .png, without the
+    dataset, or by its name alone."""
+    relative = Path(os.path.relpath(image, records.image_root))
+    for place in (Path(name) / relative, relative, Path(relative.name)):
+        for ending in (".npy", ".png"):
+            if (folder / place.with_suffix(ending)).is_file():
+                return folder / place.with_suffix(ending)
+    raise ValueError(f"{folder}: has no {relative.with_suffix('.npy')} (or .png) for {image}.")
+
+
+@lru_cache(maxsize=2)
+def read_map(path: Path) -> np.ndarray:
+    """(H, W), as stored."""
+    if path.suffix == ".npy":
+        with render.blaming(path):
+            stored = np.load(path, allow_pickle=False)
+    else:
+        with render.image_file(path) as file:
+            stored = np.asarray(file)
+    if stored.squeeze().ndim != 2:
+        raise ValueError(f"{path}: has the shape {stored.shape}, a depth map is (height, width).")
+    return stored.squeeze()
+
+
+def mapped_depth(path: Path, query: Query, scale: float, depth_type: str) -> float:
+    """Euclidean distance [m] of a query's point by a depth map of any resolution: the pixel of the
+    map in which the point lies, so that no value between two objects is made up."""
+    record, (x, y) = query.records[0], query.points[0]
+    depth, (width, height) = read_map(path), record["intrinsics"][4:]
+    if abs(depth.shape[1] / width * height / depth.shape[0] - 1) > 0.01:
+        raise ValueError(f"{path}: {depth.shape[1]} x {depth.shape[0]} px are not of an image of "
+                         f"{width:g} x {height:g} px.")
+    column, row = (min(max(int((at + 0.5) * size / full), 0), size - 1) for at, size, full in
+                   ((x, depth.shape[1], width), (y, depth.shape[0], height)))
+    ray = float(render.ray_length(x, y, record["intrinsics"])) if depth_type == "z" else 1.0
+    return float(depth[row, column]) / scale * ray
 
 
 def default_data() -> list[str]:
@@ -1122,8 +1199,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     flag("--data", type=file_path, nargs="+", metavar="JSONL", help="default: data/*/val.jsonl")
     render.add_record_flags(flag)
     flag("--out", type=file_path, help="folder for predictions.jsonl and metrics.json; default: "
-         "<checkpoint>/eval, out/constant, out/predictions")
+         "<checkpoint>/eval, out/constant, out/depth_maps, out/predictions")
     flag("--overwrite", action="store_true", help="drop the evaluation that is in --out")
+    flag("--paper-rows", action="store_true", help="also print the published rows of Tables 1, 2")
 
     flag = parser.add_argument_group("queries").add_argument
     flag("--queries", type=COUNT, default=NUM_QUERIES, help="random points a set (Sec. 3)")
@@ -1135,11 +1213,14 @@ def parse_args(argv=None) -> argparse.Namespace:
     render.add_settings_flags(parser)
 
     flag = parser.add_argument_group("instead of a model (default: a checkpoint)").add_argument
-    flag("--constant", type=render.POSITIVE, metavar="NUMBER",
+    flag("--constant", type=POSITIVE, metavar="NUMBER",
          help="always this answer (Tables 1 and 3: 2.0)")
     flag("--predictions", type=file_path, metavar="FILE", help="score these answers")
+    flag("--depth-maps", type=file_path, metavar="DIR", help="score dense depth, a .npy or 16-bit "
+         ".png an image: DIR/[DATASET/]PATH, or its name alone (Table 2)")
+    flag("--depth-scale", type=POSITIVE, default=1.0, help="of the maps: a metre in their unit")
     flag("--depth-type", choices=("euclidean", "z"), default="euclidean",
-         help="what their numbers are, where a line does not say: z is converted by its ray")
+         help="what those numbers are, where a line does not say: z is converted by its ray")
     flag("--export-queries", type=file_path, metavar="DIR",
          help="write images and questions, for any system to answer and --predictions to score")
 
@@ -1168,7 +1249,8 @@ def default_out(args) -> Path:
     way = "_median" * (args.decode == "median") + "_geometry" * (args.two_point == "geometry")
     if args.checkpoint and Path(args.checkpoint).is_dir():
         return Path(args.checkpoint) / f"eval{way}"
-    kind = args.checkpoint or ("predictions" if args.constant is None else "constant")
+    others = ("constant", "depth_maps", "predictions")
+    kind = args.checkpoint or next(key for key in others if getattr(args, key) is not None)
     return Path("out") / (kind.replace("/", "--") + way)
 
 
@@ -1240,37 +1322,51 @@ def query_model(args, checkpoint: Checkpoint, groups: list, out: Path, rank: int
         print(f"{left} queries, {forwards / batches:.1f} forward passes a batch")
 
 
-def answer_constant(args, groups: list, out: Path) -> None:
-    """--constant: the same answer to all queries -> predictions.jsonl."""
-    claim(out, args, identity(args, {}, groups, constant=args.constant), ("predictions*.jsonl",))
-    answer = {"text": f"{args.constant:g}"}
-    lines = [prediction(query_of(records, task, pair, args.seed), answer, dataset=name)
-             for name, records, task, pairs in groups for pair in pairs]
-    lines = [{**line, "id": number} for number, line in enumerate(lines)]
+def answer_alone(args, groups: list, out: Path) -> None:
+    """--constant, --depth-maps: answers without a model of ours -> predictions.jsonl."""
+    source = {key: getattr(args, key) for key in ("constant", "depth_maps", "depth_type",
+                                                  "depth_scale")}
+    claim(out, args, identity(args, {}, groups, **source), ("predictions*.jsonl",))
+    lines, images = [], {}
+    for name, records, task, pairs in groups:
+        for pair in pairs:
+            query, value = query_of(records, task, pair, args.seed), args.constant
+            if args.depth_maps:
+                image = query.records[0]["image"]
+                path = find_map(Path(args.depth_maps), name, records, image)
+                if images.setdefault(path, image) != image:
+                    raise ValueError(f"{path}: would be of {images[path]} and of {image}. Put the "
+                                     "maps in folders like those of the images.")
+                value = mapped_depth(path, query, args.depth_scale, args.depth_type)
+            answer = {"text": f"{value:g}"}
+            lines.append({**prediction(query, answer, dataset=name), "id": len(lines)})
     render.write_jsonl(out / "predictions.jsonl", lines)
 
 
-def report(lines: list[dict], out: Path) -> None:
+def report(lines: list[dict], out: Path, published: bool) -> None:
     result = summarize(lines)
     render.write_json(out / "metrics.json", result)
-    print(f"{table(result)}\n{out}/metrics.json")
+    print(table(result))
+    if published:
+        print(f"\n{paper_table(result)}")
+    print(f"{out}/metrics.json")
 
 
 @render.command
 def main(argv=None) -> None:
     args = parse_args(argv)
-    sources = [args.checkpoint, args.constant, args.predictions]
-    wrong = sum(source is not None for source in sources) != 1
-    if args.export_queries:
-        wrong = sources[1:] != [None, None]
-    if wrong:
-        raise ValueError("give one of: a checkpoint, --constant NUMBER, --predictions FILE, "
-                         "--export-queries DIR.")
+    sources = [args.constant, args.depth_maps, args.predictions, args.export_queries]
+    given = sum(source is not None for source in sources)
+    if given + bool(args.checkpoint and not args.export_queries) != 1:
+        raise ValueError("give one of: a checkpoint, --constant NUMBER, --depth-maps DIR, "
+                         "--predictions FILE, --export-queries DIR.")
+    if args.depth_maps and args.tasks not in (None, ["distance"]):
+        raise ValueError("--depth-maps: answers the task distance alone.")
     out = Path(args.export_queries or args.out or default_out(args))
     if args.predictions:
         lines = read_predictions(args.predictions, args.depth_type)
         with render.lock_folder(out):
-            return report(lines, out)
+            return report(lines, out, args.paper_rows)
 
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     given = render.settings_from_flags(args)
@@ -1293,9 +1389,9 @@ def main(argv=None) -> None:
                 *_, device = setup_distributed(args.device, timeout=timedelta(days=1))
                 answer_queries(args, checkpoint, groups, out, rank, world, device)
             else:
-                answer_constant(args, groups, out)
+                answer_alone(args, groups, out)
             if rank == 0:
-                report(read_predictions(out / "predictions.jsonl"), out)
+                report(read_predictions(out / "predictions.jsonl"), out, args.paper_rows)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

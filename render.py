@@ -979,6 +979,10 @@ TASKS = {
             "Given this image of size (width = {w}, height = {h}), where the camera intrinsics are "
             "(fx = {fx}, fy = {fy}, cx = {cx}, cy = {cy}) and the images are without distortions, "
             "how many meters is this point away from the camera?", AWAY),  # App. A.5
+        "camera prompt text": (
+            "Given this image of size (width = {w}, height = {h}), where the camera intrinsics are "
+            "(fx = {fx}, fy = {fy}, cx = {cx}, cy = {cy}) and the images are without distortions, "
+            "how many meters is the pixel at ({u}, {v}) away from the camera?", AWAY),  # Table 1
         "camera ray": (
             "How many meters is this point from the camera?",
             "The point is around {right} degrees to the {side}, {up} degrees {updown} and {x} "
@@ -1043,8 +1047,9 @@ def task_fits(task: str, records: Records, tries: int = 64) -> bool:
 # what a checkpoint was trained to see: its depthlm.json overrides these, flags override both
 
 DEFAULTS = {"focal": 1000, "marker": "arrow", "marker_size": 5, "prompt": "paper",
-            "camera": "unify", "tasks": ["distance"], "max_new_tokens": 128}
+            "camera": "unify", "tasks": ["distance"], "max_new_tokens": 128, "question": ""}
 PROMPTS = [name for name in TASKS["distance"].wordings if not name.startswith("camera ")]
+FIELDS = {"w", "h", "fx", "fy", "cx", "cy", "u", "v", "given"}  # of a question
 CAMERAS = ("unify", "none", "prompt", "ray")  # Sec. 3.3, App. A.5
 RANGES = {"focal": (1, 1e5), "marker_size": (1, 1000), "max_new_tokens": (1, 1e5)}
 
@@ -1066,9 +1071,10 @@ def check_settings(settings: dict) -> dict:
             raise ValueError(f"{key} {value!r} is no number from {low} to {high:g}")
     if type(settings["tasks"]) is not list or {*map(type, settings["tasks"])} != {str}:
         raise ValueError(f"tasks {settings['tasks']!r} is no list of tasks")
-    if settings["camera"] in ("prompt", "ray") and settings["prompt"] != "paper":
-        raise ValueError(f"--camera {settings['camera']} --prompt {settings['prompt']}: App. A.5 "
-                         "words its questions and answers in the form of prompt 'paper' alone.")
+    with blaming(f"question {settings['question']!r}", "{u} and the like are its fields, {{ is a "
+                 "brace."):
+        if unknown := template_fields(settings["question"]) - FIELDS:
+            raise ValueError(f"{min(unknown)} is none of the fields {', '.join(sorted(FIELDS))}")
     for task in settings["tasks"]:
         if task in TASKS:
             wording(task, settings)
@@ -1076,22 +1082,28 @@ def check_settings(settings: dict) -> dict:
 
 
 def wording(task: str, settings: dict) -> tuple[str, str]:
-    """Templates of question and answer."""
-    name = settings["prompt"]
-    if settings["camera"] in ("prompt", "ray"):
-        name = f"camera {settings['camera']}"
+    """Templates of question and answer; the question may be of one's own."""
+    name, camera = settings["prompt"], settings["camera"]
+    if camera in ("prompt", "ray"):
+        name = f"camera {camera}" + f" {name}" * (name != "paper")
     if name not in TASKS[task].wordings:
         raise ValueError(f"task '{task}' has no wording for --prompt {settings['prompt']} with "
                          f"--camera {settings['camera']}: text coordinates and the camera "
                          "strategies 'prompt' and 'ray' are for distance alone (App. A.1, A.5).")
-    return TASKS[task].wordings[name]
+    question, answer = TASKS[task].wordings[name]
+    return settings.get("question") or question, answer
+
+
+def template_fields(template: str) -> set[str]:
+    """Their names; {w:9} has none of ours."""
+    parts = string.Formatter().parse(template)
+    return {name + spec + (kind or "") for _, name, spec, kind in parts if name is not None}
 
 
 def answer_form(task: str, settings: dict) -> str | None:
     """The answer as a template of its number alone, {x}; None where it says other numbers, too."""
     answer = wording(task, settings)[1]
-    fields = {name for _, name, _, _ in string.Formatter().parse(answer) if name}
-    return answer if fields == {"x"} else None
+    return answer if template_fields(answer) == {"x"} else None
 
 
 def has_form(text: str, task: str, settings: dict) -> bool:
@@ -1473,7 +1485,7 @@ def read_settings(name: str, folder: Path, family: Family, overrides: dict, fall
     else:
         settings |= {**family.settings, **HUB_SETTINGS.get(name, {}), **fallback}
         if not quiet:
-            shown = ", ".join(f"{k} {v}" for k, v in settings.items() if k not in given)
+            shown = ", ".join(f"{k} {v}" for k, v in settings.items() if v and k not in given)
             print(f"{name}: no depthlm.json, so the defaults of its family: {shown}",
                   file=sys.stderr)
     return check_settings(settings | given)
@@ -1710,6 +1722,8 @@ def add_settings_flags(parser: argparse.ArgumentParser) -> None:
     flag("--marker-size", type=COUNT, metavar="PX", help="the paper's: 5 (App. A.1)")
     flag("--prompt", choices=PROMPTS, help="paper (Sec. 3.1), release: think, then answer (Sec. "
          "3.2), text: coordinates in the question (App. A.1)")
+    flag("--question", metavar="TEXT", help="instead of the prompt's, for models that were not "
+         f"trained here; fields: {' '.join(f'{{{name}}}' for name in sorted(FIELDS))}")
     flag("--camera", choices=CAMERAS, help="camera strategy; the paper's: unify (Sec. 3.3)")
 
 

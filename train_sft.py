@@ -68,8 +68,8 @@ CHAT_LENGTH = 20_000  # characters of a question or an answer
 SHARD_BYTES = 4 << 30  # of one safetensors file; also all that rank 0 holds at once while saving
 # what may differ when a run is resumed
 FREE_FLAGS = {"resume", "out", "workers", "micro_batch", "rollout_batch", "checkpointing",
-              "reshard", "offload", "compile", "log_every", "save_every", "stop_after", "val", "val_every",
-              "val_queries", "val_batch"}
+              "reshard", "offload", "compile", "log_every", "save_every", "stop_after", "val",
+              "val_every", "val_queries", "val_batch"}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -575,13 +575,12 @@ def save_failed(path: Path, error: Exception) -> ValueError:
                       "give the same command again.")
 
 
-TRAINED = dcp_state.StateDictOptions(ignore_frozen_params=True, strict=False)
-
-
 def training_state(model, optimizer) -> dict:
     """Of what is trained; tensors alone: anything else would be pickled. The optimizer's settings
     are flags."""
-    return {"model": dcp_state.get_model_state_dict(model, options=TRAINED),
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    weights = dcp_state.get_model_state_dict(model).items()
+    return {"model": {name: weight for name, weight in weights if name in trained},
             "optimizer": dcp_state.get_optimizer_state_dict(model, optimizer)["state"]}
 
 
@@ -625,7 +624,8 @@ def load_resume(model, optimizer, out: Path) -> dict | None:
             MetadataUnpickler(file).load()
         state = training_state(model, optimizer)
         dcp.load(state, checkpoint_id=folder)
-    dcp_state.set_model_state_dict(model, state["model"], options=TRAINED)
+    dcp_state.set_model_state_dict(model, state["model"],
+                                   options=dcp_state.StateDictOptions(strict=False))
     settings = dcp_state.get_optimizer_state_dict(model, optimizer)
     dcp_state.set_optimizer_state_dict(model, optimizer, settings | {"state": state["optimizer"]})
     return named

@@ -554,6 +554,23 @@ def test_kl_to_the_reference_model(update, monkeypatch):
     assert line["loss"] == pytest.approx(line["kl"])
     assert all(p.grad is None for p in models[-1].parameters())
 
+    # with adapters it is the model without them: one model, which differs once they do
+    adapters, reset = ("--lora", 2, "--freeze", "vision"), train_sft.reset_adapters
+    for spread in (0.0, 0.05):
+        models.clear()
+        monkeypatch.setattr(train_sft, "reset_adapters", lambda model: spread_adapters(
+            model, reset, spread))
+        line, _ = update("--kl-coef", 1.0, *adapters, scale=0.0)
+        assert len(models) == 1 and (line["kl"] > 1e-3) == (spread > 0)
+
+
+def spread_adapters(model, reset, spread: float) -> None:
+    reset(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_b"):
+                parameter.fill_(spread)
+
 
 def test_not_finite_stops(update, capsys):
     with pytest.raises(SystemExit):
@@ -870,6 +887,7 @@ def test_batch_of_answers_and_rollout_batch(reference, taught, world, tmp_path):
 
 
 MORE = ["--reshard", "--checkpointing", "--kl-coef", "0.1"]
+LORA = [*MORE, "--lora", "2", "--freeze", "vision", "--offload"]
 TWO = """
 import json, sys, torch, torch.distributed as dist
 root, folder, *runs = sys.argv[1:]
@@ -912,11 +930,13 @@ destroy()
 
 
 def test_two_processes_equal_one(reference, taught, world, tmp_path):
-    """The runs of `reference` and with MORE; before them, that both ranks run the same number of
-    forward passes."""
+    """The runs of `reference`, with MORE and with LORA; before them, that both ranks run the same
+    number of forward passes."""
     (tmp_path / "two.py").write_text(TWO)
-    train_grpo.main(command(taught, world, tmp_path / "one", *MORE))
-    cases = ((reference, tmp_path / "plain", []), (tmp_path / "one", tmp_path / "more", MORE))
+    cases = [(reference, tmp_path / "plain", [])]
+    for name, more in (("more", MORE), ("lora", LORA)):
+        train_grpo.main(command(taught, world, tmp_path / name, *more))
+        cases.append((tmp_path / name, tmp_path / f"{name}_two", more))
     runs = [json.dumps(command(taught, world, two, *more)) for _, two, more in cases]
     done = run_script(tmp_path / "two.py", ROOT, taught, *runs, processes=2)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from conftest import ROOT, make_world, plain_inputs, run_script, stock, views_for, write_jsonl
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -391,6 +392,42 @@ def test_sharded_model_is_the_plain_one(tiny, one_process):
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny_qwen3", "tiny_pixtral"])
+def test_adapters(name, request, tmp_path, one_process):
+    """A start equal to the model, all else frozen in the dtype of the compute; the saved folder has
+    the names of the start, and is the adapted model."""
+    folder = request.getfixturevalue(name)
+    checkpoint = render.open_checkpoint(str(folder), quiet=True)
+    sample = render.encode(checkpoint, views_for(checkpoint, [(3, 2)]), "How far?")
+    prompts = evaluate.pack_prompts(checkpoint, [sample])
+
+    def logits(model):
+        with torch.no_grad():
+            return evaluate.prefill(model.eval(), checkpoint, prompts).logits
+
+    def logits_of(folder):
+        checkpoint = render.open_checkpoint(str(folder), quiet=True)
+        return logits(evaluate.load_model(checkpoint, CPU, torch.float32))
+
+    for dtype in (torch.bfloat16, torch.float32):
+        model = sharded(folder, dtype, lora=2, freeze="vision")
+        kinds = {(p.requires_grad, p.dtype) for p in model.parameters()}
+        assert kinds == {(True, torch.float32), (False, dtype)}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert len(trained) == 14 * len(model.model.language_model.layers)
+    start = logits_of(folder)
+    assert torch.equal(logits(model), start)
+    with torch.no_grad():
+        for parameter in trained:
+            parameter.fill_(0.05)
+    adapted = logits(model)
+    assert (adapted - start).abs().max() > 0.1
+    with train_sft.without_adapters(model):
+        assert torch.equal(logits(model), start)
+    train_sft.save_model(model, checkpoint, tmp_path, torch.float32)
+    assert torch.allclose(logits_of(tmp_path), adapted, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny_qwen3", "tiny_pixtral"])
 def test_saved_folder_opens_with_plain_transformers(name, request, tmp_path, monkeypatch,
                                                     one_process):
     folder = request.getfixturevalue(name)
@@ -506,7 +543,8 @@ def weights_at(reference: Path, step: int) -> dict:
 
 def test_two_processes_give_the_same_losses_and_weights(tiny, reference, distances, tmp_path):
     out = tmp_path / "two"
-    train(tiny, distances, out, "--reshard", "--workers", 1, "--checkpointing", processes=2)
+    train(tiny, distances, out, "--reshard", "--workers", 1, "--checkpointing", "--offload",
+          processes=2)
     assert len(losses(reference)) == 10
     assert losses(out) == pytest.approx(losses(reference), abs=1e-5)
     two, one = weights(out), weights(reference)
@@ -531,6 +569,25 @@ def test_resumed_equals_uninterrupted(tiny, reference, distances, tmp_path, caps
     capsys.readouterr()
     train(tiny, distances, out)
     assert "from step 10" in capsys.readouterr().out and len(losses(out)) == 10
+
+
+def test_adapters_are_resumed(tiny, distances, tmp_path):
+    """Begun by two processes with everything in the CPU's memory, ended by one without: the run of
+    one; the state holds what is trained. The rest of the model is as it was, bit for bit."""
+    some = ["--lora", 2, "--freeze", "vision", "--samples", 32]
+    train(tiny, distances, tmp_path / "one", *some)
+    train(tiny, distances, tmp_path / "two", *some, "--stop-after", 2, "--offload", "--reshard",
+          "--checkpointing", processes=2)
+    state = dcp.FileSystemReader(tmp_path / "two/resume/step_00000002").read_metadata()
+    assert len(state.state_dict_metadata) == 14 * 2 * (1 + 3)  # step and moments of each
+    train(tiny, distances, tmp_path / "two", *some)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+    before, after, two = (weights(folder) for folder in (tiny, tmp_path / "one", tmp_path / "two"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert before.keys() == after.keys() and len(changed) == 14
+    assert all("proj.weight" in name and "visual" not in name for name in changed)
+    assert all(torch.linalg.matrix_rank(after[n] - before[n], rtol=1e-3) <= 2 for n in changed)
+    assert all(torch.allclose(after[name], two[name], atol=1e-5) for name in after)
 
 
 @pytest.mark.parametrize("state", [
@@ -1031,6 +1088,36 @@ def test_bad_flags(capsys, flag, value, message):
     """One line with the flag's name, and exit code 2."""
     line = refused(capsys, ["--data", "a.jsonl", flag, value])
     assert f"error: argument {flag}: {message}" in line
+
+
+def test_usage_errors_stand_alone(capsys):
+    for words, message in ((["--focal", "0"], "argument --focal: 0 is not greater than 0"),
+                           (["@nope.args"], "No such file or directory: 'nope.args'"),
+                           (["--tpyo", "3"], "unrecognized arguments: --tpyo 3")):
+        with pytest.raises(SystemExit) as stop:
+            train_sft.main(words)
+        said = capsys.readouterr().err
+        assert stop.value.code == 2 and said.startswith("error: ") and message in said
+        assert said.endswith(". See --help.\n") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_interrupted_is_one_line(tiny, distances, tmp_path, processes):
+    """Ctrl-C: one line of ours, however many processes (torchrun adds its own); the same command
+    resumes."""
+    argv = command(tiny, distances, tmp_path / "run", "--save-every", 1, "--samples", 80_000)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    script = [sys.executable, *launch[:4 * bool(processes)], ROOT / "train_sft.py", *argv]
+    run = subprocess.Popen(list(map(str, script)), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                           text=True, start_new_session=True)
+    while not run.stdout.readline().startswith("step 2/"):
+        assert run.poll() is None
+    os.killpg(run.pid, signal.SIGINT)
+    _, said = run.communicate(timeout=120)
+    ours = [line for line in said.splitlines() if "error: " in line]
+    assert ours == ["error: interrupted. Give the same command again to resume."]
+    assert processes or (run.returncode == 130 and "Traceback" not in said)
+    assert json.loads((tmp_path / "run/resume/state.json").read_text())["step"] >= 1
 
 
 def test_errors_are_one_line(tiny, distances, reference, tmp_path, capsys):
