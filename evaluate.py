@@ -998,8 +998,8 @@ def paper_table(result: dict) -> str:
         raise ValueError(f"--paper-rows: the sets are called {', '.join(PAPER_CONSTANT)} there, "
                          f"here {', '.join(result['datasets'])}.")
     rows = [["delta1", *ours, "average", "vs ours"]]
-    for title, methods in {"here": {"ours": ours}, **render.read_json(PAPER)}.items():
-        rows.append([f"{title}:"] + [""] * (len(ours) + 2))
+    for title, methods in {"Here": {"ours": ours}, **render.read_json(PAPER)}.items():
+        rows.append([title] + [""] * (len(ours) + 2))
         for method, published in methods.items():
             both = [name for name in ours if name in published]
             if not both:

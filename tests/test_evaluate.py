@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -166,7 +167,7 @@ def test_one_dataset_is_one_column():
     several = evaluate.summarize(predictions([1.0], [2.0], dataset="toy") + timed)
     text = evaluate.table(several)
     assert text.splitlines()[0].split() == ["delta1", "toy"] and "2.0" not in text
-    assert "average of tasks  0.500" in text
+    assert re.search("average of tasks +0.500", text)
 
 
 def test_published_rows():
@@ -178,7 +179,7 @@ def test_published_rows():
     rows = {cells[0]: cells[1:] for cells in
             (re.split("  +", line) for line in evaluate.paper_table(
                 {"datasets": {**scores, "toy": {"delta1": 1.0}}}).splitlines())}
-    assert rows["ours"][-1] == "0.838" == rows["DepthLM (7B)"][-2]
+    assert rows["ours"][-2] == "0.838" == rows["DepthLM (7B)"][-2]
     averages = {"Qwen2.5-VL (72B)": 0.219, "GPT-5": 0.370, "Seed1.5-VL (official setup)": 0.243,
                 "DepthLM (3B)": 0.824, "DepthLM, Pixtral (12B)": 0.771, "always 2.0 m": 0.186}
     for name, mean in averages.items():
@@ -257,6 +258,7 @@ def test_depth_maps_that_do_not_fit(tmp_path, capsys):
     shutil.copy(tmp_path / "set" / "000.png", tmp_path / "set" / "a" / "000.png")
     write_jsonl(data, [records[0], {**records[0], "image": "a/000.png"}])
     np.save(maps / "000.npy", np.ones((90, 120)))
+    evaluate.read_map.cache_clear()
     assert "would be of" in said()
 
 

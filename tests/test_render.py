@@ -598,8 +598,8 @@ def test_coordinates_and_intrinsics_as_text(tmp_path):
     bare, _, _ = shown(path, {**SETTINGS, "camera": "none", "prompt": "text"})
     assert np.array_equal(views[0].pixels, bare[0].pixels)
     assert "(fx = 70.00, fy = 72.00, cx = 39.50, cy = 29.50)" in question
-    assert "the pixel at (60, 10)" in question and "{" not in question
-    assert answer == "The point is around 3.00 meters away from the camera."
+    assert "the pixel at (20, 30)" in question and "{" not in question
+    assert answer == "The point is around 2.00 meters away from the camera."
 
 
 def test_a_question_of_ones_own(tmp_path):
@@ -607,7 +607,7 @@ def test_a_question_of_ones_own(tmp_path):
     settings = {**SETTINGS, "camera": "none", "question": own}
     views, question, answer = shown(path, render.check_settings(settings))
     height, width = views[0].pixels.shape[:2]
-    assert question.startswith("Pixel (60, 10) of ") and question.endswith(", {f} 70.00?")
+    assert question.startswith("Pixel (20, 30) of ") and question.endswith(", {f} 70.00?")
     assert answer == shown(path, {**settings, "question": ""})[2]
     for wrong in ("{x}", "{z}", "{}", "{w", "{w:99999999}", "{w!r}", "{w.real}", 3, None):
         with pytest.raises(ValueError, match="question"):
