@@ -33,6 +33,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -520,6 +521,7 @@ class Simulated(TorchDispatchMode):
         super().__init__()
         self.live = self.peak = 0
         self.records = WeakIdKeyDictionary()  # storage -> [bytes]
+        self.on_host = WeakIdKeyDictionary()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -546,7 +548,14 @@ class Simulated(TorchDispatchMode):
         if storage not in self.records:
             self.records[storage] = [0]
             weakref.finalize(storage, self.change, self.records[storage], 0)
-        self.change(self.records[storage], storage.nbytes())
+        if storage not in self.on_host:
+            self.change(self.records[storage], storage.nbytes())
+
+    def to_host(self, tensor: torch.Tensor) -> None:
+        """It lies in the memory of the CPU, for --offload."""
+        storage = getattr(tensor, "_local_tensor", tensor).untyped_storage()
+        self.on_host[storage] = True
+        self.change(self.records[storage], 0)
 
     def change(self, record: list[int], size: int) -> None:
         self.live += size - record[0]
@@ -560,9 +569,9 @@ def without_data(x) -> bool:
 
 
 @contextlib.contextmanager
-def simulated(world: int, gpu: bool):
+def simulated(world: int, gpu: bool, offload: bool = False):
     """-> the Simulated of a block that runs as rank 0 of `world` processes. gpu: by the path of
-    CUDA."""
+    CUDA; offload: what FSDP leaves in the CPU's memory is not counted, nor was it ever there."""
     counted, resize = Simulated(), torch.UntypedStorage.resize_
     propagate = ShardingPropagator._propagate_tensor_meta_non_cached
 
@@ -576,12 +585,24 @@ def simulated(world: int, gpu: bool):
         with _disable_current_modes():
             return propagate(*args)
 
+    shards, fetch = FSDPParam.to_sharded_dtensor, FSDPParam.all_gather_inputs.fget
+
+    def shard_on_host(self, tensor):  # of a reduced gradient, which goes there at once
+        if offload and not tensor.is_meta and tensor.untyped_storage() in counted.records:
+            counted.to_host(tensor)
+        return shards(self, tensor)
+
+    def fetched(self):  # what has to be cast is a copy anyway
+        return [x.clone() if offload and x.dtype == self.orig_dtype else x for x in fetch(self)]
+
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     with contextlib.ExitStack() as stack:
         for place, name, value in (
                 (torch.UntypedStorage, "resize_", resize_counted),
                 (ShardingPropagator, "_propagate_tensor_meta_non_cached", propagate_uncounted),
                 (evaluate, "load_weights", lambda *args: None),
+                (FSDPParam, "to_sharded_dtensor", shard_on_host),
+                (FSDPParam, "all_gather_inputs", property(fetched)),
                 # CUDA's kernels for a mask need as much as the CPU's: no matrix of scores
                 (evaluate, "sdpa_kernel", lambda kinds: contextlib.nullcontext()),
                 (FakeTensor, "is_cuda", gpu)):
@@ -592,8 +613,11 @@ def simulated(world: int, gpu: bool):
 
 
 def simulate(size: str, world: int, micro_batch: int, accumulate: int, checkpointing: bool,
-             reshard: bool, grpo: bool = False, gpu: bool = True) -> dict[str, float]:
-    """Peak memory of a training step, in GiB a GPU: weights, moments, everything."""
+             reshard: bool, grpo: bool = False, gpu: bool = True,
+             **trained) -> dict[str, float]:
+    """Peak memory of a training step, in GiB a GPU: weights, moments, everything. trained: lora,
+    freeze, offload of train_sft.shard_model."""
+    offload = trained.get("offload", False)
     columns, rows = image_tokens(size)
     prompt = "release" if grpo else "paper"
     question, form = render.TASKS["distance"].wordings[prompt]
@@ -605,15 +629,23 @@ def simulate(size: str, world: int, micro_batch: int, accumulate: int, checkpoin
         views = noise_views(checkpoint, columns, rows, count)
         samples = [render.encode(checkpoint, [view], question) for view in views]
         batch = training_batch(checkpoint, views[:micro_batch], question, answer)
-        with simulated(world, gpu) as counted:
+        with simulated(world, gpu, offload) as counted:
             device = torch.device("cpu")
-            model = train_sft.shard_model(folder, device, torch.bfloat16, reshard, checkpointing)
+            model = train_sft.shard_model(folder, device, torch.bfloat16, reshard, checkpointing,
+                                          **trained)
+            learnt = [p for p in model.train().parameters() if p.requires_grad]
+            if offload:
+                for parameter in model.parameters():
+                    counted.to_host(parameter)
             weights = counted.live
-            optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-5, fused=True)
-            for parameter in model.parameters():
+            optimizer = torch.optim.AdamW(learnt, lr=1e-5, fused=True)
+            for parameter in learnt:
                 parameter.grad = torch.zeros_like(parameter)
             optimizer.step()  # makes the moments
             optimizer.zero_grad(set_to_none=True)
+            for state in optimizer.state.values() if offload else ():
+                counted.to_host(state["exp_avg"])
+                counted.to_host(state["exp_avg_sq"])
             moments, counted.peak = counted.live - weights, counted.live
             if grpo:
                 simulate_grpo(model, optimizer, checkpoint, samples, micro_batch, reshard)
