@@ -262,7 +262,8 @@ def command(main: Callable) -> Callable:
             if type(e).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
                 raise
             fail(f"the GPU has not enough memory ({str(e).splitlines()[0]}). Lower --micro-batch "
-                 "or --batch-size; for training there are --checkpointing and --reshard, too.")
+                 "or --batch-size; for training there are --checkpointing, --reshard, --lora and "
+                 "--offload, too.")
         except KeyboardInterrupt:
             if int(os.environ.get("RANK", 0)):  # one line for all processes
                 raise SystemExit(130) from None

@@ -784,7 +784,8 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
          help="free gathered weights after each forward, reduce gradients in each micro-batch: "
          "less memory, more traffic")
     flag("--offload", action=on_off, default=False,
-         help="keep weights, gradients and moments in the CPU's memory; slow, needs --reshard")
+         help="keep weights, gradients and moments in the CPU's memory, with --reshard but for the "
+         "layer at work; slow")
     flag("--compile", action=on_off, default=False,
          help="torch.compile each layer: minutes at the start, fewer and larger kernels")
 
@@ -909,7 +910,8 @@ def score_and_log(run: Run, step: int, batch_size: int, reshard: bool) -> None:
 def save_run(run: Run, step: int) -> None:
     """The model, then the state: a kill between the two costs steps, but never leaves an older
     model beside a newer state."""
-    (run.out / "resume").mkdir(exist_ok=True)
+    if run.rank == 0:
+        (run.out / "resume").mkdir(exist_ok=True)
     save_model(run.model, run.checkpoint, run.out, run.dtype)
     save_resume(run.model, run.optimizer, run.out, step, run.bad)
 

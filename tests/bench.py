@@ -682,27 +682,40 @@ RECIPES = [("3b", 1, 2, 2, True, False, False), ("3b", 1, 4, 2, True, False, Fal
            ("pixtral", 4, 1, 2, True, True, False), ("pixtral", 8, 4, 2, True, True, False),
            ("pixtral", 8, 1, 2, False, True, False), ("pixtral", 128, 3, 1, True, True, False),
            ("pixtral", 128, 1, 2, False, True, False)]
-USABLE = 79.1 - 2  # GiB of an 80 GB card, without context, NCCL and workspaces
+ADAPTERS = {"lora": 16, "freeze": "vision"}
+OFFLOADED = {**ADAPTERS, "offload": True}
+# on one GPU, what else is given to train_sft.py
+ONE_GPU = [(size, 1, 1, 2, True, True, False, trained) for size in ("3b", "7b", "pixtral")
+           for trained in (OFFLOADED, ADAPTERS, {"lora": 16}, {"offload": True})]
+ONE_GPU += [(size, 1, 1, 2, False, True, False, ADAPTERS) for size in ("3b", "7b")]
+# GB as cards are called: GiB, less 2 for context, NCCL and workspaces
+CARDS = {16: 13.6, 24: 21.5, 48: 42.4, 80: 77.1, 141: 137.8}
 
 
 def bench_memory(args) -> None:
     """Peak memory of a training step on any number of GPUs, without one: the project's own step at
     its real size, on tensors without data. Add about 2 GiB for context, NCCL and workspaces."""
-    rows = RECIPES
+    rows = [*RECIPES, *ONE_GPU]
     if not args.table:
+        trained = {"lora": args.lora, "freeze": args.freeze, "offload": args.offload}
         rows = [(args.size, args.world, args.micro_batch, args.accumulate, args.checkpointing,
-                 args.reshard, args.grpo)]
-    print("| model, GPUs | setting | GiB a GPU | on 80 GB |\n|---|---|---|---|")
-    for size, world, micro_batch, accumulate, checkpointing, reshard, grpo in rows:
-        gib = simulate(size, world, micro_batch, accumulate, checkpointing, reshard, grpo)
+                 args.reshard, args.grpo, {key: value for key, value in trained.items() if value})]
+    print("| model, GPUs | setting | GiB a GPU | smallest card, GB |\n|---|---|---|---|")
+    for size, world, micro_batch, accumulate, checkpointing, reshard, grpo, *rest in rows:
+        trained = dict(*rest)
+        gib = simulate(size, world, micro_batch, accumulate, checkpointing, reshard, grpo,
+                       **trained)
         setting = [f"micro-batch {micro_batch} x {accumulate}"]
         setting += ["GRPO, 8 answers of 128 tokens"] * grpo
         setting += ["checkpointing" if checkpointing else "no checkpointing"]
         setting += ["--reshard"] * reshard
+        setting += [f"--{key}" if value is True else f"--{key} {value}"
+                    for key, value in trained.items()]
+        card = next((card for card, usable in CARDS.items() if gib["peak"] < usable), "none")
         rest = gib["peak"] - gib["weights"] - gib["moments"]
         print(f"| {size}, {world} | {', '.join(setting)} | {gib['peak']:.1f} ({gib['weights']:.1f} "
               f"weights, {gib['moments']:.1f} moments, {rest:.1f} bf16 weights, gradients, "
-              f"activations) | {'fits' if gib['peak'] < USABLE else 'no'} |", flush=True)
+              f"activations) | {card} |", flush=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -779,6 +792,9 @@ def main(argv=None) -> None:
          help="activation checkpointing")
     flag("--reshard", action="store_true", help="as in train_sft.py")
     flag("--grpo", action="store_true", help="a step of train_grpo.py")
+    flag("--lora", type=render.COUNT, help="as in train_sft.py; default: none")
+    flag("--freeze", choices=("vision",), help="as in train_sft.py; default: nothing")
+    flag("--offload", action="store_true", help="as in train_sft.py")
     flag("--table", action="store_true", help="of all recipes, instead")
     args = parser.parse_args(argv)
     benches[args.what](args)
