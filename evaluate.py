@@ -6,6 +6,7 @@ Score a checkpoint: jsonl files of labelled points -> predictions.jsonl, metrics
     python evaluate.py ckpt/toy --data data/toy/val.jsonl --all    # each labelled point once
     python evaluate.py --constant 2.0 --data data/nyuv2/val.jsonl  # a baseline without a model
     python evaluate.py --predictions theirs.jsonl                  # anyone's answers, same points
+    python evaluate.py --depth-maps maps --depth-type z            # dense depth of any model
 
 Also the home of everything that runs a trained model: loading, packed attention, the prefill,
 decoding. train_sft.py, train_grpo.py and pointcloud.py call these functions.
@@ -23,6 +24,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -37,9 +39,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import render
-from render import COUNT, NATURAL, PAPER_CONSTANT, TASKS, Checkpoint, Query, Records, file_path
+from render import (
+    COUNT,
+    NATURAL,
+    PAPER_CONSTANT,
+    POSITIVE,
+    TASKS,
+    Checkpoint,
+    Query,
+    Records,
+    file_path,
+)
 
 NUM_QUERIES = 8192  # Sec. 3, random samples a set
+ADAPTERS = (".lora_a", ".lora_b")  # endings of their names
 ODD = ("truncated", "off_form")  # what is true of some answers
 
 
@@ -244,9 +257,13 @@ def build_model(folder: Path, dtype: torch.dtype, master: torch.dtype):
     return prepare_model(model, dtype)
 
 
-def fill_model(model, folder: Path, device: torch.device):
-    """Give a model of build_model, sharded or not, memory and weights."""
-    model.to_empty(device=device)
+def fill_model(model, folder: Path, device: torch.device, offload: bool = False):
+    """Give a model of build_model, sharded or not, memory and weights. offload: its parameters stay
+    in the memory of the CPU, and FSDP fetches them."""
+    model.compute_device = device
+    model.to_empty(device="cpu" if offload else device)
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(device)
     if not isinstance(model, FSDPModule):  # there a tie survives
         model.tie_weights()
     for module in model.modules():  # rotary frequencies are in no file
@@ -263,6 +280,8 @@ def load_weights(model, folder: Path) -> None:
     where, files = weight_files(folder), {}
     unused = {name for name in where if not name.endswith(("lm_head.weight", "inv_freq"))}
     for name, parameter in model.named_parameters():
+        if name.endswith(ADAPTERS):  # of train_sft.py; they begin anew
+            continue
         found = [n for n in file_names(model, name) if n in where]
         if not found:
             raise ValueError(f"{folder}: the weight '{name}' is in none of its files; is the "
@@ -277,19 +296,23 @@ def load_weights(model, folder: Path) -> None:
             raise ValueError(f"{path}: the weight '{found[0]}' is {kind} {shape}, the model of "
                              f"config.json has numbers of {tuple(parameter.shape)}. They are not "
                              "of one model: download the folder again.")
-        local, first, last = parameter, 0, shape[0]
-        if isinstance(parameter, DTensor):
-            local = parameter.to_local()
-            share = -(-shape[0] // dist.get_world_size())  # equal chunks of the first dimension
-            first = min(dist.get_rank() * share, shape[0])
-            last = min(first + share, shape[0])
-        local.copy_(stored[first:last])
+        local, rows = local_rows(parameter)
+        local.copy_(stored[rows])
         if not local.isfinite().all():
             raise ValueError(f"{path}: the weight '{found[0]}' holds NaN or infinity; the training "
                              "that wrote it has failed. Take an earlier checkpoint.")
     if unused:
         raise ValueError(f"{folder}: its model has no place for {len(unused)} of its weights, such "
                          f"as '{min(unused)}'; config.json and weights are not of one model.")
+
+
+def local_rows(parameter) -> tuple[torch.Tensor, slice]:
+    """What this rank holds of a parameter, and which of its rows that is."""
+    if not isinstance(parameter, DTensor):
+        return parameter, slice(None)
+    share = -(-len(parameter) // dist.get_world_size())  # equal chunks of the first dimension
+    first = min(dist.get_rank() * share, len(parameter))
+    return parameter.to_local(), slice(first, min(first + share, len(parameter)))
 
 
 def file_names(model, name: str) -> list[str]:
@@ -375,7 +398,7 @@ def prefill(model, checkpoint: Checkpoint, batch: dict) -> Prefix:
     """Packed prompts of any sizes in one forward, nothing padded; their keys and values are laid
     out as rows afterwards."""
     from transformers import DynamicCache
-    inputs = render.model_inputs(batch, checkpoint, model.device, model.compute_dtype)
+    inputs = render.model_inputs(batch, checkpoint, model.compute_device, model.compute_dtype)
     starts, drafted = inputs["segments"].long(), len(batch["template"].start)
     ends, lengths = starts[1:], starts[1:] - starts[:-1]
     keep = ends[:, None] - 1 + torch.arange(-drafted, 1, device=ends.device)
@@ -705,7 +728,8 @@ def run_queries(model, checkpoint: Checkpoint, records: Records, pairs: list,
     dataset = QueryBatches(checkpoint, records, task, pairs, batch_size, seed, singly, form)
     loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=workers,
                                          worker_init_fn=render.start_worker,
-                                         collate_fn=tuple, pin_memory=model.device.type == "cuda")
+                                         collate_fn=tuple,
+                                         pin_memory=model.compute_device.type == "cuda")
     limit = settings["max_new_tokens"]
     for queries, batch in loader:
         if decode == "median":
@@ -910,14 +934,16 @@ def table(result: dict) -> str:
         notes.append("queries (unparsed): " + ", ".join(counts))
     by_z = {name: d["by_z"] for name, d in result["datasets"].items() if "by_z" in d}
     if by_z and "tasks" not in result:
-        shown = (f"{name} {z['delta1']:.3f} (always 2.0 m {z['always_2m']:.3f}, abs_rel "
-                 f"{show(z['abs_rel'])}, rmse {show(z['rmse'])})" for name, z in by_z.items())
+        shown = (f"{name} {z['delta1']:.3f} (abs_rel {show(z['abs_rel'])}, rmse {show(z['rmse'])})"
+                 for name, z in by_z.items())
         notes.append("by z instead of Euclidean, delta1: " + "  ".join(shown))
     return "\n".join([render.text_table(rows), *notes])
 
 
 def metric_rows(result: dict) -> list[list[str]]:
-    columns = {**result["datasets"], "average": result["average"]}
+    columns = dict(result["datasets"])
+    if len(columns) > 1:
+        columns["average"] = result["average"]
     rows = [["", *columns]]
     for key in ("delta1", "delta1_ci", "delta2", "delta3", "abs_rel", "rmse", "log10", "silog",
                 "unparsed", *ODD, "n", "in_10_90", "confidence", "lost"):
@@ -927,11 +953,11 @@ def metric_rows(result: dict) -> list[list[str]]:
             rows.append(["  95 % interval", *cells])
         elif any(key in c for c in columns.values()):
             rows.append([key, *(show(c[key]) if key in c else "" for c in columns.values())])
-    rows.append(["always 2.0 m: delta1", *(show(c["always_2m"]) for c in columns.values())])
     best = [c.get("best_constant") for c in columns.values()]
     rows.append(["best constant: delta1",
                  *(f"{b['delta1']:.3f} ({b['value']:g} m)" if b else "" for b in best)])
     if set(columns) & set(PAPER_CONSTANT):
+        rows.append(["always 2.0 m: delta1", *(show(c["always_2m"]) for c in columns.values())])
         published = [PAPER_CONSTANT.get(name, "") for name in columns]
         rows.append(["paper, always 2.0 m", *map(show, published)])
     return rows
@@ -952,15 +978,44 @@ def task_rows(result: dict) -> list[list[str]]:
         cells = [columns.get(name if task == "distance" else f"{name}/{task}", {})
                  for name in names]
         rows.append([task, *(show(c.get("delta1")) for c in cells), show(mean["delta1"])])
-        rows.append(["  always 2.0", *(show(c.get("always_2m")) for c in cells),
-                     show(mean["always_2m"])])
+        if {*names} & {*PAPER_CONSTANT}:
+            rows.append(["  always 2.0", *(show(c.get("always_2m")) for c in cells),
+                         show(mean["always_2m"])])
         best = [c.get("best_constant") for c in cells]
         found = [b["delta1"] for b in best if b]
         rows.append(["  best constant",
                      *(f"{b['delta1']:.3f} ({b['value']:g})" if b else "-" for b in best),
                      show(sum(found) / len(found))])
-    rows.append(["average of tasks", *([""] * len(names)), show(result["average"]["delta1"])])
+    if len(names) == 1:
+        rows = [row[:2] for row in rows]
+    empty = [""] * (len(rows[0]) - 2)
+    rows.append(["average of tasks", *empty, show(result["average"]["delta1"])])
     return rows
+
+
+PAPER = Path(__file__).parent / "runs" / "paper.json"  # delta1 as published, of Tables 1 and 2
+
+
+def paper_table(result: dict) -> str:
+    """These answers above the published rows, on the paper's sets that are here. average: over
+    those that a row has; vs ours: of that, relative to our average over the same sets (Table 2)."""
+    ours = {name: scores["delta1"] for name, scores in result["datasets"].items()
+            if name in PAPER_CONSTANT}
+    if not ours:
+        raise ValueError(f"--paper-rows: the sets are called {', '.join(PAPER_CONSTANT)} there, "
+                         f"here {', '.join(result['datasets'])}.")
+    rows = [["delta1", *ours, "average", "vs ours"]]
+    for title, methods in {"Here": {"ours": ours}, **render.read_json(PAPER)}.items():
+        rows.append([title] + [""] * (len(ours) + 2))
+        for method, published in methods.items():
+            both = [name for name in ours if name in published]
+            if not both:
+                continue
+            mean, mine = (sum(scores[name] for name in both) / len(both)
+                          for scores in (published, ours))
+            versus = f"{mean / mine - 1:+.1%}" if mine and published is not ours else ""
+            rows.append([method, *(show(published.get(name)) for name in ours), show(mean), versus])
+    return render.text_table(rows)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1011,6 +1066,45 @@ def check_prediction(line: dict, depth_type: str) -> None:
         numbers |= {key: numbers[key] * numbers["ray"] for key in ("pred", "q10", "q90")
                     if key in numbers}
     line |= {"pred": None, **numbers}
+
+
+def find_map(folder: Path, name: str, records: Records, image: str) -> Path:
+    """The depth map of an image: <folder>/<dataset>/<path of the image>.npy or .png, without the
+    dataset, or by its name alone."""
+    relative = Path(os.path.relpath(image, records.image_root))
+    for place in (Path(name) / relative, relative, Path(relative.name)):
+        for ending in (".npy", ".png"):
+            if (folder / place.with_suffix(ending)).is_file():
+                return folder / place.with_suffix(ending)
+    raise ValueError(f"{folder}: has no {relative.with_suffix('.npy')} (or .png) for {image}.")
+
+
+@lru_cache(maxsize=2)
+def read_map(path: Path) -> np.ndarray:
+    """(H, W), as stored."""
+    if path.suffix == ".npy":
+        with render.blaming(path):
+            stored = np.load(path, allow_pickle=False)
+    else:
+        with render.image_file(path) as file:
+            stored = np.asarray(file)
+    if stored.squeeze().ndim != 2:
+        raise ValueError(f"{path}: has the shape {stored.shape}, a depth map is (height, width).")
+    return stored.squeeze()
+
+
+def mapped_depth(path: Path, query: Query, scale: float, depth_type: str) -> float:
+    """Euclidean distance [m] of a query's point by a depth map of any resolution: the pixel of the
+    map in which the point lies, so that no value between two objects is made up."""
+    record, (x, y) = query.records[0], query.points[0]
+    depth, (width, height) = read_map(path), record["intrinsics"][4:]
+    if abs(depth.shape[1] / width * height / depth.shape[0] - 1) > 0.01:
+        raise ValueError(f"{path}: {depth.shape[1]} x {depth.shape[0]} px are not of an image of "
+                         f"{width:g} x {height:g} px.")
+    column, row = (min(max(int((at + 0.5) * size / full), 0), size - 1) for at, size, full in
+                   ((x, depth.shape[1], width), (y, depth.shape[0], height)))
+    ray = float(render.ray_length(x, y, record["intrinsics"])) if depth_type == "z" else 1.0
+    return float(depth[row, column]) / scale * ray
 
 
 def default_data() -> list[str]:
@@ -1114,8 +1208,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     flag("--data", type=file_path, nargs="+", metavar="JSONL", help="default: data/*/val.jsonl")
     render.add_record_flags(flag)
     flag("--out", type=file_path, help="folder for predictions.jsonl and metrics.json; default: "
-         "<checkpoint>/eval, out/constant, out/predictions")
+         "<checkpoint>/eval, out/constant, out/depth_maps, out/predictions")
     flag("--overwrite", action="store_true", help="drop the evaluation that is in --out")
+    flag("--paper-rows", action="store_true", help="also print the published rows of Tables 1, 2")
 
     flag = parser.add_argument_group("queries").add_argument
     flag("--queries", type=COUNT, default=NUM_QUERIES, help="random points a set (Sec. 3)")
@@ -1127,11 +1222,14 @@ def parse_args(argv=None) -> argparse.Namespace:
     render.add_settings_flags(parser)
 
     flag = parser.add_argument_group("instead of a model (default: a checkpoint)").add_argument
-    flag("--constant", type=render.POSITIVE, metavar="NUMBER",
+    flag("--constant", type=POSITIVE, metavar="NUMBER",
          help="always this answer (Tables 1 and 3: 2.0)")
     flag("--predictions", type=file_path, metavar="FILE", help="score these answers")
+    flag("--depth-maps", type=file_path, metavar="DIR", help="score dense depth, a .npy or 16-bit "
+         ".png an image: DIR/[DATASET/]PATH, or its name alone (Table 2)")
+    flag("--depth-scale", type=POSITIVE, default=1.0, help="of the maps: a metre in their unit")
     flag("--depth-type", choices=("euclidean", "z"), default="euclidean",
-         help="what their numbers are, where a line does not say: z is converted by its ray")
+         help="what those numbers are, where a line does not say: z is converted by its ray")
     flag("--export-queries", type=file_path, metavar="DIR",
          help="write images and questions, for any system to answer and --predictions to score")
 
@@ -1160,7 +1258,8 @@ def default_out(args) -> Path:
     way = "_median" * (args.decode == "median") + "_geometry" * (args.two_point == "geometry")
     if args.checkpoint and Path(args.checkpoint).is_dir():
         return Path(args.checkpoint) / f"eval{way}"
-    kind = args.checkpoint or ("predictions" if args.constant is None else "constant")
+    others = ("constant", "depth_maps", "predictions")
+    kind = args.checkpoint or next(key for key in others if getattr(args, key) is not None)
     return Path("out") / (kind.replace("/", "--") + way)
 
 
@@ -1232,37 +1331,51 @@ def query_model(args, checkpoint: Checkpoint, groups: list, out: Path, rank: int
         print(f"{left} queries, {forwards / batches:.1f} forward passes a batch")
 
 
-def answer_constant(args, groups: list, out: Path) -> None:
-    """--constant: the same answer to all queries -> predictions.jsonl."""
-    claim(out, args, identity(args, {}, groups, constant=args.constant), ("predictions*.jsonl",))
-    answer = {"text": f"{args.constant:g}"}
-    lines = [prediction(query_of(records, task, pair, args.seed), answer, dataset=name)
-             for name, records, task, pairs in groups for pair in pairs]
-    lines = [{**line, "id": number} for number, line in enumerate(lines)]
+def answer_alone(args, groups: list, out: Path) -> None:
+    """--constant, --depth-maps: answers without a model of ours -> predictions.jsonl."""
+    source = {key: getattr(args, key) for key in ("constant", "depth_maps", "depth_type",
+                                                  "depth_scale")}
+    claim(out, args, identity(args, {}, groups, **source), ("predictions*.jsonl",))
+    lines, images = [], {}
+    for name, records, task, pairs in groups:
+        for pair in pairs:
+            query, value = query_of(records, task, pair, args.seed), args.constant
+            if args.depth_maps:
+                image = query.records[0]["image"]
+                path = find_map(Path(args.depth_maps), name, records, image)
+                if images.setdefault(path, image) != image:
+                    raise ValueError(f"{path}: would be of {images[path]} and of {image}. Put the "
+                                     "maps in folders like those of the images.")
+                value = mapped_depth(path, query, args.depth_scale, args.depth_type)
+            answer = {"text": f"{value:g}"}
+            lines.append({**prediction(query, answer, dataset=name), "id": len(lines)})
     render.write_jsonl(out / "predictions.jsonl", lines)
 
 
-def report(lines: list[dict], out: Path) -> None:
+def report(lines: list[dict], out: Path, published: bool) -> None:
     result = summarize(lines)
     render.write_json(out / "metrics.json", result)
-    print(render.printable(f"{table(result)}\n{out}/metrics.json"))
+    print(render.printable(table(result)))
+    if published:
+        print(f"\n{paper_table(result)}")
+    print(f"{out}/metrics.json")
 
 
 @render.command
 def main(argv=None) -> None:
     args = parse_args(argv)
-    sources = [args.checkpoint, args.constant, args.predictions]
-    wrong = sum(source is not None for source in sources) != 1
-    if args.export_queries:
-        wrong = sources[1:] != [None, None]
-    if wrong:
-        raise ValueError("give one of: a checkpoint, --constant NUMBER, --predictions FILE, "
-                         "--export-queries DIR.")
+    sources = [args.constant, args.depth_maps, args.predictions, args.export_queries]
+    given = sum(source is not None for source in sources)
+    if given + bool(args.checkpoint and not args.export_queries) != 1:
+        raise ValueError("give one of: a checkpoint, --constant NUMBER, --depth-maps DIR, "
+                         "--predictions FILE, --export-queries DIR.")
+    if args.depth_maps and args.tasks not in (None, ["distance"]):
+        raise ValueError("--depth-maps: answers the task distance alone.")
     out = Path(args.export_queries or args.out or default_out(args))
     if args.predictions:
         lines = read_predictions(args.predictions, args.depth_type)
         with render.lock_folder(out):
-            return report(lines, out)
+            return report(lines, out, args.paper_rows)
 
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     given = render.settings_from_flags(args)
@@ -1270,6 +1383,10 @@ def main(argv=None) -> None:
     if args.checkpoint:
         checkpoint = render.open_checkpoint(args.checkpoint, given, quiet=rank > 0)
         settings, grid = checkpoint.settings, checkpoint.grid
+        unseen = [task for task in args.tasks or () if task not in settings["tasks"]]
+        if unseen and rank == 0:
+            print(f"{args.checkpoint}: was not trained on {', '.join(unseen)}, only on "
+                  f"{', '.join(settings['tasks'])}", file=sys.stderr)
     groups = list_queries(args, args.tasks or settings["tasks"])
     try:
         with render.lock_folder(out, when=rank == 0):
@@ -1281,9 +1398,9 @@ def main(argv=None) -> None:
                 *_, device = setup_distributed(args.device, timeout=timedelta(days=1))
                 answer_queries(args, checkpoint, groups, out, rank, world, device)
             else:
-                answer_constant(args, groups, out)
+                answer_alone(args, groups, out)
             if rank == 0:
-                report(read_predictions(out / "predictions.jsonl"), out)
+                report(read_predictions(out / "predictions.jsonl"), out, args.paper_rows)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

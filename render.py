@@ -240,7 +240,7 @@ def printable(text) -> str:
 
 def fail(message, code: int = 2) -> None:
     """End with one line that says what is wrong and what helps."""
-    print("error:", printable(message), file=sys.stderr)
+    sys.stderr.write(f"error: {printable(message)}\n")  # at once: other processes may write, too
     raise SystemExit(code)
 
 
@@ -256,6 +256,8 @@ def command(main: Callable) -> Callable:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except (ValueError, OSError) as e:
             said = str(e)
+            if isinstance(e, OSError) and e.filename:
+                said = f"{e.filename}: {e.strerror}."
             if "Original Traceback" in said:  # of a loader worker, which sends the whole of it
                 said = said.rstrip().splitlines()[-1].removeprefix("ValueError: ")
             fail(said)
@@ -271,7 +273,8 @@ def command(main: Callable) -> Callable:
             if type(e).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
                 raise
             fail(f"the GPU has not enough memory ({str(e).splitlines()[0]}). Lower --micro-batch "
-                 "or --batch-size; for training there are --checkpointing and --reshard, too.")
+                 "or --batch-size; for training there are --checkpointing, --reshard, --lora and "
+                 "--offload, too.")
 
     return run
 
@@ -289,23 +292,23 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
         return super()._get_help_string(action)
 
 
-def make_parser(doc: str) -> argparse.ArgumentParser:
-    """A parser whose flags may also stand in a file, given as @FILE, with # comments."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter,
-                                     fromfile_prefix_chars="@", allow_abbrev=False)
-    parser.convert_arg_line_to_args = split_line
-    read_files = parser._read_args_from_files
+class Parser(argparse.ArgumentParser):
+    """Flags may also stand in a file, given as @FILE, with # comments; an error is one line."""
 
-    def read(words: list[str]) -> list[str]:
+    def error(self, message: str) -> None:
+        fail(f"{message}. See --help.")
+
+    def convert_arg_line_to_args(self, line: str) -> list[str]:
+        return shlex.split(line, comments=True)
+
+    def _read_args_from_files(self, words: list[str]) -> list[str]:
         with blaming(" ".join(word for word in words if word.startswith("@"))):
-            return read_files(words)
-
-    parser._read_args_from_files = read
-    return parser
+            return super()._read_args_from_files(words)
 
 
-def split_line(line: str) -> list[str]:
-    return shlex.split(line, comments=True)
+def make_parser(doc: str) -> argparse.ArgumentParser:
+    return Parser(description=doc, formatter_class=HelpFormatter, fromfile_prefix_chars="@",
+                  allow_abbrev=False)
 
 
 def number(kind: type, low: float, high: float = math.inf, exclusive: bool = False) -> Callable:
@@ -988,6 +991,10 @@ TASKS = {
             "Given this image of size (width = {w}, height = {h}), where the camera intrinsics are "
             "(fx = {fx}, fy = {fy}, cx = {cx}, cy = {cy}) and the images are without distortions, "
             "how many meters is this point away from the camera?", AWAY),  # App. A.5
+        "camera prompt text": (
+            "Given this image of size (width = {w}, height = {h}), where the camera intrinsics are "
+            "(fx = {fx}, fy = {fy}, cx = {cx}, cy = {cy}) and the images are without distortions, "
+            "how many meters is the pixel at ({u}, {v}) away from the camera?", AWAY),  # Table 1
         "camera ray": (
             "How many meters is this point from the camera?",
             "The point is around {right} degrees to the {side}, {up} degrees {updown} and {x} "
@@ -1052,8 +1059,9 @@ def task_fits(task: str, records: Records, tries: int = 64) -> bool:
 # what a checkpoint was trained to see: its depthlm.json overrides these, flags override both
 
 DEFAULTS = {"focal": 1000, "marker": "arrow", "marker_size": 5, "prompt": "paper",
-            "camera": "unify", "tasks": ["distance"], "max_new_tokens": 128}
+            "camera": "unify", "tasks": ["distance"], "max_new_tokens": 128, "question": ""}
 PROMPTS = [name for name in TASKS["distance"].wordings if not name.startswith("camera ")]
+FIELDS = {"w", "h", "fx", "fy", "cx", "cy", "u", "v", "given"}  # of a question
 CAMERAS = ("unify", "none", "prompt", "ray")  # Sec. 3.3, App. A.5
 RANGES = {"focal": (1, 1e5), "marker_size": (1, 1000), "max_new_tokens": (1, 1e5)}
 
@@ -1075,9 +1083,10 @@ def check_settings(settings: dict) -> dict:
             raise ValueError(f"{key} {value!r} is no number from {low} to {high:g}")
     if type(settings["tasks"]) is not list or {*map(type, settings["tasks"])} != {str}:
         raise ValueError(f"tasks {settings['tasks']!r} is no list of tasks")
-    if settings["camera"] in ("prompt", "ray") and settings["prompt"] != "paper":
-        raise ValueError(f"--camera {settings['camera']} --prompt {settings['prompt']}: App. A.5 "
-                         "words its questions and answers in the form of prompt 'paper' alone.")
+    with blaming(f"question {settings['question']!r}", "{u} and the like are its fields, {{ is a "
+                 "brace."):
+        if unknown := template_fields(settings["question"]) - FIELDS:
+            raise ValueError(f"{min(unknown)} is none of the fields {', '.join(sorted(FIELDS))}")
     for task in settings["tasks"]:
         if task in TASKS:
             wording(task, settings)
@@ -1085,22 +1094,28 @@ def check_settings(settings: dict) -> dict:
 
 
 def wording(task: str, settings: dict) -> tuple[str, str]:
-    """Templates of question and answer."""
-    name = settings["prompt"]
-    if settings["camera"] in ("prompt", "ray"):
-        name = f"camera {settings['camera']}"
+    """Templates of question and answer; the question may be of one's own."""
+    name, camera = settings["prompt"], settings["camera"]
+    if camera in ("prompt", "ray"):
+        name = f"camera {camera}" + f" {name}" * (name != "paper")
     if name not in TASKS[task].wordings:
         raise ValueError(f"task '{task}' has no wording for --prompt {settings['prompt']} with "
                          f"--camera {settings['camera']}: text coordinates and the camera "
                          "strategies 'prompt' and 'ray' are for distance alone (App. A.1, A.5).")
-    return TASKS[task].wordings[name]
+    question, answer = TASKS[task].wordings[name]
+    return settings.get("question") or question, answer
+
+
+def template_fields(template: str) -> set[str]:
+    """Their names; {w:9} has none of ours."""
+    parts = string.Formatter().parse(template)
+    return {name + spec + (kind or "") for _, name, spec, kind in parts if name is not None}
 
 
 def answer_form(task: str, settings: dict) -> str | None:
     """The answer as a template of its number alone, {x}; None where it says other numbers, too."""
     answer = wording(task, settings)[1]
-    fields = {name for _, name, _, _ in string.Formatter().parse(answer) if name}
-    return answer if fields == {"x"} else None
+    return answer if template_fields(answer) == {"x"} else None
 
 
 def has_form(text: str, task: str, settings: dict) -> bool:
@@ -1473,6 +1488,7 @@ def read_settings(name: str, folder: Path, family: Family, overrides: dict, fall
                   quiet: bool) -> dict:
     """What the model was trained to see."""
     settings, path = dict(DEFAULTS), folder / "depthlm.json"
+    given = {key: value for key, value in overrides.items() if value is not None}
     if path.is_file():
         with blaming(path):
             known = read_json(path)
@@ -1481,13 +1497,16 @@ def read_settings(name: str, folder: Path, family: Family, overrides: dict, fall
     else:
         settings |= {**family.settings, **HUB_SETTINGS.get(name, {}), **fallback}
         if not quiet:
-            shown = ", ".join(f"{k} {v}" for k, v in settings.items())
+            shown = ", ".join(f"{k} {v}" for k, v in settings.items() if v and k not in given)
             print(f"{name}: no depthlm.json, so the defaults of its family: {shown}",
                   file=sys.stderr)
-    return check_settings(settings | {k: v for k, v in overrides.items() if v is not None})
+    return check_settings(settings | given)
 
 
 def load_tokenizer(folder: Path, family: Family):
+    if not version("transformers").startswith("5."):
+        raise ValueError(f"transformers {version('transformers')} is installed, 5 is needed: pip "
+                         "install -r requirements.txt")
     from transformers import AutoTokenizer
     with blaming(folder / "tokenizer.json"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -1715,6 +1734,8 @@ def add_settings_flags(parser: argparse.ArgumentParser) -> None:
     flag("--marker-size", type=COUNT, metavar="PX", help="the paper's: 5 (App. A.1)")
     flag("--prompt", choices=PROMPTS, help="paper (Sec. 3.1), release: think, then answer (Sec. "
          "3.2), text: coordinates in the question (App. A.1)")
+    flag("--question", metavar="TEXT", help="instead of the prompt's, for models that were not "
+         f"trained here; fields: {' '.join(f'{{{name}}}' for name in sorted(FIELDS))}")
     flag("--camera", choices=CAMERAS, help="camera strategy; the paper's: unify (Sec. 3.3)")
 
 

@@ -78,7 +78,7 @@ class Rollout:
 def banned_tokens(model, checkpoint: Checkpoint) -> torch.Tensor:
     """Ids that an answer never holds: the update's forward would look for an image behind them."""
     ids = {checkpoint.image_id, getattr(model.config, "video_token_id", None)}
-    return torch.tensor(sorted(i for i in ids if i is not None), device=model.device)
+    return torch.tensor(sorted(i for i in ids if i is not None), device=model.compute_device)
 
 
 def log_policy(logits: torch.Tensor, temperature: float, banned: torch.Tensor) -> torch.Tensor:
@@ -348,7 +348,9 @@ def train(args: argparse.Namespace, rank: int, world: int, device: torch.device)
     model, optimizer, checkpoint = run.model, run.optimizer, run.checkpoint
     settings = checkpoint.settings
     reference = None
-    if args.kl_coef > 0:  # always the model that the run started from, also when it is resumed
+    if args.kl_coef > 0 and args.lora and args.freeze:
+        reference = model  # without its adapters
+    elif args.kl_coef > 0:  # always the model that the run started from, also when it is resumed
         reference = train_sft.shard_model(checkpoint.folder, device, run.dtype, master=run.dtype)
         reference.eval().requires_grad_(False)
 
@@ -404,7 +406,7 @@ def train(args: argparse.Namespace, rank: int, world: int, device: torch.device)
             part, prompts_of_part = rollout.part(rows), samples[rows]
             reference_logps = None
             if reference is not None:
-                with torch.no_grad():
+                with torch.no_grad(), train_sft.without_adapters(reference):
                     reference_logps = answer_logps(reference, checkpoint, prompts_of_part,
                                                    part.tokens, args.temperature)
             logps = answer_logps(model, checkpoint, prompts_of_part, part.tokens, args.temperature)
@@ -451,8 +453,7 @@ def train(args: argparse.Namespace, rank: int, world: int, device: torch.device)
 
     # --------------------------------------------------------------------------------------- finish
     bar.close()
-    if rank == 0:
-        print(f"{run.out}: step {run.last} of {run.steps}. Score it: python evaluate.py {run.out}")
+    train_sft.say_finished(run)
 
 
 @render.command

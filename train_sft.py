@@ -8,7 +8,8 @@ Supervised fine-tuning of a VLM on distances as text (Sec. 3.4): jsonl files + m
         train_sft.py @runs/sft_7b.args
 
 Reads jsonl files and a model folder (or hub name). Writes run.json (flags, versions), log.jsonl,
-a Hugging Face model folder with depthlm.json (what it was trained to see), and resume/.
+a Hugging Face model folder with depthlm.json (what it was trained to see), and resume/: the same
+command resumes.
 
 One code path from one CPU process to many nodes: FSDP2, bf16 compute over fp32 master weights,
 packed samples, logits and loss on the answer only. Sample i is a pure function of (seed, i), so a
@@ -19,6 +20,7 @@ later flag wins.
 import argparse
 import math
 import pickle
+import shlex
 import shutil
 import sys
 import time
@@ -39,7 +41,12 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint as run_checkpointed
 from tqdm import tqdm
@@ -61,8 +68,8 @@ CHAT_LENGTH = 20_000  # characters of a question or an answer
 SHARD_BYTES = 4 << 30  # of one safetensors file; also all that rank 0 holds at once while saving
 # what may differ when a run is resumed
 FREE_FLAGS = {"resume", "out", "workers", "micro_batch", "rollout_batch", "checkpointing",
-              "reshard", "compile", "log_every", "save_every", "stop_after", "val", "val_every",
-              "val_queries", "val_batch"}
+              "reshard", "offload", "compile", "log_every", "save_every", "stop_after", "val",
+              "val_every", "val_queries", "val_batch"}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -268,11 +275,15 @@ def layers_of(model) -> tuple[list, list]:
 
 def shard_model(folder: Path, device: torch.device, dtype: torch.dtype, reshard: bool = True,
                 checkpointing: bool = False, compile: bool = False,
-                master: torch.dtype = torch.float32):
+                master: torch.dtype = torch.float32, lora: int | None = None,
+                freeze: str | None = None, offload: bool = False):
     """Build the model without memory, shard it (each vision block, each decoder layer, the root),
     and fill each rank's own slices from the safetensors files: no rank ever holds all of it.
-    Parameters are `master`, compute is `dtype`."""
+    Parameters are `master`, compute is `dtype`, and so is what is not trained."""
     model = evaluate.build_model(folder, dtype, master)
+    if lora:
+        add_adapters(model, lora)
+    freeze_parameters(model, bool(lora), freeze == "vision", dtype)
     vision, text = layers_of(model)
     if checkpointing:
         for layer in vision + text:
@@ -287,13 +298,96 @@ def shard_model(folder: Path, device: torch.device, dtype: torch.dtype, reshard:
     # inputs stay as they are: the vision tower's rotations are fp32, as they are in evaluation
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32,
                                   cast_forward_inputs=False)
+    shard = partial(fully_shard, mesh=mesh, mp_policy=policy)
+    if offload:
+        shard = partial(shard, offload_policy=CPUOffloadPolicy(pin_memory=device.type == "cuda"))
     for layer in vision + text:
         if sum(p.numel() for p in layer.parameters()) < SMALL_UNIT:
             continue
-        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        shard(layer, reshard_after_forward=reshard)
+    shard(model, reshard_after_forward=False)
 
-    return evaluate.fill_model(model, folder, device)
+    evaluate.fill_model(model, folder, device, offload)
+    reset_adapters(model)
+    return model
+
+
+# --------------------------------------------------------------------------------------------------
+# adapters (LoRA, Hu et al. 2021), frozen parts
+
+LORA_SCALE = 2.0  # alpha / rank
+
+
+def add_adapters(model, rank: int) -> None:
+    """Beside each linear layer of the language model: W x + LORA_SCALE B A x with A (rank, in), B
+    (out, rank). They are parameters of the layer itself, whose name and place stay."""
+    for module in model.model.language_model.modules():
+        if isinstance(module, torch.nn.Linear):
+            empty = module.weight.new_empty
+            module.lora_a = torch.nn.Parameter(empty(rank, module.in_features))
+            module.lora_b = torch.nn.Parameter(empty(module.out_features, rank))
+            module.adapted = True
+            module.forward = adapted_linear.__get__(module)
+
+
+def adapted_linear(self, x):
+    out = F.linear(x, self.weight, self.bias)
+    if not self.adapted:
+        return out
+    return out + LORA_SCALE * F.linear(F.linear(x, self.lora_a), self.lora_b)
+
+
+@torch.no_grad()
+def reset_adapters(model) -> None:
+    """B is zero: the start is the model as it was. A is the same for any number of processes."""
+    for k, (name, parameter) in enumerate(model.named_parameters()):
+        if name.endswith(evaluate.ADAPTERS):
+            full = torch.zeros(parameter.shape)
+            if name.endswith(evaluate.ADAPTERS[0]):
+                full.normal_(std=full.shape[1] ** -0.5, generator=torch.Generator().manual_seed(k))
+            local, rows = evaluate.local_rows(parameter)
+            local.copy_(full[rows])
+
+
+def freeze_parameters(model, language: bool, vision: bool, dtype: torch.dtype) -> None:
+    """Not trained: the language model but for its adapters, or all else. vision includes what maps
+    its tokens to the language model's width."""
+    for name, parameter in model.named_parameters():
+        of_language = name.startswith(("model.language_model.", "lm_head."))
+        frozen = language if of_language else vision
+        if frozen and not name.endswith(evaluate.ADAPTERS):
+            parameter.requires_grad = False
+            parameter.data = parameter.data.to(dtype)
+
+
+@contextmanager
+def without_adapters(model):
+    """The model as it was before its language model was adapted."""
+    modules = [module for module in model.modules() if hasattr(module, "adapted")]
+    for module in modules:
+        module.adapted = False
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.adapted = True
+
+
+def merged(model, name: str, parameter) -> torch.Tensor:
+    """The whole of a weight, its adapter added. All ranks take part."""
+    full, module = whole(parameter), model.get_submodule(name.rpartition(".")[0])
+    if name.endswith(".weight") and hasattr(module, "adapted"):
+        full = full.float() + LORA_SCALE * whole(module.lora_b) @ whole(module.lora_a)
+    return full
+
+
+def whole(parameter) -> torch.Tensor:
+    full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+    return full.detach()
+
+
+# --------------------------------------------------------------------------------------------------
+# inference with sharded weights
 
 
 @contextmanager
@@ -382,11 +476,13 @@ def training_flops(model, batch: dict) -> float:
     window = (getattr(vision, "window_size", 0) // vision.patch_size) ** 2
     pairs = in_full * (patches ** 2).sum() + (len(blocks) - in_full) * window * patches.sum()
 
-    forward = 2 * in_blocks * patches.sum() + 2 * in_layers * lengths.sum()
-    forward += 4 * vision.hidden_size * pairs
-    forward += 2 * text.hidden_size * len(layers) * (lengths ** 2).sum()  # causal: half of 4 h L^2
-    forward += 2 * text.hidden_size * text.vocab_size * len(batch["targets"])
-    return 3 * float(forward)
+    seen = 2 * in_blocks * patches.sum() + 4 * vision.hidden_size * pairs
+    read = 2 * in_layers * lengths.sum()
+    rest = 2 * text.hidden_size * len(layers) * (lengths ** 2).sum()  # causal: half of 4 h L^2
+    rest += 2 * text.hidden_size * text.vocab_size * len(batch["targets"])
+    # a frozen tower has no backward, a frozen language model no gradients of weights
+    trained = [next(group[0].parameters()).requires_grad for group in (blocks, layers)]
+    return float(seen * (3 if trained[0] else 1) + read * (3 if trained[1] else 2) + 3 * rest)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -416,12 +512,12 @@ def save_model(model, checkpoint: Checkpoint, out: Path, dtype: torch.dtype) -> 
         shard.clear()
 
     for name, parameter in model.named_parameters():
-        full = parameter
-        if isinstance(parameter, DTensor):  # all ranks take part
-            full = parameter.full_tensor()
+        if name.endswith(evaluate.ADAPTERS):
+            continue
+        full = merged(model, name, parameter)
         if rank == 0:
             check_finite(**{name: full.abs().max().item()})
-            full = full.detach().to("cpu", dtype, copy=True).contiguous()
+            full = full.to("cpu", dtype, copy=True).contiguous()
             if size + full.nbytes > SHARD_BYTES:
                 flush()
                 size = 0
@@ -476,12 +572,15 @@ def save_failed(path: Path, error: Exception) -> ValueError:
     free = shutil.disk_usage(path.parent).free / 2**20
     return ValueError(f"{path}: could not be written with {free:.0f} MiB free on the disk "
                       f"({type(error).__name__}). What was saved before is whole: make room and "
-                      "give the command again with --resume.")
+                      "give the same command again.")
 
 
 def training_state(model, optimizer) -> dict:
-    """Tensors alone: anything else would be pickled. The optimizer's settings are flags."""
-    return {"model": dcp_state.get_model_state_dict(model),
+    """Of what is trained; tensors alone: anything else would be pickled. The optimizer's settings
+    are flags."""
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    weights = dcp_state.get_model_state_dict(model).items()
+    return {"model": {name: weight for name, weight in weights if name in trained},
             "optimizer": dcp_state.get_optimizer_state_dict(model, optimizer)["state"]}
 
 
@@ -534,7 +633,8 @@ def load_resume(model, optimizer, out: Path) -> dict | None:
         dcp.load(state, checkpoint_id=folder)
     if dist.get_rank() == 0:  # a kill may have come before
         drop_other_states(folder)
-    dcp_state.set_model_state_dict(model, state["model"])
+    dcp_state.set_model_state_dict(model, state["model"],
+                                   options=dcp_state.StateDictOptions(strict=False))
     settings = dcp_state.get_optimizer_state_dict(model, optimizer)
     dcp_state.set_optimizer_state_dict(model, optimizer, settings | {"state": state["optimizer"]})
     return counts
@@ -551,19 +651,20 @@ class MetadataUnpickler(pickle.Unpickler):
 
 
 def open_run(args: argparse.Namespace, out: Path, world: int) -> None:
-    """Write run.json, or refuse a folder that is in use, and a resumed run whose flags would change
-    what is learned."""
+    """Write run.json, or refuse a folder that holds anything but the run of the same command, which
+    is resumed: other flags would change what is learned."""
     path, info = out / "run.json", render.run_info(args, world_size=world)
-    if not args.resume and {p.name for p in out.iterdir()} - {path.name, ".lock"}:  # a failed start
-        raise ValueError(f"{out}: exists and is not empty. Resume it with --resume, or choose "
-                         "another --out.")
-    if (out / "resume" / "state.json").is_file() and path.is_file():
+    saved = {p.name for p in out.iterdir()} - {path.name, ".lock", "log.jsonl"}
+    if saved and not (path.is_file() and (out / "resume").is_dir()):
+        raise ValueError(f"{out}: exists, is not empty, and has no run to resume. Choose another "
+                         "--out.")
+    if saved:
         before, flags = render.read_json(path).get("flags", {}), info["flags"]
         changed = [key for key in flags
                    if key not in FREE_FLAGS and key in before and before[key] != flags[key]]
         if changed:
             said = ", ".join(f"--{key.replace('_', '-')} {before[key]}" for key in changed)
-            raise ValueError(f"{out}: was begun with {said}. Resume with the same, or choose "
+            raise ValueError(f"{out}: was begun with {said}. Give the same to resume it, or choose "
                              "another --out.")
     render.write_json(path, info)
 
@@ -607,7 +708,7 @@ def validate(model, checkpoint: Checkpoint, sets: list[tuple[str, Records, list]
                     hits = evaluate.within(pred, true, 1.25)
                     cut = sum("truncated" in answer for answer in answers)
                     sums += hits.sum(), np.isnan(pred).sum(), cut, len(true)
-            hits, *counts = sum_over_ranks(sums.tolist(), model.device)
+            hits, *counts = sum_over_ranks(sums.tolist(), model.compute_device)
             unparsed, cut, count = map(int, counts)
             if count:  # a file without poses says nothing about motion
                 scores[name] = {"delta1": hits / count, "unparsed": unparsed, "truncated": cut,
@@ -654,8 +755,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     flag("--out", type=file_path, default="ckpt/sft_3b", help="folder of the run")
     flag("--model", default="Qwen/Qwen2.5-VL-3B-Instruct",
          help="folder or hub name to start from (Sec. 4)")
-    flag("--resume", action=on_off, default=False,
-         help="continue from the last state in --out, if it has one")
+    flag("--resume", action="store_true", help=argparse.SUPPRESS)  # the same command resumes
 
     flag = parser.add_argument_group("data").add_argument
     flag("--data", type=weighted(1.0), nargs="+", metavar="JSONL[:WEIGHT]",
@@ -681,6 +781,11 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     flag("--betas", type=render.number(float, 0, 1), nargs=2, default=[0.9, 0.999], help="of AdamW")
     flag("--weight-decay", type=render.number(float, 0), default=0.0, help="of AdamW")
 
+    flag = parser.add_argument_group("what is trained (default: everything)").add_argument
+    flag("--lora", type=COUNT, metavar="R",
+         help="of the language model, adapters of rank R alone; merged in the saved model")
+    flag("--freeze", choices=("vision",), help="leave the vision tower and its projector as it is")
+
     flag = parser.add_argument_group("system").add_argument
     flag("--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
          help="of the compute; auto: bfloat16 on a GPU, float32 elsewhere")
@@ -689,6 +794,9 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     flag("--reshard", action=on_off, default=False,
          help="free gathered weights after each forward, reduce gradients in each micro-batch: "
          "less memory, more traffic")
+    flag("--offload", action=on_off, default=False,
+         help="keep weights, gradients and moments in the CPU's memory, with --reshard but for the "
+         "layer at work; slow")
     flag("--compile", action=on_off, default=False,
          help="torch.compile each layer: minutes at the start, fewer and larger kernels")
 
@@ -770,20 +878,24 @@ def start_run(args: argparse.Namespace, rank: int, world: int, device: torch.dev
     dist.barrier()
 
     model = shard_model(checkpoint.folder, device, dtype, args.reshard, args.checkpointing,
-                        args.compile)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=tuple(args.betas),
+                        args.compile, lora=args.lora, freeze=args.freeze, offload=args.offload)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=tuple(args.betas),
                                   weight_decay=args.weight_decay, fused=True)
     model.train()
-    state = load_resume(model, optimizer, out) if args.resume else None
+    state = load_resume(model, optimizer, out)
     first, bad = (state["step"], state["bad"]) if state else (0, 0)
     last = max(first, min(steps, args.stop_after or steps))
     run = Run(out, rank, world, device, dtype, checkpoint, datasets, tasks, validation, model,
               optimizer, steps, first, last, bad)
     if rank == 0:
         trim_log(out / "log.jsonl", first or -1)
-        parameters = sum(p.numel() for p in model.parameters())
+        counts = [sum(p.numel() for p in group) / 1e6 for group in (model.parameters(), trained)]
         images = sum(len(records) for records, _ in datasets)
-        print(f"{parameters / 1e6:.2f} M parameters, {world} x {device.type} "
+        parameters = f"{counts[0]:.2f} M parameters"
+        if counts[1] < counts[0]:
+            parameters += f" ({counts[1]:.2f} M trained)"
+        print(f"{parameters}, {world} x {device.type} "
               f"{str(dtype).removeprefix('torch.')}, {steps} steps of {batch} {what}, "
               f"{len(datasets)} file(s) with {images} images, from step {first}", flush=True)
     if state and first >= last:  # its model may have been lost since
@@ -809,8 +921,19 @@ def score_and_log(run: Run, step: int, batch_size: int, reshard: bool) -> None:
 def save_run(run: Run, step: int) -> None:
     """The model, then the state: a kill between the two costs steps, but never leaves an older
     model beside a newer state."""
+    if run.rank == 0:
+        (run.out / "resume").mkdir(exist_ok=True)
     save_model(run.model, run.checkpoint, run.out, run.dtype)
     save_resume(run.model, run.optimizer, run.out, step, run.bad)
+
+
+def say_finished(run: Run) -> None:
+    if run.rank == 0:
+        command = ["python", Path(sys.argv[0]).with_name("evaluate.py"), run.out]
+        if run.validation:
+            command += ["--data", *(records.path for _, records, _ in run.validation)]
+        print(f"{run.out}: step {run.last} of {run.steps}. Score it: "
+              f"{shlex.join(map(str, command))}")
 
 
 @contextmanager
@@ -923,8 +1046,7 @@ def train(args: argparse.Namespace, rank: int, world: int, device: torch.device)
 
     # --------------------------------------------------------------------------------------- finish
     bar.close()
-    if rank == 0:
-        print(f"{out}: step {run.last} of {run.steps}. Score it: python evaluate.py {out}")
+    say_finished(run)
 
 
 @render.command

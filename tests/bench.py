@@ -33,6 +33,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -520,6 +521,7 @@ class Simulated(TorchDispatchMode):
         super().__init__()
         self.live = self.peak = 0
         self.records = WeakIdKeyDictionary()  # storage -> [bytes]
+        self.on_host = WeakIdKeyDictionary()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -546,7 +548,14 @@ class Simulated(TorchDispatchMode):
         if storage not in self.records:
             self.records[storage] = [0]
             weakref.finalize(storage, self.change, self.records[storage], 0)
-        self.change(self.records[storage], storage.nbytes())
+        if storage not in self.on_host:
+            self.change(self.records[storage], storage.nbytes())
+
+    def to_host(self, tensor: torch.Tensor) -> None:
+        """It lies in the memory of the CPU, for --offload."""
+        storage = getattr(tensor, "_local_tensor", tensor).untyped_storage()
+        self.on_host[storage] = True
+        self.change(self.records[storage], 0)
 
     def change(self, record: list[int], size: int) -> None:
         self.live += size - record[0]
@@ -560,9 +569,9 @@ def without_data(x) -> bool:
 
 
 @contextlib.contextmanager
-def simulated(world: int, gpu: bool):
+def simulated(world: int, gpu: bool, offload: bool = False):
     """-> the Simulated of a block that runs as rank 0 of `world` processes. gpu: by the path of
-    CUDA."""
+    CUDA; offload: what FSDP leaves in the CPU's memory is not counted, nor was it ever there."""
     counted, resize = Simulated(), torch.UntypedStorage.resize_
     propagate = ShardingPropagator._propagate_tensor_meta_non_cached
 
@@ -576,12 +585,24 @@ def simulated(world: int, gpu: bool):
         with _disable_current_modes():
             return propagate(*args)
 
+    shards, fetch = FSDPParam.to_sharded_dtensor, FSDPParam.all_gather_inputs.fget
+
+    def shard_on_host(self, tensor):  # of a reduced gradient, which goes there at once
+        if offload and not tensor.is_meta and tensor.untyped_storage() in counted.records:
+            counted.to_host(tensor)
+        return shards(self, tensor)
+
+    def fetched(self):  # what has to be cast is a copy anyway
+        return [x.clone() if offload and x.dtype == self.orig_dtype else x for x in fetch(self)]
+
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     with contextlib.ExitStack() as stack:
         for place, name, value in (
                 (torch.UntypedStorage, "resize_", resize_counted),
                 (ShardingPropagator, "_propagate_tensor_meta_non_cached", propagate_uncounted),
                 (evaluate, "load_weights", lambda *args: None),
+                (FSDPParam, "to_sharded_dtensor", shard_on_host),
+                (FSDPParam, "all_gather_inputs", property(fetched)),
                 # CUDA's kernels for a mask need as much as the CPU's: no matrix of scores
                 (evaluate, "sdpa_kernel", lambda kinds: contextlib.nullcontext()),
                 (FakeTensor, "is_cuda", gpu)):
@@ -592,8 +613,11 @@ def simulated(world: int, gpu: bool):
 
 
 def simulate(size: str, world: int, micro_batch: int, accumulate: int, checkpointing: bool,
-             reshard: bool, grpo: bool = False, gpu: bool = True) -> dict[str, float]:
-    """Peak memory of a training step, in GiB a GPU: weights, moments, everything."""
+             reshard: bool, grpo: bool = False, gpu: bool = True,
+             **trained) -> dict[str, float]:
+    """Peak memory of a training step, in GiB a GPU: weights, moments, everything. trained: lora,
+    freeze, offload of train_sft.shard_model."""
+    offload = trained.get("offload", False)
     columns, rows = image_tokens(size)
     prompt = "release" if grpo else "paper"
     question, form = render.TASKS["distance"].wordings[prompt]
@@ -605,15 +629,23 @@ def simulate(size: str, world: int, micro_batch: int, accumulate: int, checkpoin
         views = noise_views(checkpoint, columns, rows, count)
         samples = [render.encode(checkpoint, [view], question) for view in views]
         batch = training_batch(checkpoint, views[:micro_batch], question, answer)
-        with simulated(world, gpu) as counted:
+        with simulated(world, gpu, offload) as counted:
             device = torch.device("cpu")
-            model = train_sft.shard_model(folder, device, torch.bfloat16, reshard, checkpointing)
+            model = train_sft.shard_model(folder, device, torch.bfloat16, reshard, checkpointing,
+                                          **trained)
+            learnt = [p for p in model.train().parameters() if p.requires_grad]
+            if offload:
+                for parameter in model.parameters():
+                    counted.to_host(parameter)
             weights = counted.live
-            optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-5, fused=True)
-            for parameter in model.parameters():
+            optimizer = torch.optim.AdamW(learnt, lr=1e-5, fused=True)
+            for parameter in learnt:
                 parameter.grad = torch.zeros_like(parameter)
             optimizer.step()  # makes the moments
             optimizer.zero_grad(set_to_none=True)
+            for state in optimizer.state.values() if offload else ():
+                counted.to_host(state["exp_avg"])
+                counted.to_host(state["exp_avg_sq"])
             moments, counted.peak = counted.live - weights, counted.live
             if grpo:
                 simulate_grpo(model, optimizer, checkpoint, samples, micro_batch, reshard)
@@ -650,27 +682,40 @@ RECIPES = [("3b", 1, 2, 2, True, False, False), ("3b", 1, 4, 2, True, False, Fal
            ("pixtral", 4, 1, 2, True, True, False), ("pixtral", 8, 4, 2, True, True, False),
            ("pixtral", 8, 1, 2, False, True, False), ("pixtral", 128, 3, 1, True, True, False),
            ("pixtral", 128, 1, 2, False, True, False)]
-USABLE = 79.1 - 2  # GiB of an 80 GB card, without context, NCCL and workspaces
+ADAPTERS = {"lora": 16, "freeze": "vision"}
+OFFLOADED = {**ADAPTERS, "offload": True}
+# on one GPU, what else is given to train_sft.py
+ONE_GPU = [(size, 1, 1, 2, True, True, False, trained) for size in ("3b", "7b", "pixtral")
+           for trained in (OFFLOADED, ADAPTERS, {"lora": 16}, {"offload": True})]
+ONE_GPU += [(size, 1, 1, 2, False, True, False, ADAPTERS) for size in ("3b", "7b")]
+# GB as cards are called: GiB, less 2 for context, NCCL and workspaces
+CARDS = {16: 13.6, 24: 21.5, 48: 42.4, 80: 77.1, 141: 137.8}
 
 
 def bench_memory(args) -> None:
     """Peak memory of a training step on any number of GPUs, without one: the project's own step at
     its real size, on tensors without data. Add about 2 GiB for context, NCCL and workspaces."""
-    rows = RECIPES
+    rows = [*RECIPES, *ONE_GPU]
     if not args.table:
+        trained = {"lora": args.lora, "freeze": args.freeze, "offload": args.offload}
         rows = [(args.size, args.world, args.micro_batch, args.accumulate, args.checkpointing,
-                 args.reshard, args.grpo)]
-    print("| model, GPUs | setting | GiB a GPU | on 80 GB |\n|---|---|---|---|")
-    for size, world, micro_batch, accumulate, checkpointing, reshard, grpo in rows:
-        gib = simulate(size, world, micro_batch, accumulate, checkpointing, reshard, grpo)
+                 args.reshard, args.grpo, {key: value for key, value in trained.items() if value})]
+    print("| model, GPUs | setting | GiB a GPU | smallest card, GB |\n|---|---|---|---|")
+    for size, world, micro_batch, accumulate, checkpointing, reshard, grpo, *rest in rows:
+        trained = dict(*rest)
+        gib = simulate(size, world, micro_batch, accumulate, checkpointing, reshard, grpo,
+                       **trained)
         setting = [f"micro-batch {micro_batch} x {accumulate}"]
         setting += ["GRPO, 8 answers of 128 tokens"] * grpo
         setting += ["checkpointing" if checkpointing else "no checkpointing"]
         setting += ["--reshard"] * reshard
+        setting += [f"--{key}" if value is True else f"--{key} {value}"
+                    for key, value in trained.items()]
+        card = next((card for card, usable in CARDS.items() if gib["peak"] < usable), "none")
         rest = gib["peak"] - gib["weights"] - gib["moments"]
         print(f"| {size}, {world} | {', '.join(setting)} | {gib['peak']:.1f} ({gib['weights']:.1f} "
               f"weights, {gib['moments']:.1f} moments, {rest:.1f} bf16 weights, gradients, "
-              f"activations) | {'fits' if gib['peak'] < USABLE else 'no'} |", flush=True)
+              f"activations) | {card} |", flush=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -747,6 +792,9 @@ def main(argv=None) -> None:
          help="activation checkpointing")
     flag("--reshard", action="store_true", help="as in train_sft.py")
     flag("--grpo", action="store_true", help="a step of train_grpo.py")
+    flag("--lora", type=render.COUNT, help="as in train_sft.py; default: none")
+    flag("--freeze", choices=("vision",), help="as in train_sft.py; default: nothing")
+    flag("--offload", action="store_true", help="as in train_sft.py")
     flag("--table", action="store_true", help="of all recipes, instead")
     args = parser.parse_args(argv)
     benches[args.what](args)

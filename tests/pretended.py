@@ -151,6 +151,7 @@ def to_device(model):
             module._parameters[key] = moved[parameter]
         for key, buffer in module._buffers.items():
             module._buffers[key] = Pretended(buffer)
+    model.compute_device = torch.device("sim:0")
     return model
 
 
@@ -181,7 +182,7 @@ def use_device() -> None:
     def load_model(checkpoint, device, dtype):
         return to_device(load(checkpoint, torch.device("cpu"), dtype))
 
-    def shard_model(folder, device, dtype, *options, master=torch.float32):
+    def shard_model(folder, device, dtype, *options, master=torch.float32, **trained):
         import render
         model = load_model(render.open_checkpoint(str(folder), quiet=True), device, dtype)
         for name in ("requires_gradient_sync", "reshard_after_backward", "is_last_backward"):

@@ -95,7 +95,7 @@ def test_scripts_on_a_pretended_device(speaker, poses, tmp_path):
     median = ["--decode", "median", *bf16]
     cloud = ["pointcloud.py", speaker, poses, "--record", 1, "--points", 12, *whole, *bf16,
              "--out", tmp_path / "cloud"]
-    sft_run = [*sft, tmp_path / "sft", "--resume"]
+    sft_run = [*sft, tmp_path / "sft"]
     done = pretend([*sft_run, "--stop-after", 1], sft_run, grpo, [*greedy, tmp_path / "greedy"],
                    [*greedy, tmp_path / "median", *median], cloud)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -465,8 +465,9 @@ def allocated(run) -> int:
     return int(np.cumsum(changes).max())
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_simulated_memory_is_what_a_step_takes(checkpointing, tmp_path):
+@pytest.mark.parametrize("checkpointing, trained", [
+    (False, {}), (True, {}), (True, {"lora": 8, "freeze": "vision"})])
+def test_simulated_memory_is_what_a_step_takes(checkpointing, trained, tmp_path):
     """bench.py memory against the allocations of real steps, by the path of the CPU."""
     folder = bench.make_model_folder(tmp_path, "toy")
     checkpoint = render.open_checkpoint(str(folder), quiet=True)
@@ -476,14 +477,15 @@ def test_simulated_memory_is_what_a_step_takes(checkpointing, tmp_path):
 
     def run():
         evaluate.setup_distributed()
-        model = train_sft.shard_model(folder, CPU, BF16, False, checkpointing).train()
-        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        model = train_sft.shard_model(folder, CPU, BF16, False, checkpointing, **trained).train()
+        learnt = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(learnt, fused=True)
         for _ in range(2):  # the moments are made at the end of the first
             bench.sft_step(model, optimizer, checkpoint, [batch, batch], CPU)
         dist.destroy_process_group()
 
     peak = allocated(run)
-    simulated = bench.simulate("toy", 1, 6, 2, checkpointing, False, gpu=False)
+    simulated = bench.simulate("toy", 1, 6, 2, checkpointing, False, gpu=False, **trained)
     assert simulated["peak"] * 2**30 == pytest.approx(peak, rel=0.05)
 
 
@@ -494,6 +496,17 @@ def test_memory_of_recipes(capsys):
     assert eight["peak"] < 0.8 * one["peak"] and eight["moments"] < 0.2 * one["moments"]
     bench.main(["memory", "--size", "toy", "--micro-batch", "1", "--grpo"])
     assert "| toy, 1 | micro-batch 1 x 1, GRPO, 8 answers" in capsys.readouterr().out
+
+
+def test_memory_of_offloaded_steps(capsys):
+    """Weights and moments, and of gradients one layer's, are not on the GPU."""
+    on_gpu, offloaded = (bench.simulate("toy", 1, 4, 2, True, True, offload=offload)
+                         for offload in (False, True))
+    assert offloaded["weights"] == offloaded["moments"] == 0
+    resting = on_gpu["weights"] + on_gpu["moments"]
+    assert 1.0 * resting < on_gpu["peak"] - offloaded["peak"] < 1.4 * resting
+    bench.main(["memory", "--size", "toy", "--micro-batch", "1", "--lora", "4", "--offload"])
+    assert "checkpointing, --lora 4, --offload | 0.0 (0.0 weights" in capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------------------------------

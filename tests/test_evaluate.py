@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -155,6 +156,117 @@ def test_table():
     assert rows["n"].split()[1:5] == list("1131") and rows["unparsed"].split()[1:5] == list("0000")
     assert "always 2.0 m: delta1" in rows and "best constant: delta1" in rows
     assert "0.280" in rows["paper, always 2.0 m"]
+
+
+def test_one_dataset_is_one_column():
+    """No average beside it; the paper's constants stand beside the paper's sets alone."""
+    one = evaluate.summarize(predictions([1.0], [1.0], dataset="toy"))
+    text = evaluate.table(one)
+    assert text.splitlines()[0].split() == ["toy"] and "2.0" not in text
+    timed = [{**line, "task": "time"} for line in predictions([1.0], [1.0], dataset="toy")]
+    several = evaluate.summarize(predictions([1.0], [2.0], dataset="toy") + timed)
+    text = evaluate.table(several)
+    assert text.splitlines()[0].split() == ["delta1", "toy"] and "2.0" not in text
+    assert re.search("average of tasks +0.500", text)
+
+
+def test_published_rows():
+    """Tables 1 and 2 beside these answers. The averages and the last column are those of the paper,
+    as far as its own rounding goes, when the answers are as right as DepthLM's (7B)."""
+    published = json.loads(evaluate.PAPER.read_text())
+    scores = {name: {"delta1": value}
+              for name, value in published["Table 1"]["DepthLM (7B)"].items()}
+    rows = {cells[0]: cells[1:] for cells in
+            (re.split("  +", line) for line in evaluate.paper_table(
+                {"datasets": {**scores, "toy": {"delta1": 1.0}}}).splitlines())}
+    assert rows["ours"][-2] == "0.838" == rows["DepthLM (7B)"][-2]
+    averages = {"Qwen2.5-VL (72B)": 0.219, "GPT-5": 0.370, "Seed1.5-VL (official setup)": 0.243,
+                "DepthLM (3B)": 0.824, "DepthLM, Pixtral (12B)": 0.771, "always 2.0 m": 0.186}
+    for name, mean in averages.items():
+        assert float(rows[name][-2]) == pytest.approx(mean, abs=0.0011), name
+    for name, versus in {"ZoeDepth": -42.8, "Depth Anything": -40.3, "Depth Anything V2": -48.5,
+                         "Metric3D": -36.6, "UniDepth": -27.3, "Depth Pro": -29.1,
+                         "Metric3Dv2": -3.8}.items():
+        assert float(rows[name][-1].rstrip("%")) == pytest.approx(versus, abs=0.11), name
+    assert rows["Metric3D"][:3] == ["-", "-", "0.723"]  # not on Argoverse2 and DDAD
+    with pytest.raises(ValueError, match="--paper-rows: the sets are called argoverse2"):
+        evaluate.paper_table({"datasets": {"toy": {"delta1": 1.0}}})
+
+
+@pytest.mark.parametrize("scale, ending, kind", [(1, "npy", "euclidean"), (3, "npy", "z"),
+                                                 (0.5, "png", "z")])
+def test_depth_maps(tmp_path, scale, ending, kind):
+    """Maps of true depth, larger or smaller than the images, score 1; those that are a pixel off,
+    by z instead of the distance, or in another unit do not."""
+    data = make_world(tmp_path / "set", images=3, points=6)
+    rng, maps = np.random.default_rng(0), tmp_path / "maps"
+    records = lines_of(data)
+    for record in records:
+        fx, fy, cx, cy, w, h = record["intrinsics"]
+        size = int(w * scale), int(h * scale)
+        # blocks of 4 x 4 px of one depth: what half a pixel of the mapping is worth
+        blocks = rng.uniform(1, 60, (h // 4 + 1, w // 4 + 1)).round(3)
+        record["pixel_coords"] = [[4 * x + 2 * (k % 2), 4 * y + 3 * (k % 2)] for k, (x, y) in
+                                  enumerate(rng.integers(0, (w // 4, h // 4), (6, 2)).tolist())]
+        record["depth"] = [blocks[y // 4, x // 4] * (
+            math.hypot(1, (x - cx) / fx, (y - cy) / fy) if kind == "z" else 1)
+            for x, y in record["pixel_coords"]]
+        column, row = ((np.arange(n) + 0.5) / scale for n in size)
+        depth = blocks[(row[:, None] // 4).astype(int), (column // 4).astype(int)]
+        path = maps / "set" / record["image"].replace("png", ending)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if ending == "npy":
+            np.save(path, depth[None])
+        else:
+            Image.fromarray((depth * 1000).astype(np.uint16)).save(path)
+    write_jsonl(data, records)
+    unit = ["--depth-scale", "1000"] if ending == "png" else []
+
+    def scored(folder, *more) -> dict:
+        evaluate.main(["--depth-maps", str(folder), "--data", str(data), "--all", "--out",
+                       str(tmp_path / "out"), "--overwrite", *map(str, more)])
+        return json.loads((tmp_path / "out" / "metrics.json").read_text())["average"]
+
+    right = scored(maps, *unit, "--depth-type", kind)
+    assert right["delta1"] == 1 and right["abs_rel"] < 1e-3
+    assert scored(maps / "set", *unit, "--depth-type", kind) == right  # by the images' own paths
+    if kind == "z":
+        assert scored(maps, *unit)["abs_rel"] > 0.01
+    assert scored(maps, "--depth-scale", 2000, "--depth-type", kind)["delta1"] == 0
+
+
+def test_depth_maps_that_do_not_fit(tmp_path, capsys):
+    data, maps = make_world(tmp_path / "set", images=2), tmp_path / "maps"
+    records = lines_of(data)
+    maps.mkdir()
+
+    def said(*more) -> str:
+        with pytest.raises(SystemExit):
+            evaluate.main(["--depth-maps", str(maps), "--data", str(data), "--all", "--out",
+                           str(tmp_path / "out"), *more])
+        return capsys.readouterr().err
+
+    assert "has no 000.npy (or .png) for" in said()
+    np.save(maps / "000.npy", np.ones((90, 120, 3)))
+    assert "000.npy: has the shape (90, 120, 3)" in said()
+    np.save(maps / "000.npy", np.ones((120, 90)))
+    assert "90 x 120 px are not of an image of 120 x 90 px" in said()
+    assert "answers the task distance alone" in said("--tasks", "axis")
+    assert not (tmp_path / "out" / "predictions.jsonl").exists()
+    # two images of one name, one map
+    (tmp_path / "set" / "a").mkdir()
+    shutil.copy(tmp_path / "set" / "000.png", tmp_path / "set" / "a" / "000.png")
+    write_jsonl(data, [records[0], {**records[0], "image": "a/000.png"}])
+    np.save(maps / "000.npy", np.ones((90, 120)))
+    evaluate.read_map.cache_clear()
+    assert "would be of" in said()
+
+
+def test_a_task_that_a_model_never_saw_is_said(tiny, world, tmp_path, capsys):
+    evaluate.main([str(tiny), "--data", str(world), "--queries", "1", "--focal", "100",
+                   "--max-new-tokens", "2", "--workers", "0", "--out", str(tmp_path / "eval"),
+                   "--tasks", "speed", "distance"])
+    assert f"{tiny}: was not trained on speed, only on distance" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind, delta1", [(None, 0.273125), ("z", 0.265625)])

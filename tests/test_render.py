@@ -585,9 +585,33 @@ def test_camera_strategies(tmp_path):
     left = record(tmp_path, pixel_coords=[[10, 50]])
     _, _, answer = shown(left, {**SETTINGS, "camera": "ray"})
     assert "degrees to the left" in answer and "degrees below" in answer
-    for camera, prompt in itertools.product(("prompt", "ray"), ("release", "text")):
-        with pytest.raises(ValueError, match="paper"):  # one of the two would be ignored
+    for camera, prompt in (("prompt", "release"), ("ray", "release"), ("ray", "text")):
+        with pytest.raises(ValueError, match="no wording"):  # one of the two would be ignored
             render.check_settings({**SETTINGS, "camera": camera, "prompt": prompt})
+
+
+def test_coordinates_and_intrinsics_as_text(tmp_path):
+    """Seed1.5-VL's setup (Table 1): no marker, raw image, where and by which camera in words."""
+    path = record(tmp_path)
+    settings = render.check_settings({**SETTINGS, "camera": "prompt", "prompt": "text"})
+    views, question, answer = shown(path, settings)
+    bare, _, _ = shown(path, {**SETTINGS, "camera": "none", "prompt": "text"})
+    assert np.array_equal(views[0].pixels, bare[0].pixels)
+    assert "(fx = 70.00, fy = 72.00, cx = 39.50, cy = 29.50)" in question
+    assert "the pixel at (20, 30)" in question and "{" not in question
+    assert answer == "The point is around 2.00 meters away from the camera."
+
+
+def test_a_question_of_ones_own(tmp_path):
+    path, own = record(tmp_path), "Pixel ({u}, {v}) of {w} x {h}, {{f}} {fx}?"
+    settings = {**SETTINGS, "camera": "none", "question": own}
+    views, question, answer = shown(path, render.check_settings(settings))
+    height, width = views[0].pixels.shape[:2]
+    assert question.startswith("Pixel (20, 30) of ") and question.endswith(", {f} 70.00?")
+    assert answer == shown(path, {**settings, "question": ""})[2]
+    for wrong in ("{x}", "{z}", "{}", "{w", "{w:99999999}", "{w!r}", "{w.real}", 3, None):
+        with pytest.raises(ValueError, match="question"):
+            render.check_settings({**SETTINGS, "question": wrong})
 
 
 def test_answer_forms():

@@ -554,6 +554,23 @@ def test_kl_to_the_reference_model(update, monkeypatch):
     assert line["loss"] == pytest.approx(line["kl"])
     assert all(p.grad is None for p in models[-1].parameters())
 
+    # with adapters it is the model without them: one model, which differs once they do
+    adapters, reset = ("--lora", 2, "--freeze", "vision"), train_sft.reset_adapters
+    for spread in (0.0, 0.05):
+        models.clear()
+        monkeypatch.setattr(train_sft, "reset_adapters", lambda model: spread_adapters(
+            model, reset, spread))
+        line, _ = update("--kl-coef", 1.0, *adapters, scale=0.0)
+        assert len(models) == 1 and (line["kl"] > 1e-3) == (spread > 0)
+
+
+def spread_adapters(model, reset, spread: float) -> None:
+    reset(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_b"):
+                parameter.fill_(spread)
+
 
 def test_not_finite_stops(update, capsys):
     with pytest.raises(SystemExit):
@@ -837,7 +854,7 @@ def test_a_task_is_one_row(taught, world, tmp_path, monkeypatch):
 def test_stopped_and_resumed_is_bit_equal(reference, taught, world, tmp_path):
     out = tmp_path / "run"
     train_grpo.main(command(taught, world, out, "--stop-after", 3))
-    train_grpo.main(command(taught, world, out, "--resume"))
+    train_grpo.main(command(taught, world, out))
     assert equal(weights(out), weights(reference)) and not equal(weights(out), weights(taught))
     clocks = {"rollout_s", "update_s", "wait_s", "prompts_per_s"}
     ours, theirs = ([{key: value for key, value in line.items() if key not in clocks}
@@ -870,6 +887,7 @@ def test_batch_of_answers_and_rollout_batch(reference, taught, world, tmp_path):
 
 
 MORE = ["--reshard", "--checkpointing", "--kl-coef", "0.1"]
+LORA = [*MORE, "--lora", "2", "--freeze", "vision", "--offload"]
 TWO = """
 import json, sys, torch, torch.distributed as dist
 root, folder, *runs = sys.argv[1:]
@@ -912,11 +930,13 @@ destroy()
 
 
 def test_two_processes_equal_one(reference, taught, world, tmp_path):
-    """The runs of `reference` and with MORE; before them, that both ranks run the same number of
-    forward passes."""
+    """The runs of `reference`, with MORE and with LORA; before them, that both ranks run the same
+    number of forward passes."""
     (tmp_path / "two.py").write_text(TWO)
-    train_grpo.main(command(taught, world, tmp_path / "one", *MORE))
-    cases = ((reference, tmp_path / "plain", []), (tmp_path / "one", tmp_path / "more", MORE))
+    cases = [(reference, tmp_path / "plain", [])]
+    for name, more in (("more", MORE), ("lora", LORA)):
+        train_grpo.main(command(taught, world, tmp_path / name, *more))
+        cases.append((tmp_path / name, tmp_path / f"{name}_two", more))
     runs = [json.dumps(command(taught, world, two, *more)) for _, two, more in cases]
     done = run_script(tmp_path / "two.py", ROOT, taught, *runs, processes=2)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -944,7 +964,7 @@ def test_killed_at_any_moment_it_can_be_resumed(reference, taught, world, tmp_pa
         pass
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    train_grpo.main(command(taught, world, out, "--resume"))
+    train_grpo.main(command(taught, world, out))
     assert equal(weights(out), weights(reference))
     assert [line["step"] for line in log_of(out)] == [1, 2, 3, 4]
     assert sorted(os.listdir(out / "resume")) == ["state.json", "step_00000004"]
@@ -952,7 +972,7 @@ def test_killed_at_any_moment_it_can_be_resumed(reference, taught, world, tmp_pa
 
 def test_a_second_run_in_the_same_folder_is_refused(reference, taught, world, capsys):
     with render.lock_folder(reference), pytest.raises(SystemExit) as stop:
-        train_grpo.main(command(taught, world, reference, "--resume"))
+        train_grpo.main(command(taught, world, reference))
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert stop.value.code == 2 and f"{reference}: another run is at work in it" in line
 
@@ -984,7 +1004,7 @@ def test_recipe_is_table_5():
     ("--seed", -1, "-1 is not 0 or more"), ("--stop-after", 0, "0 is not 1 or more"),
     ("--out", "", "is an empty path"), ("--tasks", "smell", "smell is no task; there are dist")])
 def test_bad_flags(taught, world, tmp_path, capsys, flag, value, message):
-    """One line behind argparse's usage, with the flag's name, and exit code 2."""
+    """One line with the flag's name, and exit code 2."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         train_grpo.main(command(taught, world, tmp_path / "run", flag, value))
@@ -1013,10 +1033,9 @@ def test_errors_are_one_line(taught, world, tmp_path, capsys, flags, message):
 
 def test_other_numbers_cannot_be_resumed_and_a_used_folder_is_left_alone(reference, taught, world,
                                                                          capsys):
-    for more, message in ((("--resume", "--group", 8), "--group 4"),
-                          (("--resume", "--batch", 8), "--batch 4"),
-                          (("--resume", "--seed", 2), "--seed 1"),
-                          ((), "exists and is not empty")):
+    for more, message in ((("--group", 8), "--group 4"),
+                          (("--batch", 8), "--batch 4"),
+                          (("--seed", 2), "--seed 1")):
         with pytest.raises(SystemExit):
             train_grpo.main(command(taught, world, reference, *more))
         assert message in capsys.readouterr().err

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from conftest import ROOT, make_world, plain_inputs, run_script, stock, views_for, write_jsonl
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -391,6 +392,42 @@ def test_sharded_model_is_the_plain_one(tiny, one_process):
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny_qwen3", "tiny_pixtral"])
+def test_adapters(name, request, tmp_path, one_process):
+    """A start equal to the model, all else frozen in the dtype of the compute; the saved folder has
+    the names of the start, and is the adapted model."""
+    folder = request.getfixturevalue(name)
+    checkpoint = render.open_checkpoint(str(folder), quiet=True)
+    sample = render.encode(checkpoint, views_for(checkpoint, [(3, 2)]), "How far?")
+    prompts = evaluate.pack_prompts(checkpoint, [sample])
+
+    def logits(model):
+        with torch.no_grad():
+            return evaluate.prefill(model.eval(), checkpoint, prompts).logits
+
+    def logits_of(folder):
+        checkpoint = render.open_checkpoint(str(folder), quiet=True)
+        return logits(evaluate.load_model(checkpoint, CPU, torch.float32))
+
+    for dtype in (torch.bfloat16, torch.float32):
+        model = sharded(folder, dtype, lora=2, freeze="vision")
+        kinds = {(p.requires_grad, p.dtype) for p in model.parameters()}
+        assert kinds == {(True, torch.float32), (False, dtype)}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert len(trained) == 14 * len(model.model.language_model.layers)
+    start = logits_of(folder)
+    assert torch.equal(logits(model), start)
+    with torch.no_grad():
+        for parameter in trained:
+            parameter.fill_(0.05)
+    adapted = logits(model)
+    assert (adapted - start).abs().max() > 0.1
+    with train_sft.without_adapters(model):
+        assert torch.equal(logits(model), start)
+    train_sft.save_model(model, checkpoint, tmp_path, torch.float32)
+    assert torch.allclose(logits_of(tmp_path), adapted, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny_qwen3", "tiny_pixtral"])
 def test_saved_folder_opens_with_plain_transformers(name, request, tmp_path, monkeypatch,
                                                     one_process):
     folder = request.getfixturevalue(name)
@@ -506,7 +543,8 @@ def weights_at(reference: Path, step: int) -> dict:
 
 def test_two_processes_give_the_same_losses_and_weights(tiny, reference, distances, tmp_path):
     out = tmp_path / "two"
-    train(tiny, distances, out, "--reshard", "--workers", 1, "--checkpointing", processes=2)
+    train(tiny, distances, out, "--reshard", "--workers", 1, "--checkpointing", "--offload",
+          processes=2)
     assert len(losses(reference)) == 10
     assert losses(out) == pytest.approx(losses(reference), abs=1e-5)
     two, one = weights(out), weights(reference)
@@ -518,19 +556,38 @@ def test_resumed_equals_uninterrupted(tiny, reference, distances, tmp_path, caps
     out = tmp_path / "run"
     train(tiny, distances, out, "--stop-after", 4)
     shutil.copytree(out, tmp_path / "two")
-    train(tiny, distances, out, "--resume", "--workers", 2)
+    train(tiny, distances, out, "--workers", 2)
     assert equal(weights(out), weights(reference))
     keys = ("step", "loss", "grad_norm", "lr", "tokens")
     ours, theirs = ([{key: line[key] for key in keys} for line in log_of(folder)]
                     for folder in (out, reference))
     assert ours == theirs
-    train(tiny, distances, tmp_path / "two", "--resume", processes=2)
+    train(tiny, distances, tmp_path / "two", processes=2)
     assert losses(tmp_path / "two") == pytest.approx(losses(reference), abs=1e-5)
 
     # a finished run: nothing to do, nothing harmed
     capsys.readouterr()
-    train(tiny, distances, out, "--resume")
+    train(tiny, distances, out)
     assert "from step 10" in capsys.readouterr().out and len(losses(out)) == 10
+
+
+def test_adapters_are_resumed(tiny, distances, tmp_path):
+    """Begun by two processes with everything in the CPU's memory, ended by one without: the run of
+    one; the state holds what is trained. The rest of the model is as it was, bit for bit."""
+    some = ["--lora", 2, "--freeze", "vision", "--samples", 32]
+    train(tiny, distances, tmp_path / "one", *some)
+    train(tiny, distances, tmp_path / "two", *some, "--stop-after", 2, "--offload", "--reshard",
+          "--checkpointing", processes=2)
+    state = dcp.FileSystemReader(tmp_path / "two/resume/step_00000002").read_metadata()
+    assert len(state.state_dict_metadata) == 14 * 2 * (1 + 3)  # step and moments of each
+    train(tiny, distances, tmp_path / "two", *some)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+    before, after, two = (weights(folder) for folder in (tiny, tmp_path / "one", tmp_path / "two"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert before.keys() == after.keys() and len(changed) == 14
+    assert all("proj.weight" in name and "visual" not in name for name in changed)
+    assert all(torch.linalg.matrix_rank(after[n] - before[n], rtol=1e-3) <= 2 for n in changed)
+    assert all(torch.allclose(after[name], two[name], atol=1e-5) for name in after)
 
 
 @pytest.mark.parametrize("state", [
@@ -544,7 +601,7 @@ def test_a_state_of_a_wrong_form(tiny, reference, distances, tmp_path, capsys, s
     if isinstance(state, dict) and len(state) == 1:
         state = {**json.loads(path.read_text()), **state}
     path.write_text(state if isinstance(state, str) else json.dumps(state))
-    message = refused(capsys, command(tiny, distances, out, "--resume"))
+    message = refused(capsys, command(tiny, distances, out))
     assert str(path) in message and message.count("state.json") == 1
     assert equal(weights(out), weights(reference)) and log_of(out) == log_of(reference)
 
@@ -553,10 +610,10 @@ def test_a_finished_run_has_its_model(tiny, reference, distances, tmp_path, caps
     """It is written again when it was lost; an earlier --stop-after does not call it younger."""
     out = shutil.copytree(reference, tmp_path / "run")
     (out / "model.safetensors").unlink()
-    train(tiny, distances, out, "--resume")
+    train(tiny, distances, out)
     assert equal(weights(out), weights(reference))
     capsys.readouterr()
-    train(tiny, distances, out, "--resume", "--stop-after", 2)
+    train(tiny, distances, out, "--stop-after", 2)
     assert equal(weights(out), weights(reference)) and len(losses(out)) == 10
     assert "step 10 of 10" in capsys.readouterr().out
 
@@ -611,7 +668,7 @@ def test_killed_while_saving(tiny, reference, distances, tmp_path, capsys, momen
     assert state["step"] == state_step and (out / "resume" / state["folder"]).is_dir()
 
     capsys.readouterr()
-    train(tiny, distances, out, "--save-every", 4, "--resume")
+    train(tiny, distances, out, "--save-every", 4)
     said = capsys.readouterr().out
     assert f"from step {state_step}" in said and "step 10 of 10" in said
     assert equal(weights(out), weights(reference))
@@ -624,7 +681,7 @@ def test_killed_at_any_moment_it_can_be_resumed(tiny, reference, distances, tmp_
     """kill -9 three times, once while a state is being written; the result is that of one run."""
     out = tmp_path / "run"
     script = [sys.executable, ROOT / "train_sft.py",
-              *command(tiny, distances, out, "--save-every", 1, "--resume")]
+              *command(tiny, distances, out, "--save-every", 1)]
     for kill_in_save in (True, False, False):
         process = subprocess.Popen(list(map(str, script)), stdout=subprocess.PIPE,
                                    stderr=subprocess.DEVNULL, text=True)
@@ -637,14 +694,14 @@ def test_killed_at_any_moment_it_can_be_resumed(tiny, reference, distances, tmp_
         process.send_signal(signal.SIGKILL)
         process.wait()
         process.stdout.close()
-    train(tiny, distances, out, "--resume", "--save-every", 1)
+    train(tiny, distances, out, "--save-every", 1)
     assert equal(weights(out), weights(reference))
     assert [line["step"] for line in log_of(out)] == list(range(1, 11))
     assert sorted(p.name for p in (out / "resume").iterdir()) == ["state.json", "step_00000010"]
 
 
 def test_a_second_run_in_the_same_folder_is_refused(tiny, reference, distances, tmp_path, capsys):
-    """With --resume or without; the first is unharmed."""
+    """The first is unharmed."""
     out = tmp_path / "run"
     script = [sys.executable, ROOT / "train_sft.py", *command(tiny, distances, out)]
     first = subprocess.Popen(list(map(str, script)), stdout=subprocess.PIPE, text=True)
@@ -652,9 +709,8 @@ def test_a_second_run_in_the_same_folder_is_refused(tiny, reference, distances, 
         assert first.poll() is None
     first.send_signal(signal.SIGSTOP)
     try:
-        for more in ([], ["--resume"]):
-            message = refused(capsys, command(tiny, distances, out, *more))
-            assert message.startswith(f"error: {out}: another run is at work in it")
+        message = refused(capsys, command(tiny, distances, out))
+        assert message.startswith(f"error: {out}: another run is at work in it")
     finally:
         first.send_signal(signal.SIGCONT)
     first.communicate(timeout=300)
@@ -668,10 +724,10 @@ def test_a_resumed_run_keeps_its_flags(tiny, distances, tmp_path, capsys):
     out = tmp_path / "run"
     train(tiny, distances, out, "--stop-after", 1)
     for flag, value in (("--lr", "3"), ("--marker", "dot"), ("--samples", "160")):
-        argv = command(tiny, distances, out, flag, value, "--resume")
+        argv = command(tiny, distances, out, flag, value)
         assert f"was begun with {flag}" in refused(capsys, argv)
     assert json.loads((out / "depthlm.json").read_text())["marker"] == "arrow"
-    train(tiny, distances, out, "--resume", "--micro-batch", 8, "--save-every", 5)
+    train(tiny, distances, out, "--micro-batch", 8, "--save-every", 5)
 
 
 def test_a_start_that_failed_does_not_block_its_folder(tiny, distances, tmp_path, capsys):
@@ -800,7 +856,7 @@ def test_an_optimizer_is_one_line(tiny, distances, tmp_path, monkeypatch):
         return torch.optim.SGD(params, lr=lr, momentum=0.9)
 
     monkeypatch.setattr(torch.optim, "AdamW", sgd)
-    for out, parts in (("whole", [[]]), ("parts", [["--stop-after", 4], ["--resume"]])):
+    for out, parts in (("whole", [[]]), ("parts", [["--stop-after", 4], []])):
         for more in parts:
             train(tiny, distances, tmp_path / out, "--lr", 0.1, *more)
     whole, parts = losses(tmp_path / "whole"), losses(tmp_path / "parts")
@@ -1028,14 +1084,47 @@ def test_weights_of_tasks():
     ("--tasks", "distance:0", "distance:0: what follows ':' has to be positive and finite"),
     ("--mix", "chat.jsonl:2", "chat.jsonl:2: what follows ':' has to be between 0 and 1")])
 def test_bad_flags(capsys, flag, value, message):
-    """One line behind argparse's usage, with the flag's name, and exit code 2."""
+    """One line with the flag's name, and exit code 2."""
     line = refused(capsys, ["--data", "a.jsonl", flag, value])
     assert f"error: argument {flag}: {message}" in line
 
 
+def test_usage_errors_stand_alone(capsys):
+    for words, message in ((["--focal", "0"], "argument --focal: 0 is not greater than 0"),
+                           (["@nope.args"], "No such file or directory: 'nope.args'"),
+                           (["--tpyo", "3"], "unrecognized arguments: --tpyo 3")):
+        with pytest.raises(SystemExit) as stop:
+            train_sft.main(words)
+        said = capsys.readouterr().err
+        assert stop.value.code == 2 and said.startswith("error: ") and message in said
+        assert said.endswith(". See --help.\n") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_interrupted_is_one_line(tiny, distances, tmp_path, processes):
+    """Ctrl-C: one line of ours, however many processes (torchrun adds its own); the same command
+    resumes."""
+    argv = command(tiny, distances, tmp_path / "run", "--save-every", 1, "--samples", 80_000)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    script = [sys.executable, *launch[:4 * bool(processes)], ROOT / "train_sft.py", *argv]
+    run = subprocess.Popen(list(map(str, script)), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                           text=True, start_new_session=True)
+    while not run.stdout.readline().startswith("step 2/"):
+        assert run.poll() is None
+    os.killpg(run.pid, signal.SIGINT)
+    _, said = run.communicate(timeout=120)
+    ours = [line for line in said.splitlines() if "error: " in line]
+    assert ours == ["error: interrupted. Give the same command again to resume."]
+    assert processes or (run.returncode == 130 and "Traceback" not in said)
+    assert json.loads((tmp_path / "run/resume/state.json").read_text())["step"] >= 1
+
+
 def test_errors_are_one_line(tiny, distances, reference, tmp_path, capsys):
-    line = refused(capsys, command(tiny, distances, reference))
-    assert "exists and is not empty" in line and "--resume" in line
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "model.safetensors").touch()
+    (tmp_path / "other" / "run.json").write_text("{}")
+    line = refused(capsys, command(tiny, distances, tmp_path / "other"))
+    assert "exists, is not empty, and has no run to resume" in line
     for more, message in (
             (["--model", tmp_path / "nowhere"], "no such checkpoint"),
             (["--data", tmp_path / "empty.jsonl"], "empty.jsonl: holds no record"),
@@ -1096,12 +1185,12 @@ def test_a_full_disk_leaves_the_last_state(tiny, distances, tmp_path, capsys, fr
         before = (out / "resume" / "state.json").read_text()
         filler = small / "filler"
         filler.write_bytes(bytes(shutil.disk_usage(small).free - free))
-        line = refused(capsys, command(tiny, distances, out, "--resume"))
+        line = refused(capsys, command(tiny, distances, out))
         assert line.startswith("error: ") and "MiB free" in line
         assert (out / "resume" / "state.json").read_text() == before
         assert weights(out)  # a whole model
         filler.unlink()
-        train(tiny, distances, out, "--resume")
+        train(tiny, distances, out)
         assert math.isfinite(losses(out)[-1]) and len(losses(out)) == 10
         assert sorted(p.name for p in out.glob("*safetensors*")) == ["model.safetensors"]
     finally:
