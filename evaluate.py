@@ -21,6 +21,7 @@ import re
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -40,6 +41,7 @@ import render
 from render import COUNT, NATURAL, PAPER_CONSTANT, TASKS, Checkpoint, Query, Records, file_path
 
 NUM_QUERIES = 8192  # Sec. 3, random samples a set
+BINS = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, render.FARTHEST)  # m, of true distances
 ODD = ("truncated", "off_form")  # what is true of some answers
 
 
@@ -825,11 +827,27 @@ def constant_delta1(value: float, true: np.ndarray) -> float:
     return float(within(np.full_like(true, value), true, 1.25).mean())
 
 
+def by_distance(pred: np.ndarray, true: np.ndarray) -> list[dict]:
+    """delta1 and AbsRel of the queries whose true distance is between two of BINS [m]."""
+    out = []
+    for low, high in zip(BINS, BINS[1:]):
+        here = (low <= true) & (true < high)
+        if here.any():
+            found = metrics(pred[here], true[here])
+            out.append({"from": low, "to": high, **{k: found[k] for k in ("delta1", "abs_rel", "n")}})
+    return out
+
+
+def arrays(lines: list[dict]) -> tuple[np.ndarray, np.ndarray]:
+    """-> pred, true."""
+    pred = [np.nan if line["pred"] is None else line["pred"] for line in lines]
+    return np.array(pred, float), np.array([line["true"] for line in lines], float)
+
+
 def score(lines: list[dict]) -> dict:
     """Predictions of one dataset -> metrics, Euclidean and by z where the ray is known, and the
     constant rows."""
-    true = np.array([line["true"] for line in lines], float)
-    pred = np.array([np.nan if line["pred"] is None else line["pred"] for line in lines], float)
+    pred, true = arrays(lines)
     images = np.array([line["image"] for line in lines])
     best = best_constant(true)
     out = metrics(pred, true)
@@ -837,9 +855,11 @@ def score(lines: list[dict]) -> dict:
     out["always_2m"] = constant_delta1(2.0, true)
     out["best_constant"] = {"value": round(best, 3), "delta1": constant_delta1(best, true)}
 
+    if lines[0].get("task", "distance") == "distance":
+        out["by_distance"] = by_distance(pred, true)
     shares = Counter(key for line in lines for key in ODD if line.get(key))
     out |= {key: count / len(lines) for key, count in shares.items()}
-    known = [line for line in lines if {"q10", "q90", "confidence", "lost"} <= line.keys()]
+    known = with_interval(lines)
     if known:  # how often the truth is where the model puts 80 % of its probability
         inside = sum(line["q10"] <= line["true"] <= line["q90"] for line in known)
         out["in_10_90"] = inside / len(known)
@@ -854,10 +874,13 @@ def score(lines: list[dict]) -> dict:
     return out
 
 
-def summarize(lines: list[dict]) -> dict:
-    """All predictions -> {"datasets": {name: metrics}, "average": {...}}, in the paper's order.
-    Another task than distance is a column of its own, "name/task". Of several tasks: "tasks", the
-    average of each, which "average" averages."""
+def with_interval(lines: list[dict]) -> list[dict]:
+    return [line for line in lines if {"q10", "q90", "confidence", "lost"} <= line.keys()]
+
+
+def columns_of(lines: list[dict]) -> dict[str, list[dict]]:
+    """The predictions of each dataset, in the paper's order. Another task than distance is a column
+    of its own, "name/task"."""
     groups: dict[str, list[dict]] = {}
     for line in lines:
         name, task = line.get("dataset", "data"), line.get("task", "distance")
@@ -865,13 +888,20 @@ def summarize(lines: list[dict]) -> dict:
         groups.setdefault(column, []).append(line)
     order = list(PAPER_CONSTANT)
     names = sorted(groups, key=lambda n: (order.index(n) if n in order else len(order), n))
-    datasets = {name: score(groups[name]) for name in names}
-    task_of = {name: groups[name][0].get("task", "distance") for name in names}
+    return {name: groups[name] for name in names}
+
+
+def summarize(lines: list[dict]) -> dict:
+    """All predictions -> {"datasets": {column: metrics}, "average": {...}}. Of several tasks:
+    "tasks", the average of each, which "average" averages."""
+    groups = columns_of(lines)
+    datasets = {name: score(group) for name, group in groups.items()}
+    task_of = {name: group[0].get("task", "distance") for name, group in groups.items()}
     found = set(task_of.values())
     tasks = [*(task for task in TASKS if task in found), *sorted(found - set(TASKS))]
     if len(tasks) == 1:
         return {"datasets": datasets, "average": average(datasets.values())}
-    averages = {task: average(datasets[name] for name in names if task_of[name] == task)
+    averages = {task: average(datasets[name] for name in groups if task_of[name] == task)
                 for task in tasks}
     return {"datasets": datasets, "tasks": averages, "average": average(averages.values())}
 
@@ -920,6 +950,11 @@ def metric_rows(result: dict) -> list[list[str]]:
             rows.append(["  95 % interval", *cells])
         elif any(key in c for c in columns.values()):
             rows.append([key, *(show(c[key]) if key in c else "" for c in columns.values())])
+    bins = [{(b["from"], b["to"]): b for b in c.get("by_distance", ())} for c in columns.values()]
+    for ends in sorted(set().union(*bins)):
+        cells = [f"{show(b[ends]['delta1'])} {show(b[ends]['abs_rel'])}" if ends in b else ""
+                 for b in bins]
+        rows.append([f"  {ends[0]}-{ends[1]} m: delta1 abs_rel", *cells])
     rows.append(["always 2.0 m: delta1", *(show(c["always_2m"]) for c in columns.values())])
     best = [c.get("best_constant") for c in columns.values()]
     rows.append(["best constant: delta1",
@@ -954,6 +989,102 @@ def task_rows(result: dict) -> list[list[str]]:
                      show(sum(found) / len(found))])
     rows.append(["average of tasks", *([""] * len(names)), show(result["average"]["delta1"])])
     return rows
+
+
+# --------------------------------------------------------------------------------------------------
+# errors.png: charts with a colour for each dataset, and the worst queries
+
+WORST = 9  # queries that are shown
+
+
+def agreement_chart(groups: dict[str, list[dict]]) -> Image.Image:
+    """Predicted against true numbers; between the outer lines an answer counts for delta1."""
+    true = np.concatenate([arrays(lines)[1] for lines in groups.values()])
+    ends = np.array([true.min(), true.max()])
+    axes = render.Axes(ends, ends, ("true", "predicted"), (True, True))
+    for k, (name, lines) in enumerate(groups.items()):
+        pred, true = arrays(lines)
+        parsed = pred > 0
+        axes.points(true[parsed], pred[parsed], (*render.hue(k), 120), 1.5)
+        axes.name(k, name)
+    for factor in (1 / 1.25, 1, 1.25):
+        axes.line(ends, ends * factor, render.INK, 1)
+    return axes.image
+
+
+def distance_chart(datasets: dict[str, dict], key: str) -> Image.Image:
+    """A metric by distance, a bar a bin."""
+    bins = {name: d.get("by_distance", ()) for name, d in datasets.items()}
+    shown = [(k, b) for k, found in enumerate(bins.values()) for b in found if b[key] is not None]
+    ends = [max(b[end], 0.5) for _, b in shown for end in ("from", "to")]
+    axes = render.Axes(ends, (0, 1), ("true distance [m]", key), (True, False))
+    for k, b in shown:
+        axes.line((b["from"], b["to"]), (b[key], b[key]), render.hue(k), 4)
+    return axes.image
+
+
+def calibration_chart(groups: dict[str, list[dict]]) -> Image.Image:
+    """How often the truth is within 25 % of the median, by the probability that the model gave
+    that; the size of a dot is the share of the answers."""
+    axes = render.Axes((0, 1), (0, 1), ("confidence", "delta1"))
+    axes.line((0, 1), (0, 1), render.INK, 1)
+    for k, lines in enumerate(groups.values()):
+        hits = within(*arrays(lines), 1.25)
+        confidence = np.array([line["confidence"] for line in lines])
+        tenth = np.minimum(confidence * 10, 9).astype(int)
+        for here in (tenth == n for n in np.unique(tenth)):
+            axes.points([confidence[here].mean()], [hits[here].mean()], render.hue(k),
+                        2 + 10 * math.sqrt(here.mean()))
+    return axes.image
+
+
+def worst(lines: list[dict]) -> list[dict]:
+    """The lines with the largest errors, by ratio; no error is larger than that of no number."""
+
+    def off(line):
+        pred = line["pred"]
+        return abs(math.log(pred / line["true"])) if pred and pred > 0 else math.inf
+
+    return sorted(lines, key=off, reverse=True)[:WORST]
+
+
+def line_query(line: dict) -> Query:
+    """The query of a line of predictions, as far as the line tells: its image is taken as it is."""
+    path = line["image"]
+    width, height = render.open_image(path).size
+    camera = (width, width, width / 2, height / 2, width, height)
+    points = [line[key] for key in ("pixel", "pixel2") if None not in line.get(key, [None])]
+    return Query("distance", [{"image": path, "intrinsics": camera, "where": path}], points,
+                 line["true"])
+
+
+def error_picture(lines: list[dict], datasets: dict[str, dict], query: Callable) -> Image.Image:
+    """Charts of all predictions and the worst of them. query: line -> Query. Raises ValueError."""
+    groups, known = columns_of(lines), columns_of(with_interval(lines))
+    charts = [render.captioned(agreement_chart(groups), "Each answer against the truth. Between "
+                               "the outer lines it counts for delta1.")]
+    if any("by_distance" in d for d in datasets.values()):
+        charts += [distance_chart(datasets, key) for key in ("delta1", "abs_rel")]
+    if known:
+        low, high = (np.mean([sign * line["true"] > sign * line[key] for group in known.values()
+                              for line in group]) for sign, key in ((-1, "q10"), (1, "q90")))
+        charts.append(render.captioned(
+            calibration_chart(known), "The dots of a calibrated model are on the line. The truth "
+            f"is below {low:.0%} of the 10-90 % intervals and above {high:.0%}; ideal are 10 %."))
+
+    tiles = []
+    for line in worst(lines):
+        said = f"{line['pred']:g}" if line["pred"] is not None else repr(line.get("text", ""))
+        caption = (f"{line.get('task', 'distance')} {line['true']:g}, answered {said[:80]}\n"
+                   f"{line['image']}, pixel {line.get('pixel')}")
+        try:
+            found = replace(query(line), task="distance")  # whatever was asked, it is not shown
+            views, *_ = render.render(found, {**render.DEFAULTS, "camera": "none"}, 1)
+            tiles.append(render.query_tile(found, views, caption, 220))
+        except ValueError as e:
+            blank = Image.new("RGB", (300, 220), render.PALE)
+            tiles.append(render.captioned(blank, f"{caption}\n{e}"))
+    return render.sheet([charts, *render.in_rows(tiles, 1600)])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1233,10 +1364,13 @@ def answer_constant(args, groups: list, out: Path) -> None:
     render.write_jsonl(out / "predictions.jsonl", lines)
 
 
-def report(lines: list[dict], out: Path) -> None:
+def report(lines: list[dict], out: Path, query: Callable) -> None:
+    """query: line -> Query."""
     result = summarize(lines)
     render.write_json(out / "metrics.json", result)
-    print(f"{table(result)}\n{out}/metrics.json")
+    with render.replacing(out / "errors.png") as temporary:
+        error_picture(lines, result["datasets"], query).save(temporary, "PNG")
+    print(f"{table(result)}\n{out}/metrics.json, {out}/errors.png")
 
 
 @render.command
@@ -1253,7 +1387,7 @@ def main(argv=None) -> None:
     if args.predictions:
         lines = read_predictions(args.predictions, args.depth_type)
         with render.lock_folder(out):
-            return report(lines, out)
+            return report(lines, out, line_query)
 
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     given = render.settings_from_flags(args)
@@ -1274,7 +1408,10 @@ def main(argv=None) -> None:
             else:
                 answer_constant(args, groups, out)
             if rank == 0:
-                report(read_predictions(out / "predictions.jsonl"), out)
+                asked = [(records, task, pair) for _, records, task, pairs in groups
+                         for pair in pairs]
+                report(read_predictions(out / "predictions.jsonl"), out,
+                       lambda line: query_of(*asked[line["id"]], args.seed))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -1650,41 +1650,152 @@ def model_inputs(batch: dict, checkpoint: Checkpoint, device="cpu", dtype=None) 
 
 
 # --------------------------------------------------------------------------------------------------
-# the contact sheet
+# pictures: what all scripts draw with
+
+INK, PALE, FRAME = (40, 40, 40), (222, 222, 222), (255, 214, 0)
+HUES = ((36, 104, 180), (214, 92, 32), (60, 146, 80), (140, 80, 170), (200, 160, 20),
+        (40, 160, 170), (190, 70, 120), (110, 110, 110))  # of the series of a chart, in order
+ROUND = ((1, 1.5, 2, 3, 4, 5, 6, 8), (1, 2, 5), (1,))  # first digits of ticks, fine to coarse
+GAP = 10  # px between tiles
+AROUND, ZOOM = 16, 4  # px on each side of a marker that are magnified, and how many times
 
 
-def contact_sheet(tiles: list[tuple[list[View], str, str]], columns: int = 3,
-                  width: int = 480) -> Image.Image:
-    """Rendered queries as one picture: the image(s) with markers, question and answer below."""
-    cells = [sheet_cell(views, question, answer, width) for views, question, answer in tiles]
-    rows = [cells[k:k + columns] for k in range(0, len(cells), columns)]
-    heights = [max(cell.height for cell in row) + 8 for row in rows]
-    sheet = Image.new("RGB", (columns * (width + 8), sum(heights)), "white")
-    y = 0
-    for row, height in zip(rows, heights):
-        for k, cell in enumerate(row):
-            sheet.paste(cell, (k * (width + 8), y))
-        y += height
-    return sheet
+def round_ticks(low: float, high: float, log: bool = False, most: int = 8) -> list[float]:
+    """Round numbers, at most `most` unless there are more decades: the first is at or below `low`,
+    the last at or above `high`. log: of a logarithmic axis, which spans a factor of two at least,
+    so that noise does not fill it."""
+    if not log:
+        step = 10.0 ** math.floor(math.log10(high - low or 1)) / 10
+        for factor in (1, 2, 5, 10, 20, 50):
+            first, last = math.floor(low / step / factor), math.ceil(high / step / factor)
+            if last - first < most:
+                break
+        return [k * step * factor for k in range(first, max(last, first + 1) + 1)]
+    middle = math.sqrt(low * high)
+    low, high = min(low, middle / math.sqrt(2)), max(high, middle * math.sqrt(2))
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for digits in ROUND:
+        numbers = [float(f"{digit}e{k}") for k in decades for digit in digits]
+        first = sum(number <= low for number in numbers) - 1
+        last = sum(number < high for number in numbers)
+        if last - first < most:
+            break
+    return numbers[first:last + 1]
 
 
-def sheet_cell(views: list[View], question: str, answer: str, width: int) -> Image.Image:
-    scale = width / sum(view.pixels.shape[1] for view in views)
+class Axes:
+    """A chart with round ticks on both axes: lines and points are drawn on it in the data's units,
+    and what is outside, on its border. x, y: all that it has to hold; names: of the axes."""
+
+    def __init__(self, x, y, names: tuple[str, str], log=(False, False), size=(380, 300)):
+        self.log = log
+        self.ticks = [round_ticks(min(values), max(values), logarithmic)
+                      for values, logarithmic in zip((x, y), log)]
+        self.ends = (48, size[0] - 18), (size[1] - 40, 24)  # px of the first and the last tick
+        self.image = Image.new("RGB", size, "white")
+        self.draw = ImageDraw.Draw(self.image, "RGBA")  # colours may have an alpha
+        (left, right), (bottom, top) = self.ends
+        for tick in self.ticks[0]:
+            px = self.place([tick], self.ticks[1][:1])[0, 0]
+            self.draw.line((px, bottom, px, top), PALE)
+            self.draw.text((px, bottom + 4), f"{tick:g}", INK, anchor="ma")
+        for tick in self.ticks[1]:
+            py = self.place(self.ticks[0][:1], [tick])[0, 1]
+            self.draw.line((left, py, right, py), PALE)
+            self.draw.text((left - 6, py), f"{tick:g}", INK, anchor="rm")
+        self.draw.text((right, bottom + 20), names[0], INK, anchor="ra")
+        self.draw.text((left, 4), names[1], INK)
+
+    def place(self, x, y) -> np.ndarray:
+        """Pixels (N, 2) of points in the data's units."""
+        places = []
+        for values, ticks, ends, log in zip((x, y), self.ticks, self.ends, self.log):
+            scale = np.log if log else np.asarray
+            with np.errstate(divide="ignore"):  # 0 is at the low end of a logarithmic axis
+                places.append(np.interp(scale(values), scale([ticks[0], ticks[-1]]), ends))
+        return np.stack(places, -1)
+
+    def line(self, x, y, color=PALE, width: int = 2) -> None:
+        self.draw.line([tuple(place) for place in self.place(x, y).tolist()], color, width)
+
+    def points(self, x, y, color, radius: float = 2) -> None:
+        for px, py in self.place(x, y).tolist():
+            self.draw.ellipse((px - radius, py - radius, px + radius, py + radius), color)
+
+    def name(self, series: int, text: str) -> None:
+        """A line of the legend, in the colour of a series."""
+        left, top = self.ends[0][0], self.ends[1][1]
+        self.draw.text((left + 8, top + 6 + 14 * series), text, hue(series))
+
+
+def hue(series: int) -> tuple[int, int, int]:
+    return HUES[series % len(HUES)]
+
+
+def captioned(image: Image.Image, caption: str) -> Image.Image:
+    """An image with a caption below, wrapped to its width."""
+    lines = [line for text in caption.split("\n") for line in textwrap.wrap(text, image.width // 6)]
+    tile = Image.new("RGB", (image.width, image.height + 15 * len(lines) + 4), "white")
+    tile.paste(image)
+    for k, line in enumerate(lines):
+        ImageDraw.Draw(tile).text((2, image.height + 3 + 15 * k), line, INK, font_size=12)
+    return tile
+
+
+def sheet(rows: list[list[Image.Image]]) -> Image.Image:
+    """Tiles in rows as one picture."""
+    width = max(sum(tile.width + GAP for tile in row) for row in rows)
+    height = sum(max(tile.height for tile in row) + GAP for row in rows)
+    picture, y = Image.new("RGB", (width + GAP, height + GAP), "white"), GAP
+    for row in rows:
+        x = GAP
+        for tile in row:
+            picture.paste(tile, (x, y))
+            x += tile.width + GAP
+        y += max(tile.height for tile in row) + GAP
+    return picture
+
+
+def in_rows(tiles: list[Image.Image], width: int = 1500) -> list[list[Image.Image]]:
+    """Tiles one after the other in rows of at most `width` px."""
+    rows, used = [], width
+    for tile in tiles:
+        used += tile.width + GAP
+        if used > width:
+            rows.append([])
+            used = tile.width + GAP
+        rows[-1].append(tile)
+    return rows
+
+
+def query_tile(query: Query, views: list[View], caption: str, height: int = 300) -> Image.Image:
+    """The images of a rendered query side by side, and the surroundings of each of its points
+    magnified in a corner: at f = 1000 a marker of 5 px cannot be seen in an image made small."""
+    shapes = np.array([view.pixels.shape[:2] for view in views])
+    scale = min(height / shapes[:, 0].max(), 2 * height / shapes[:, 1].sum())
     method = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
     images = []
-    for view in views:
-        high, wide = (max(1, round(n * scale)) for n in view.pixels.shape[:2])
+    for view, shape in zip(views, shapes):
+        high, wide = np.maximum(np.round(shape * scale), 1).astype(int).tolist()
         images.append(Image.fromarray(view.pixels).resize((wide, high), method))
-    lines = [line for text in (f"Q: {question}", f"A: {answer}")
-             for line in textwrap.wrap(text, width // 6)]
-    height = max(image.height for image in images)
-    cell = Image.new("RGB", (width, height + 14 * len(lines) + 10), "white")
-    x = 0
-    for image in images:
-        cell.paste(image, (x, 0))
-        x += image.width
-    ImageDraw.Draw(cell).multiline_text((2, height + 3), "\n".join(lines), "black", spacing=3)
-    return cell
+    width = sum(image.width for image in images)
+    tile = Image.new("RGB", (max(width, 200), max(image.height for image in images)), "white")
+    for k, image in enumerate(images):
+        tile.paste(image, (sum(image.width for image in images[:k]), 0))
+
+    draw = ImageDraw.Draw(tile)
+    for k, point in enumerate(query.points if scale < 1.5 else []):
+        x, y = np.floor(np.add(views[0].move(*point), 0.5)).astype(int).tolist()
+        box = x - AROUND, y - AROUND, x + AROUND + 1, y + AROUND + 1
+        side = min(ZOOM * (2 * AROUND + 1), images[0].width // 2)
+        inset = Image.fromarray(views[0].pixels).crop(box)
+        inset = inset.resize((side, side), Image.Resampling.NEAREST)
+        draw.rectangle([scale * end for end in box], outline=FRAME)
+        left = 0 if x * scale > images[0].width / 2 else images[0].width - side - 2
+        top = k * (images[0].height - side - 2)
+        draw.rectangle((left, top, left + side + 1, top + side + 1), outline=FRAME)
+        tile.paste(inset, (left + 1, top + 1))
+    return captioned(tile, caption)
 
 
 def add_settings_flags(parser: argparse.ArgumentParser) -> None:
@@ -1735,12 +1846,14 @@ def main(argv=None) -> None:
     records = Records(args.data, args.image_root, args.label_type)
     rng = np.random.default_rng(args.seed)
     tiles = []
-    for i in rng.permutation(len(records))[:args.n]:
-        query = make_query(args.task, records, int(i), rng)
-        tiles.append(render(query, settings, grid, args.crop, rng))
+    for i in rng.permutation(len(records))[:args.n].tolist():
+        query = make_query(args.task, records, i, rng)
+        views, question, answer = render(query, settings, grid, args.crop, rng)
+        where = "".join(f", pixel ({x:g}, {y:g})" for x, y in query.points)
+        tiles.append(query_tile(query, views, f"record {i}{where}\nQ: {question}\nA: {answer}"))
     with replacing(args.out) as temporary:
-        contact_sheet(tiles).save(temporary, "PNG")
-    height, width = tiles[0][0][0].pixels.shape[:2]
+        sheet(in_rows(tiles)).save(temporary, "PNG")
+    height, width = views[0].pixels.shape[:2]
     print(f"{args.out}: {len(tiles)} samples, images of {width} x {height} px and the like, focal "
           f"{settings['focal']:g} px")
 

@@ -574,6 +574,32 @@ def log_line(path: Path, **fields) -> None:
             file.write(render.json_text(rounded))
 
 
+def draw_log(path: Path) -> None:
+    """log.png beside a log.jsonl: loss, reward and delta1 by step, as far as they are logged."""
+    lines = [line for _, line in render.read_jsonl(path, interrupted=True)]
+    charts = []
+    for key in ("loss", "reward"):
+        points = np.array([(line["step"], line[key]) for line in lines if key in line])
+        if len(points):
+            # at most 200 means, so that a long run is a line and no cloud
+            means = np.array([part.mean(0) for part in np.array_split(points, min(200, len(points)))])
+            x, y = means.T
+            axes = render.Axes([0, x.max()], y, ("step", key), (False, y.min() > 0 and key == "loss"))
+            axes.line(x, y, render.hue(0))
+            charts.append(axes.image)
+    scores = [(line["step"], line["val"]) for line in lines if line.get("val")]
+    if scores:
+        axes = render.Axes([0, scores[-1][0]], [0, 1], ("step", "delta1"))
+        for k, name in enumerate(scores[0][1]):
+            x, y = zip(*((step, score[name]["delta1"]) for step, score in scores))
+            axes.line(x, y, render.hue(k))
+            axes.points(x, y, render.hue(k), 3)
+            axes.name(k, name)
+        charts.append(axes.image)
+    with render.replacing(path.with_name("log.png")) as temporary:
+        render.sheet([charts]).save(temporary, "PNG")
+
+
 # --------------------------------------------------------------------------------------------------
 # validation
 
