@@ -834,7 +834,8 @@ def by_distance(pred: np.ndarray, true: np.ndarray) -> list[dict]:
         here = (low <= true) & (true < high)
         if here.any():
             found = metrics(pred[here], true[here])
-            out.append({"from": low, "to": high, **{k: found[k] for k in ("delta1", "abs_rel", "n")}})
+            out.append({"from": low, "to": high, "delta1": found["delta1"],
+                        "abs_rel": found["abs_rel"], "n": found["n"]})
     return out
 
 

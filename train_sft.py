@@ -576,28 +576,34 @@ def log_line(path: Path, **fields) -> None:
 
 def draw_log(path: Path) -> None:
     """log.png beside a log.jsonl: loss, reward and delta1 by step, as far as they are logged."""
-    lines = [line for _, line in render.read_jsonl(path, interrupted=True)]
+    curves = {"loss": {}, "reward": {}, "delta1": {}}  # -> series -> [(step, value)]
+    for _, line in render.read_jsonl(path, interrupted=True):
+        scores = {name: score["delta1"] for name, score in line.get("val", {}).items()}
+        for key, series in curves.items():
+            found = scores if key == "delta1" else {"": line.get(key)}
+            for name, value in found.items():
+                if value is not None:
+                    series.setdefault(name, []).append((line["step"], value))
+
     charts = []
-    for key in ("loss", "reward"):
-        points = np.array([(line["step"], line[key]) for line in lines if key in line])
-        if len(points):
+    for key, series in curves.items():
+        if not series:
+            continue
+        values = [value for points in series.values() for _, value in points]
+        log = key == "loss" and min(values) > 0
+        axes = render.Axes((0, line["step"]), (0, 1) if key == "delta1" else values, ("step", key),
+                           (False, log))
+        for k, (name, points) in enumerate(series.items()):
             # at most 200 means, so that a long run is a line and no cloud
-            means = np.array([part.mean(0) for part in np.array_split(points, min(200, len(points)))])
-            x, y = means.T
-            axes = render.Axes([0, x.max()], y, ("step", key), (False, y.min() > 0 and key == "loss"))
-            axes.line(x, y, render.hue(0))
-            charts.append(axes.image)
-    scores = [(line["step"], line["val"]) for line in lines if line.get("val")]
-    if scores:
-        axes = render.Axes([0, scores[-1][0]], [0, 1], ("step", "delta1"))
-        for k, name in enumerate(scores[0][1]):
-            x, y = zip(*((step, score[name]["delta1"]) for step, score in scores))
+            parts = np.array_split(points, min(200, len(points)))
+            x, y = zip(*(part.mean(0) for part in parts))
             axes.line(x, y, render.hue(k))
-            axes.points(x, y, render.hue(k), 3)
+            axes.points(x, y, render.hue(k), 2 if key == "delta1" else 1)
             axes.name(k, name)
         charts.append(axes.image)
-    with render.replacing(path.with_name("log.png")) as temporary:
-        render.sheet([charts]).save(temporary, "PNG")
+    if charts:
+        with render.replacing(path.with_name("log.png")) as temporary:
+            render.sheet([charts]).save(temporary, "PNG")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -814,6 +820,8 @@ def print_line(run: Run, step: int, text: str) -> None:
 def score_and_log(run: Run, step: int, batch_size: int, reshard: bool) -> None:
     scores = validate(run.model, run.checkpoint, run.validation, run.tasks, batch_size, reshard)
     log_line(run.out / "log.jsonl", step=step, val=scores)
+    if run.rank == 0:
+        draw_log(run.out / "log.jsonl")
     shown = []
     for name, score in scores.items():
         cut = f" ({score['truncated']} of {score['n']} truncated)" if score["truncated"] else ""
@@ -826,6 +834,8 @@ def save_run(run: Run, step: int) -> None:
     model beside a newer state."""
     save_model(run.model, run.checkpoint, run.out, run.dtype)
     save_resume(run.model, run.optimizer, run.out, step, run.bad)
+    if run.rank == 0:
+        draw_log(run.out / "log.jsonl")
 
 
 @contextmanager
@@ -893,6 +903,8 @@ def train(args: argparse.Namespace, rank: int, world: int, device: torch.device)
     # ----------------------------------------------------------------------------------------- loop
     bar = tqdm(total=run.steps, initial=run.first, dynamic_ncols=True,
                disable=rank > 0 or not sys.stderr.isatty())
+    if run.validation and run.first == 0:
+        score_and_log(run, 0, args.val_batch, args.reshard)
     for step in range(run.first, run.last):
         start = time.time()
         lr = get_lr(step, run.steps, args.lr, args.warmup, args.schedule)
