@@ -41,7 +41,7 @@ NEAR_TO_FAR = np.array([(128, 8, 32), (228, 60, 36), (252, 164, 52), (200, 228, 
                         (64, 200, 140), (44, 124, 216), (48, 36, 120)], float)  # by log distance
 UNKNOWN, BACKGROUND = (110, 110, 110), (24, 24, 24)
 RATIOS = [0.5, 0.6, 0.8, 1, 1.25, 1.6, 2]  # answer / truth, of the picture's legend
-EDGE = 0.05  # nearer than a step of twice this ratio, neighbours in the picture are one surface
+EDGE = 0.1  # nearer than a step of twice this ratio, neighbours in the picture are one surface
 
 
 # --------------------------------------------------------------------------------------------------
