@@ -41,7 +41,7 @@ import render
 from render import COUNT, NATURAL, PAPER_CONSTANT, TASKS, Checkpoint, Query, Records, file_path
 
 NUM_QUERIES = 8192  # Sec. 3, random samples a set
-BINS = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, render.FARTHEST)  # m, of true distances
+BINS = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 10_000)  # of true numbers; no label is larger
 ODD = ("truncated", "off_form")  # what is true of some answers
 
 
@@ -827,18 +827,6 @@ def constant_delta1(value: float, true: np.ndarray) -> float:
     return float(within(np.full_like(true, value), true, 1.25).mean())
 
 
-def by_distance(pred: np.ndarray, true: np.ndarray) -> list[dict]:
-    """delta1 and AbsRel of the queries whose true distance is between two of BINS [m]."""
-    out = []
-    for low, high in zip(BINS, BINS[1:]):
-        here = (low <= true) & (true < high)
-        if here.any():
-            found = metrics(pred[here], true[here])
-            out.append({"from": low, "to": high, "delta1": found["delta1"],
-                        "abs_rel": found["abs_rel"], "n": found["n"]})
-    return out
-
-
 def arrays(lines: list[dict]) -> tuple[np.ndarray, np.ndarray]:
     """-> pred, true."""
     pred = [np.nan if line["pred"] is None else line["pred"] for line in lines]
@@ -856,11 +844,12 @@ def score(lines: list[dict]) -> dict:
     out["always_2m"] = constant_delta1(2.0, true)
     out["best_constant"] = {"value": round(best, 3), "delta1": constant_delta1(best, true)}
 
-    if lines[0].get("task", "distance") == "distance":
-        out["by_distance"] = by_distance(pred, true)
+    out["bins"] = {f"{low}-{high}": metrics(pred[here], true[here])
+                   for low, high in zip(BINS, BINS[1:])
+                   if (here := (low <= true) & (true < high)).any()}
     shares = Counter(key for line in lines for key in ODD if line.get(key))
     out |= {key: count / len(lines) for key, count in shares.items()}
-    known = with_interval(lines)
+    known = [line for line in lines if {"q10", "q90", "confidence", "lost"} <= line.keys()]
     if known:  # how often the truth is where the model puts 80 % of its probability
         inside = sum(line["q10"] <= line["true"] <= line["q90"] for line in known)
         out["in_10_90"] = inside / len(known)
@@ -873,10 +862,6 @@ def score(lines: list[dict]) -> dict:
         out["by_z"] = {k: by_z[k] for k in ("delta1", "abs_rel", "rmse", "log10", "silog")}
         out["by_z"]["always_2m"] = constant_delta1(2.0, true / ray)
     return out
-
-
-def with_interval(lines: list[dict]) -> list[dict]:
-    return [line for line in lines if {"q10", "q90", "confidence", "lost"} <= line.keys()]
 
 
 def columns_of(lines: list[dict]) -> dict[str, list[dict]]:
@@ -951,11 +936,11 @@ def metric_rows(result: dict) -> list[list[str]]:
             rows.append(["  95 % interval", *cells])
         elif any(key in c for c in columns.values()):
             rows.append([key, *(show(c[key]) if key in c else "" for c in columns.values())])
-    bins = [{(b["from"], b["to"]): b for b in c.get("by_distance", ())} for c in columns.values()]
-    for ends in sorted(set().union(*bins)):
-        cells = [f"{show(b[ends]['delta1'])} {show(b[ends]['abs_rel'])}" if ends in b else ""
-                 for b in bins]
-        rows.append([f"  {ends[0]}-{ends[1]} m: delta1 abs_rel", *cells])
+    for low, high in zip(BINS, BINS[1:]):
+        bins = [c.get("bins", {}).get(f"{low}-{high}") for c in columns.values()]
+        if any(bins):
+            rows.append([f"  true {low}-{high}: delta1 abs_rel", *(
+                f"{show(b['delta1'])} {show(b['abs_rel'])}" if b else "" for b in bins)])
     rows.append(["always 2.0 m: delta1", *(show(c["always_2m"]) for c in columns.values())])
     best = [c.get("best_constant") for c in columns.values()]
     rows.append(["best constant: delta1",
@@ -998,84 +983,60 @@ def task_rows(result: dict) -> list[list[str]]:
 WORST = 9  # queries that are shown
 
 
-def agreement_chart(groups: dict[str, list[dict]]) -> Image.Image:
-    """Predicted against true numbers; between the outer lines an answer counts for delta1."""
-    true = np.concatenate([arrays(lines)[1] for lines in groups.values()])
+def charts(groups: dict[str, list[dict]], datasets: dict[str, dict]) -> list[Image.Image]:
+    """Predicted against true numbers, delta1 and AbsRel by them, and where there are intervals, how
+    often an answer is right by the confidence in it (a dot's area: the share of the answers)."""
+    _, true = arrays([line for lines in groups.values() for line in lines])
     ends = np.array([true.min(), true.max()])
-    axes = render.Axes(ends, ends, ("true", "predicted"), (True, True))
+    both = render.Axes("predicted by true, and a factor of 1.25", ends, ends, (True, True))
+    binned = {key: render.Axes(f"{key} by true", ends, (0, 1), (True, False))
+              for key in ("delta1", "abs_rel")}
+    sure = render.Axes("delta1 by confidence; calibrated: the line", (0, 1), (0, 1))
+    sure.line((0, 1), (0, 1), render.INK, 1)
     for k, (name, lines) in enumerate(groups.items()):
-        pred, true = arrays(lines)
-        parsed = pred > 0
-        axes.points(true[parsed], pred[parsed], (*render.hue(k), 120), 1.5)
-        axes.name(k, name)
+        hue, (pred, true) = render.hue(k), arrays(lines)
+        both.name(k, name)
+        both.points(true[pred > 0], pred[pred > 0], (*hue, 120), 1.5)
+        for span, scores in datasets[name]["bins"].items():
+            for key, axes in binned.items():
+                if scores[key] is not None:
+                    axes.line([*map(int, span.split("-"))], [scores[key]] * 2, hue, 4)
+        confidence = np.array([line.get("confidence", np.nan) for line in lines])
+        hits, tenths = within(pred, true, 1.25), np.floor(confidence * 9.999)
+        for here in (tenths == k for k in range(10)):
+            if here.any():
+                sure.points([confidence[here].mean()], [hits[here].mean()], hue,
+                            2 + 10 * math.sqrt(here.mean()))
     for factor in (1 / 1.25, 1, 1.25):
-        axes.line(ends, ends * factor, render.INK, 1)
-    return axes.image
-
-
-def distance_chart(datasets: dict[str, dict], key: str) -> Image.Image:
-    """A metric by distance, a bar a bin."""
-    bins = {name: d.get("by_distance", ()) for name, d in datasets.items()}
-    shown = [(k, b) for k, found in enumerate(bins.values()) for b in found if b[key] is not None]
-    ends = [max(b[end], 0.5) for _, b in shown for end in ("from", "to")]
-    axes = render.Axes(ends, (0, 1), ("true distance [m]", key), (True, False))
-    for k, b in shown:
-        axes.line((b["from"], b["to"]), (b[key], b[key]), render.hue(k), 4)
-    return axes.image
-
-
-def calibration_chart(groups: dict[str, list[dict]]) -> Image.Image:
-    """How often the truth is within 25 % of the median, by the probability that the model gave
-    that; the size of a dot is the share of the answers."""
-    axes = render.Axes((0, 1), (0, 1), ("confidence", "delta1"))
-    axes.line((0, 1), (0, 1), render.INK, 1)
-    for k, lines in enumerate(groups.values()):
-        hits = within(*arrays(lines), 1.25)
-        confidence = np.array([line["confidence"] for line in lines])
-        tenth = np.minimum(confidence * 10, 9).astype(int)
-        for here in (tenth == n for n in np.unique(tenth)):
-            axes.points([confidence[here].mean()], [hits[here].mean()], render.hue(k),
-                        2 + 10 * math.sqrt(here.mean()))
-    return axes.image
+        both.line(ends, ends * factor, render.INK, 1)
+    known = any("in_10_90" in scores for scores in datasets.values())
+    return [axes.image for axes in (both, *binned.values(), *([sure] * known))]
 
 
 def worst(lines: list[dict]) -> list[dict]:
     """The lines with the largest errors, by ratio; no error is larger than that of no number."""
 
     def off(line):
-        pred = line["pred"]
-        return abs(math.log(pred / line["true"])) if pred and pred > 0 else math.inf
+        pred = max(line["pred"] or 0, 0)
+        return abs(math.log(pred / line["true"])) if pred else math.inf
 
     return sorted(lines, key=off, reverse=True)[:WORST]
 
 
 def line_query(line: dict) -> Query:
     """The query of a line of predictions, as far as the line tells: its image is taken as it is."""
-    path = line["image"]
-    width, height = render.open_image(path).size
-    camera = (width, width, width / 2, height / 2, width, height)
+    size = render.open_image(line["image"]).size
+    record = {"image": line["image"], "intrinsics": (1, 1, 0, 0, *size), "where": line["image"]}
     points = [line[key] for key in ("pixel", "pixel2") if None not in line.get(key, [None])]
-    return Query("distance", [{"image": path, "intrinsics": camera, "where": path}], points,
-                 line["true"])
+    return Query("distance", [record], points, line["true"])
 
 
 def error_picture(lines: list[dict], datasets: dict[str, dict], query: Callable) -> Image.Image:
-    """Charts of all predictions and the worst of them. query: line -> Query. Raises ValueError."""
-    groups, known = columns_of(lines), columns_of(with_interval(lines))
-    charts = [render.captioned(agreement_chart(groups), "Each answer against the truth. Between "
-                               "the outer lines it counts for delta1.")]
-    if any("by_distance" in d for d in datasets.values()):
-        charts += [distance_chart(datasets, key) for key in ("delta1", "abs_rel")]
-    if known:
-        low, high = (np.mean([sign * line["true"] > sign * line[key] for group in known.values()
-                              for line in group]) for sign, key in ((-1, "q10"), (1, "q90")))
-        charts.append(render.captioned(
-            calibration_chart(known), "The dots of a calibrated model are on the line. The truth "
-            f"is below {low:.0%} of the 10-90 % intervals and above {high:.0%}; ideal are 10 %."))
-
-    tiles = []
+    """Charts of all predictions, and the worst of them. query: line -> Query."""
+    tiles = charts(columns_of(lines), datasets)
+    width = len(tiles) * (tiles[0].width + render.GAP)
     for line in worst(lines):
-        said = f"{line['pred']:g}" if line["pred"] is not None else repr(line.get("text", ""))
+        said = repr(line.get("text", "")) if line["pred"] is None else f"{line['pred']:g}"
         caption = (f"{line.get('task', 'distance')} {line['true']:g}, answered {said[:80]}\n"
                    f"{line['image']}, pixel {line.get('pixel')}")
         try:
@@ -1085,7 +1046,7 @@ def error_picture(lines: list[dict], datasets: dict[str, dict], query: Callable)
         except ValueError as e:
             blank = Image.new("RGB", (300, 220), render.PALE)
             tiles.append(render.captioned(blank, f"{caption}\n{e}"))
-    return render.sheet([charts, *render.in_rows(tiles, 1600)])
+    return render.sheet(tiles, width)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -36,12 +36,12 @@ NEAREST, FARTHEST = 1e-6, 1e6  # m; a number beyond these is no distance of anyt
 HOW_FOCAL = "Give --photo-focal PIXELS, --fov DEGREES (the horizontal one) or --focal-35mm MM."
 FILES = ("cloud.ply", "depth.npy", "points.npz", "picture.png")
 ANSWERS = "answers.jsonl"
-PANEL = 600  # px, longer side of each image of the picture
+PANEL = 480  # px, longer side of each image of the picture
 NEAR_TO_FAR = np.array([(128, 8, 32), (228, 60, 36), (252, 164, 52), (200, 228, 72),
                         (64, 200, 140), (44, 124, 216), (48, 36, 120)], float)  # by log distance
 UNKNOWN, BACKGROUND = (110, 110, 110), (24, 24, 24)
 RATIOS = [0.5, 0.6, 0.8, 1, 1.25, 1.6, 2]  # answer / truth, of the picture's legend
-EDGE = 0.1  # nearer than a step of twice this ratio, neighbours in the picture are one surface
+EDGE = 0.1  # as a ratio: the largest step for which the picture leaves an answered distance
 
 
 # --------------------------------------------------------------------------------------------------
@@ -425,34 +425,33 @@ def view_rotation(yaw: float, pitch: float) -> np.ndarray:
 
 
 def fill_in(photo: Photo, cloud: Cloud, size) -> tuple[np.ndarray, np.ndarray]:
-    """The cloud as a surface without gaps: points (N, 3) [m] and colours (N, 3), about one a pixel
-    of an image of `size` (w, h). Between neighbours on the grid distances are interpolated, across
-    an edge they are not."""
+    """The cloud without gaps: points (N, 3) [m] and colours (N, 3), about one a pixel of an image
+    of `size` (w, h). Distances are interpolated between neighbours on the grid, except across
+    edges."""
     grid = np.where(cloud.keep, cloud.depth_m, np.nan).astype(np.float32)
-    size = width, height = np.maximum(size, grid.shape[::-1]).tolist()
+    size = np.maximum(size, grid.shape[::-1])
     image = Image.fromarray(grid)
     smooth, depth_m = (np.asarray(image.resize(size, method))
                        for method in (Image.Resampling.BILINEAR, Image.Resampling.NEAREST))
     depth_m = np.where(np.abs(smooth / depth_m - 1) < EDGE, smooth, depth_m)
-    known = np.isfinite(depth_m)
-    pixels = np.stack(np.meshgrid(np.arange(width), np.arange(height)), -1)
-    pixels = (pixels[known] + 0.5) * photo.image.size / size - 0.5
-    colors = np.asarray(photo.image.resize(size, Image.Resampling.BICUBIC))
-    return render.unproject(pixels, depth_m[known], photo.intrinsics), colors[known]
+    y, x = np.nonzero(np.isfinite(depth_m))
+    pixels = (np.stack([x, y], -1) + 0.5) * photo.image.size / size - 0.5
+    colors = np.asarray(photo.image.resize(size, Image.Resampling.BICUBIC))[y, x]
+    return render.unproject(pixels, depth_m[y, x], photo.intrinsics), colors
 
 
 def draw_cloud(xyz: np.ndarray, colors: np.ndarray, size, yaw: float, pitch: float) -> Image.Image:
     """Points (N, 3) as seen from `yaw` degrees to the right and `pitch` upwards (0, 0: as the
-    camera did), in parallel projection, 3 px wide; nearer ones hide others. Colours (N, 3) uint8,
+    camera did), in parallel projection, 5 px wide; nearer ones hide others. Colours (N, 3) uint8,
     size (w, h)."""
     width, height = size
     turned = xyz @ view_rotation(yaw, pitch).T
     order = np.argsort(-turned[:, 2], kind="stable")  # far to near: what is assigned last, stays
-    turned, colors = turned[order], np.repeat(colors[order], 9, 0)
+    turned, colors = turned[order], np.repeat(colors[order], 25, 0)
     low, high = np.quantile(turned[:, :2], (0.01, 0.99), 0)  # outliers may leave the frame
     scale = 0.92 * min((width, height) / np.maximum(high - low, 0.01))  # px a metre
     places = np.floor((turned[:, :2] - (low + high) / 2) * scale + np.divide(size, 2))
-    offsets = np.mgrid[-1:2, -1:2].reshape(2, 9)
+    offsets = np.mgrid[-2:3, -2:3].reshape(2, 25)
     x, y = (places.clip(-9, 1e5).astype(int).T[:, :, None] + offsets[:, None]).reshape(2, -1)
     inside = (0 <= x) & (x < width) & (0 <= y) & (y < height)
     canvas = np.full((height, width, 3), BACKGROUND, np.uint8)
@@ -463,31 +462,29 @@ def draw_cloud(xyz: np.ndarray, colors: np.ndarray, size, yaw: float, pitch: flo
 def draw_picture(photo: Photo, cloud: Cloud, note: str) -> Image.Image:
     """The photo, the answers and, where there are labels, the truth and the error, in colours with
     a legend; the cloud from two sides; a note below."""
-    w, h = photo.image.size
-    size = [max(round(n * PANEL / max(w, h)), 160) for n in (w, h)]
+    size = [max(round(n * PANEL / max(photo.image.size)), 160) for n in photo.image.size]
     ticks = render.round_ticks(*np.nanquantile(cloud.depth_m, (0.01, 0.99)), log=True)
     depth = Image.fromarray(colorize(cloud.depth_m, ticks[0], ticks[-1]))
     xyz, colors = fill_in(photo, cloud, size)
     low = xyz[:, 1] > 0
     if low.mean() <= 0.2:
         low = np.ones_like(low)
-    distances = [(photo.image.resize(size, Image.Resampling.LANCZOS), "Photo"),
-                 (depth.resize(size, Image.Resampling.NEAREST),
-                  "Answers: Euclidean distance from the camera")]
-    clouds = [(draw_cloud(xyz, colors, size, 30, 20), "The cloud from the upper right"),
-              (draw_cloud(xyz[low], colors[low], size, 0, 45),
-               "From above, without what is higher than the camera, such as a ceiling")]
+    above = [(photo.image.resize(size, Image.Resampling.LANCZOS), "Photo"),
+             (depth.resize(size, Image.Resampling.NEAREST), "Answers: Euclidean distance")]
+    below = [(draw_cloud(xyz, colors, size, 30, 20), "The cloud from the upper right"),
+             (draw_cloud(xyz[low], colors[low], size, 0, 45),
+              "From above, without what is higher than the camera")]
     legends = [legend(size[1], ticks, " m")]
     if photo.labels:
+        ratios = label_ratios(photo, cloud.depth_m)
         true = colorize(photo.labels[1], ticks[0], ticks[-1])
-        ratios = colorize(label_ratios(photo, cloud.depth_m), RATIOS[0], RATIOS[-1])
-        distances.append((mark_labels(photo, size, true), "Truth at the labels"))
-        clouds.append((mark_labels(photo, size, ratios), "Answer / truth"))
+        above.append((mark_labels(photo, size, true), "Truth at the labels"))
+        below.append((mark_labels(photo, size, colorize(ratios, 0.5, 2)), "Answer / truth"))
         legends.append(legend(size[1], RATIOS, ""))
-    rows = [[render.captioned(*tile) for tile in row] for row in (distances, clouds)]
-    for row, bar in zip(rows, legends):
-        row.append(bar)
-    return render.captioned(render.sheet(rows), note)
+    tiles = [render.captioned(*tile) for tile in above + below]
+    tiles.insert(len(above), legends[0])
+    picture = render.sheet(tiles + legends[1:], len(above) * (size[0] + render.GAP) + 90)
+    return render.captioned(picture, note)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, ImageDraw, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageDraw, ImageOps, UnidentifiedImageError
 
 try:
     import fcntl
@@ -1664,47 +1664,41 @@ def round_ticks(low: float, high: float, log: bool = False, most: int = 8) -> li
     """Round numbers, at most `most` unless there are more decades: the first is at or below `low`,
     the last at or above `high`. log: of a logarithmic axis, which spans a factor of two at least,
     so that noise does not fill it."""
-    if not log:
-        step = 10.0 ** math.floor(math.log10(high - low or 1)) / 10
-        for factor in (1, 2, 5, 10, 20, 50):
-            first, last = math.floor(low / step / factor), math.ceil(high / step / factor)
-            if last - first < most:
-                break
-        return [k * step * factor for k in range(first, max(last, first + 1) + 1)]
-    middle = math.sqrt(low * high)
-    low, high = min(low, middle / math.sqrt(2)), max(high, middle * math.sqrt(2))
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for digits in ROUND:
-        numbers = [float(f"{digit}e{k}") for k in decades for digit in digits]
-        first = sum(number <= low for number in numbers) - 1
-        last = sum(number < high for number in numbers)
-        if last - first < most:
+    if log:
+        middle = math.sqrt(low * high)
+        low, high = min(low, middle / math.sqrt(2)), max(high, middle * math.sqrt(2))
+        scales = [[float(f"{digit}e{k}") for k in range(-12, 13) for digit in digits]
+                  for digits in ROUND]
+    else:
+        decade = math.floor(math.log10(high - low or 1))
+        steps = [float(f"{digit}e{k}") for k in (decade - 1, decade) for digit in (1, 2, 5)]
+        scales = [np.arange(math.floor(low / step), math.ceil(high / step) + 2) * step
+                  for step in steps]
+    for scale in scales:
+        first, last = np.searchsorted(scale, low, "right") - 1, np.searchsorted(scale, high)
+        ticks = list(scale[first:max(last, first + 1) + 1])
+        if len(ticks) <= most:
             break
-    return numbers[first:last + 1]
+    return ticks
 
 
 class Axes:
     """A chart with round ticks on both axes: lines and points are drawn on it in the data's units,
-    and what is outside, on its border. x, y: all that it has to hold; names: of the axes."""
+    and what is outside, on its border. x, y: all that it has to hold."""
 
-    def __init__(self, x, y, names: tuple[str, str], log=(False, False), size=(380, 300)):
-        self.log = log
-        self.ticks = [round_ticks(min(values), max(values), logarithmic)
-                      for values, logarithmic in zip((x, y), log)]
-        self.ends = (48, size[0] - 18), (size[1] - 40, 24)  # px of the first and the last tick
+    def __init__(self, title: str, x, y, log=(False, False), size=(380, 280)):
         self.image = Image.new("RGB", size, "white")
         self.draw = ImageDraw.Draw(self.image, "RGBA")  # colours may have an alpha
-        (left, right), (bottom, top) = self.ends
-        for tick in self.ticks[0]:
-            px = self.place([tick], self.ticks[1][:1])[0, 0]
-            self.draw.line((px, bottom, px, top), PALE)
-            self.draw.text((px, bottom + 4), f"{tick:g}", INK, anchor="ma")
-        for tick in self.ticks[1]:
-            py = self.place(self.ticks[0][:1], [tick])[0, 1]
-            self.draw.line((left, py, right, py), PALE)
-            self.draw.text((left - 6, py), f"{tick:g}", INK, anchor="rm")
-        self.draw.text((right, bottom + 20), names[0], INK, anchor="ra")
-        self.draw.text((left, 4), names[1], INK)
+        self.log, self.ends = log, ((48, size[0] - 18), (size[1] - 24, 24))  # px: first, last tick
+        self.ticks = [round_ticks(min(values), max(values), logarithmic)
+                      for values, logarithmic in zip((x, y), log)]
+        self.draw.text((48, 4), title, INK, font_size=12)
+        for axis, (anchor, shift) in enumerate((("ma", (0, 4)), ("rm", (-6, 0)))):
+            for tick in self.ticks[axis]:
+                ends = [[ticks[0], ticks[-1]] for ticks in self.ticks]
+                ends[axis] = [tick, tick]
+                self.line(*ends, PALE, 1)
+                self.draw.text(tuple(self.place(*ends)[0] + shift), f"{tick:g}", INK, anchor=anchor)
 
     def place(self, x, y) -> np.ndarray:
         """Pixels (N, 2) of points in the data's units."""
@@ -1715,17 +1709,16 @@ class Axes:
                 places.append(np.interp(scale(values), scale([ticks[0], ticks[-1]]), ends))
         return np.stack(places, -1)
 
-    def line(self, x, y, color=PALE, width: int = 2) -> None:
-        self.draw.line([tuple(place) for place in self.place(x, y).tolist()], color, width)
+    def line(self, x, y, color, width: int = 2) -> None:
+        self.draw.line(self.place(x, y).flatten().tolist(), color, width)
 
-    def points(self, x, y, color, radius: float = 2) -> None:
-        for px, py in self.place(x, y).tolist():
-            self.draw.ellipse((px - radius, py - radius, px + radius, py + radius), color)
+    def points(self, x, y, color, radius: float = 3) -> None:
+        for place in self.place(x, y).tolist():
+            self.draw.circle(place, radius, color)
 
     def name(self, series: int, text: str) -> None:
         """A line of the legend, in the colour of a series."""
-        left, top = self.ends[0][0], self.ends[1][1]
-        self.draw.text((left + 8, top + 6 + 14 * series), text, hue(series))
+        self.draw.text((56, 30 + 14 * series), text, hue(series))
 
 
 def hue(series: int) -> tuple[int, int, int]:
@@ -1733,69 +1726,49 @@ def hue(series: int) -> tuple[int, int, int]:
 
 
 def captioned(image: Image.Image, caption: str) -> Image.Image:
-    """An image with a caption below, wrapped to its width."""
-    lines = [line for text in caption.split("\n") for line in textwrap.wrap(text, image.width // 6)]
-    tile = Image.new("RGB", (image.width, image.height + 15 * len(lines) + 4), "white")
+    """An image with a caption below, its lines wrapped to the image's width."""
+    lines = [textwrap.fill(line, image.width // 6) for line in caption.split("\n")]
+    text = "\n".join(lines)
+    tile = Image.new("RGB", (image.width, image.height + 15 * text.count("\n") + 20), "white")
     tile.paste(image)
-    for k, line in enumerate(lines):
-        ImageDraw.Draw(tile).text((2, image.height + 3 + 15 * k), line, INK, font_size=12)
+    ImageDraw.Draw(tile).text((2, image.height + 2), text, INK, font_size=12, spacing=3)
     return tile
 
 
-def sheet(rows: list[list[Image.Image]]) -> Image.Image:
-    """Tiles in rows as one picture."""
-    width = max(sum(tile.width + GAP for tile in row) for row in rows)
-    height = sum(max(tile.height for tile in row) + GAP for row in rows)
-    picture, y = Image.new("RGB", (width + GAP, height + GAP), "white"), GAP
-    for row in rows:
-        x = GAP
-        for tile in row:
-            picture.paste(tile, (x, y))
-            x += tile.width + GAP
-        y += max(tile.height for tile in row) + GAP
-    return picture
-
-
-def in_rows(tiles: list[Image.Image], width: int = 1500) -> list[list[Image.Image]]:
-    """Tiles one after the other in rows of at most `width` px."""
-    rows, used = [], width
+def sheet(tiles: list[Image.Image], width: int = 1500) -> Image.Image:
+    """Tiles as one picture, in rows of at most `width` px."""
+    places, x, y, below = [], 0, 0, 0
     for tile in tiles:
-        used += tile.width + GAP
-        if used > width:
-            rows.append([])
-            used = tile.width + GAP
-        rows[-1].append(tile)
-    return rows
+        if x and x + tile.width + GAP > width:
+            x, y = 0, below
+        places.append((x + GAP, y + GAP))
+        x, below = x + tile.width + GAP, max(below, y + tile.height + GAP)
+    right = max(place[0] + tile.width for place, tile in zip(places, tiles))
+    picture = Image.new("RGB", (right + GAP, below + GAP), "white")
+    for place, tile in zip(places, tiles):
+        picture.paste(tile, place)
+    return picture
 
 
 def query_tile(query: Query, views: list[View], caption: str, height: int = 300) -> Image.Image:
     """The images of a rendered query side by side, and the surroundings of each of its points
     magnified in a corner: at f = 1000 a marker of 5 px cannot be seen in an image made small."""
-    shapes = np.array([view.pixels.shape[:2] for view in views])
-    scale = min(height / shapes[:, 0].max(), 2 * height / shapes[:, 1].sum())
+    images = [Image.fromarray(view.pixels) for view in views]
+    first = images[0]
+    scale = min(height / first.height, 2 * height / sum(image.width for image in images))
     method = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
-    images = []
-    for view, shape in zip(views, shapes):
-        high, wide = np.maximum(np.round(shape * scale), 1).astype(int).tolist()
-        images.append(Image.fromarray(view.pixels).resize((wide, high), method))
-    width = sum(image.width for image in images)
-    tile = Image.new("RGB", (max(width, 200), max(image.height for image in images)), "white")
-    for k, image in enumerate(images):
-        tile.paste(image, (sum(image.width for image in images[:k]), 0))
-
-    draw = ImageDraw.Draw(tile)
+    small = [image.resize([math.ceil(n * scale) for n in image.size], method) for image in images]
+    draw = ImageDraw.Draw(small[0])
     for k, point in enumerate(query.points if scale < 1.5 else []):
-        x, y = np.floor(np.add(views[0].move(*point), 0.5)).astype(int).tolist()
+        x, y = np.floor(np.add(views[0].move(*point), 0.5)).tolist()
         box = x - AROUND, y - AROUND, x + AROUND + 1, y + AROUND + 1
-        side = min(ZOOM * (2 * AROUND + 1), images[0].width // 2)
-        inset = Image.fromarray(views[0].pixels).crop(box)
-        inset = inset.resize((side, side), Image.Resampling.NEAREST)
+        side = min(ZOOM * (2 * AROUND + 1), small[0].width // 2)
+        inset = first.crop(box).resize((side, side), Image.Resampling.NEAREST)
+        inset = ImageOps.expand(inset, 1, FRAME)
+        left = 0 if x > first.width / 2 else small[0].width - inset.width
+        small[0].paste(inset, (left, k * (small[0].height - inset.height)))
         draw.rectangle([scale * end for end in box], outline=FRAME)
-        left = 0 if x * scale > images[0].width / 2 else images[0].width - side - 2
-        top = k * (images[0].height - side - 2)
-        draw.rectangle((left, top, left + side + 1, top + side + 1), outline=FRAME)
-        tile.paste(inset, (left + 1, top + 1))
-    return captioned(tile, caption)
+    return captioned(sheet(small) if len(small) > 1 else small[0], caption)
 
 
 def add_settings_flags(parser: argparse.ArgumentParser) -> None:
@@ -1852,7 +1825,7 @@ def main(argv=None) -> None:
         where = "".join(f", pixel ({x:g}, {y:g})" for x, y in query.points)
         tiles.append(query_tile(query, views, f"record {i}{where}\nQ: {question}\nA: {answer}"))
     with replacing(args.out) as temporary:
-        sheet(in_rows(tiles)).save(temporary, "PNG")
+        sheet(tiles).save(temporary, "PNG")
     height, width = views[0].pixels.shape[:2]
     print(f"{args.out}: {len(tiles)} samples, images of {width} x {height} px and the like, focal "
           f"{settings['focal']:g} px")

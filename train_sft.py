@@ -578,32 +578,29 @@ def draw_log(path: Path) -> None:
     """log.png beside a log.jsonl: loss, reward and delta1 by step, as far as they are logged."""
     curves = {"loss": {}, "reward": {}, "delta1": {}}  # -> series -> [(step, value)]
     for _, line in render.read_jsonl(path, interrupted=True):
-        scores = {name: score["delta1"] for name, score in line.get("val", {}).items()}
-        for key, series in curves.items():
-            found = scores if key == "delta1" else {"": line.get(key)}
-            for name, value in found.items():
-                if value is not None:
-                    series.setdefault(name, []).append((line["step"], value))
+        found = [(key, "", line[key]) for key in ("loss", "reward") if key in line]
+        found += [("delta1", name, s["delta1"]) for name, s in line.get("val", {}).items()]
+        for key, name, value in found:
+            curves[key].setdefault(name, []).append((line["step"], value))
 
     charts = []
     for key, series in curves.items():
-        if not series:
-            continue
         values = [value for points in series.values() for _, value in points]
+        if not values:
+            continue
         log = key == "loss" and min(values) > 0
-        axes = render.Axes((0, line["step"]), (0, 1) if key == "delta1" else values, ("step", key),
-                           (False, log))
+        axes = render.Axes(f"{key} by step", (0, line["step"]), values, (False, log))
         for k, (name, points) in enumerate(series.items()):
             # at most 200 means, so that a long run is a line and no cloud
             parts = np.array_split(points, min(200, len(points)))
-            x, y = zip(*(part.mean(0) for part in parts))
-            axes.line(x, y, render.hue(k))
-            axes.points(x, y, render.hue(k), 2 if key == "delta1" else 1)
+            places = np.array([part.mean(0) for part in parts]).T
+            axes.line(*places, render.hue(k))
+            axes.points(*places, render.hue(k), 2)
             axes.name(k, name)
         charts.append(axes.image)
     if charts:
         with render.replacing(path.with_name("log.png")) as temporary:
-            render.sheet([charts]).save(temporary, "PNG")
+            render.sheet(charts).save(temporary, "PNG")
 
 
 # --------------------------------------------------------------------------------------------------

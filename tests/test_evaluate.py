@@ -84,20 +84,19 @@ def test_a_truth_that_is_not_positive():
         assert hits.tolist() == [False] * 5 + [pred == 1.0]
 
 
-def test_by_distance():
-    """Bins from their lower end on, those without a query left out; no AbsRel without a number."""
+def test_bins():
+    """By the true number, from a lower end on, those without a query left out; no AbsRel without an
+    answer."""
     true, pred = [0.5, 1.0, 1.9, 2.0, 300.0], [0.5, 1.1, 3.8, None, 450.0]
     result = evaluate.summarize(predictions(pred, true))
-    assert result["datasets"]["data"]["by_distance"] == [
-        {"from": 0, "to": 1, "delta1": 1.0, "abs_rel": 0.0, "n": 1},
-        {"from": 1, "to": 2, "delta1": 0.5, "abs_rel": pytest.approx(0.55), "n": 2},
-        {"from": 2, "to": 5, "delta1": 0.0, "abs_rel": None, "n": 1},
-        {"from": 200, "to": 500, "delta1": 0.0, "abs_rel": 0.5, "n": 1}]
+    bins = result["datasets"]["data"]["bins"]
+    assert {span: (b["delta1"], b["abs_rel"], b["n"]) for span, b in bins.items()} == {
+        "0-1": (1.0, 0.0, 1), "1-2": (0.5, pytest.approx(0.55), 2), "2-5": (0.0, None, 1),
+        "200-500": (0.0, 0.5, 1)}
     rows = [line.split() for line in evaluate.table(result).splitlines()]
-    assert ["1-2", "m:", "delta1", "abs_rel", "0.500", "0.550"] in rows
-    assert ["2-5", "m:", "delta1", "abs_rel", "0.000", "-"] in rows
-    moved = [{**line, "task": "motion"} for line in predictions(pred, true)]
-    assert "by_distance" not in evaluate.summarize(moved)["datasets"]["data/motion"]
+    assert ["true", "1-2:", "delta1", "abs_rel", "0.500", "0.550"] in rows
+    assert ["true", "2-5:", "delta1", "abs_rel", "0.000", "-"] in rows
+    assert not any("5-10:" in row for row in rows)
 
 
 def test_worst_queries():
@@ -118,19 +117,19 @@ def test_charts(monkeypatch):
     far = predictions([30.0], [40.0], dataset="b")
     sure = {"q10": 2.5, "q90": 3.5, "lost": 0.0}
     near = [{**line, **sure, "confidence": p} for line, p in zip(near, (0.72, 0.78, 1.0))]
-    groups, datasets = {"a": near, "b": far}, evaluate.summarize(near + far)["datasets"]
     first, second = render.HUES[:2]
-    evaluate.agreement_chart(groups)
-    assert drawn[:2] == [("points", [1.0, 3.0], [1.0, 3.0], first),
-                         ("points", [40.0], [30.0], second)]
-    assert ("line", [1.0, 40.0], [1.25, 50.0], render.INK) in drawn[2:]
-    drawn.clear()
-    evaluate.distance_chart(datasets, "delta1")
-    assert drawn == [("line", [1, 2], [0.5, 0.5], first), ("line", [2, 5], [1, 1], first),
-                     ("line", [20, 50], [0, 0], second)]
-    drawn.clear()
-    evaluate.calibration_chart({"a": near})
-    assert drawn[1:] == [("points", [0.75], [0.5], first), ("points", [1.0], [1.0], first)]
+    found = evaluate.charts({"a": near, "b": far}, evaluate.summarize(near + far)["datasets"])
+    drawn = [(name, x, y, color) for name, x, y, color in drawn if color != render.PALE]
+    assert len(found) == 4
+    assert drawn[1:3] == [("points", [1.0, 3.0], [1.0, 3.0], first),
+                          ("line", [1, 2], [0.5, 0.5], first)]
+    assert ("line", [2, 5], [1, 1], first) in drawn and ("line", [2, 5], [0, 0], first) in drawn
+    assert [spot for spot in drawn if spot[0] == "points"][1:] == [
+        ("points", [0.75], [0.5], first), ("points", [1.0], [1.0], first),
+        ("points", [40.0], [30.0], second)]
+    assert ("line", [20, 50], [0.25, 0.25], second) in drawn
+    assert ("line", [1.0, 40.0], [1.25, 50.0], render.INK) in drawn
+    assert len(evaluate.charts({"b": far}, evaluate.summarize(far)["datasets"])) == 3
 
 
 @pytest.mark.parametrize("source", ["constant", "predictions"])
@@ -153,7 +152,7 @@ def test_error_picture(world, tmp_path, monkeypatch, source):
         lines[7] |= {"pred": None, "text": "no idea", "image": "none.png"}
         argv = ["--predictions", write_jsonl(tmp_path / "p.jsonl", lines)]
     evaluate.main(list(map(str, [*argv, "--out", out])))
-    found = list(tiles)[1:]
+    found = list(tiles)
     assert len(found) == evaluate.WORST
     if source == "predictions":
         assert "'no idea'" in found[0] and "none.png: no such image" in found[0]
@@ -164,7 +163,7 @@ def test_error_picture(world, tmp_path, monkeypatch, source):
         largest = max(abs(math.log(1.3 / line["true"])) for line in lines)
         true = float(found[0].split()[1].rstrip(","))
         assert abs(math.log(1.3 / true)) == pytest.approx(largest)
-    for image in list(tiles.values())[1:]:
+    for image in tiles.values():
         assert (image == (255, 0, 0)).all(2).sum() > 5
     before = (out / "errors.png").read_bytes()
     evaluate.main(list(map(str, [*argv, "--out", out])))
