@@ -22,6 +22,7 @@ import re
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import lru_cache
@@ -53,6 +54,7 @@ from render import (
 
 NUM_QUERIES = 8192  # Sec. 3, random samples a set
 ADAPTERS = (".lora_a", ".lora_b")  # endings of their names
+BINS = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 10_000)  # of true numbers; no label is larger
 ODD = ("truncated", "off_form")  # what is true of some answers
 
 
@@ -856,11 +858,16 @@ def constant_delta1(value: float, true: np.ndarray) -> float:
     return float(within(np.full_like(true, value), true, 1.25).mean())
 
 
+def arrays(lines: list[dict]) -> tuple[np.ndarray, np.ndarray]:
+    """-> pred, true."""
+    pred = [np.nan if line["pred"] is None else line["pred"] for line in lines]
+    return np.array(pred, float), np.array([line["true"] for line in lines], float)
+
+
 def score(lines: list[dict]) -> dict:
     """Predictions of one dataset -> metrics, Euclidean and by z where the ray is known, and the
     constant rows."""
-    true = np.array([line["true"] for line in lines], float)
-    pred = np.array([np.nan if line["pred"] is None else line["pred"] for line in lines], float)
+    pred, true = arrays(lines)
     images = np.array([line["image"] for line in lines])
     best = best_constant(true)
     out = metrics(pred, true)
@@ -868,6 +875,9 @@ def score(lines: list[dict]) -> dict:
     out["always_2m"] = constant_delta1(2.0, true)
     out["best_constant"] = {"value": round(best, 3), "delta1": constant_delta1(best, true)}
 
+    out["bins"] = {f"{low}-{high}": metrics(pred[here], true[here])
+                   for low, high in zip(BINS, BINS[1:])
+                   if (here := (low <= true) & (true < high)).any()}
     shares = Counter(key for line in lines for key in ODD if line.get(key))
     out |= {key: count / len(lines) for key, count in shares.items()}
     known = [line for line in lines if {"q10", "q90", "confidence", "lost"} <= line.keys()]
@@ -885,10 +895,9 @@ def score(lines: list[dict]) -> dict:
     return out
 
 
-def summarize(lines: list[dict]) -> dict:
-    """All predictions -> {"datasets": {name: metrics}, "average": {...}}, in the paper's order.
-    Another task than distance is a column of its own, "name/task". Of several tasks: "tasks", the
-    average of each, which "average" averages."""
+def columns_of(lines: list[dict]) -> dict[str, list[dict]]:
+    """The predictions of each dataset, in the paper's order. Another task than distance is a column
+    of its own, "name/task"."""
     groups: dict[str, list[dict]] = {}
     for line in lines:
         name, task = line.get("dataset", "data"), line.get("task", "distance")
@@ -896,13 +905,20 @@ def summarize(lines: list[dict]) -> dict:
         groups.setdefault(column, []).append(line)
     order = list(PAPER_CONSTANT)
     names = sorted(groups, key=lambda n: (order.index(n) if n in order else len(order), n))
-    datasets = {name: score(groups[name]) for name in names}
-    task_of = {name: groups[name][0].get("task", "distance") for name in names}
+    return {name: groups[name] for name in names}
+
+
+def summarize(lines: list[dict]) -> dict:
+    """All predictions -> {"datasets": {column: metrics}, "average": {...}}. Of several tasks:
+    "tasks", the average of each, which "average" averages."""
+    groups = columns_of(lines)
+    datasets = {name: score(group) for name, group in groups.items()}
+    task_of = {name: group[0].get("task", "distance") for name, group in groups.items()}
     found = set(task_of.values())
     tasks = [*(task for task in TASKS if task in found), *sorted(found - set(TASKS))]
     if len(tasks) == 1:
         return {"datasets": datasets, "average": average(datasets.values())}
-    averages = {task: average(datasets[name] for name in names if task_of[name] == task)
+    averages = {task: average(datasets[name] for name in groups if task_of[name] == task)
                 for task in tasks}
     return {"datasets": datasets, "tasks": averages, "average": average(averages.values())}
 
@@ -953,6 +969,11 @@ def metric_rows(result: dict) -> list[list[str]]:
             rows.append(["  95 % interval", *cells])
         elif any(key in c for c in columns.values()):
             rows.append([key, *(show(c[key]) if key in c else "" for c in columns.values())])
+    for low, high in zip(BINS, BINS[1:]):
+        bins = [c.get("bins", {}).get(f"{low}-{high}") for c in columns.values()]
+        if any(bins):
+            rows.append([f"  true {low}-{high}: delta1 abs_rel", *(
+                f"{show(b['delta1'])} {show(b['abs_rel'])}" if b else "" for b in bins)])
     best = [c.get("best_constant") for c in columns.values()]
     rows.append(["best constant: delta1",
                  *(f"{b['delta1']:.3f} ({b['value']:g} m)" if b else "" for b in best)])
@@ -1016,6 +1037,78 @@ def paper_table(result: dict) -> str:
             versus = f"{mean / mine - 1:+.1%}" if mine and published is not ours else ""
             rows.append([method, *(show(published.get(name)) for name in ours), show(mean), versus])
     return render.text_table(rows)
+
+
+# --------------------------------------------------------------------------------------------------
+# errors.png: charts with a colour for each dataset, and the worst queries
+
+WORST = 9  # queries that are shown
+
+
+def charts(groups: dict[str, list[dict]], datasets: dict[str, dict]) -> list[Image.Image]:
+    """Predicted against true numbers, delta1 and AbsRel by them, and where there are intervals, how
+    often an answer is right by the confidence in it (a dot's area: the share of the answers)."""
+    _, true = arrays([line for lines in groups.values() for line in lines])
+    ends = np.array([true.min(), true.max()])
+    both = render.Axes("predicted by true, and a factor of 1.25", ends, ends, (True, True))
+    binned = {key: render.Axes(f"{key} by true", ends, (0, 1), (True, False))
+              for key in ("delta1", "abs_rel")}
+    sure = render.Axes("delta1 by confidence; calibrated: the line", (0, 1), (0, 1))
+    sure.line((0, 1), (0, 1), render.INK, 1)
+    for k, (name, lines) in enumerate(groups.items()):
+        hue, (pred, true) = render.hue(k), arrays(lines)
+        both.name(k, name)
+        both.points(true[pred > 0], pred[pred > 0], (*hue, 120), 1.5)
+        for span, scores in datasets[name]["bins"].items():
+            for key, axes in binned.items():
+                if scores[key] is not None:
+                    axes.line([*map(int, span.split("-"))], [scores[key]] * 2, hue, 4)
+        confidence = np.array([line.get("confidence", np.nan) for line in lines])
+        hits, tenths = within(pred, true, 1.25), np.floor(confidence * 9.999)
+        for here in (tenths == k for k in range(10)):
+            if here.any():
+                sure.points([confidence[here].mean()], [hits[here].mean()], hue,
+                            2 + 10 * math.sqrt(here.mean()))
+    for factor in (1 / 1.25, 1, 1.25):
+        both.line(ends, ends * factor, render.INK, 1)
+    known = any("in_10_90" in scores for scores in datasets.values())
+    return [axes.image for axes in (both, *binned.values(), *([sure] * known))]
+
+
+def worst(lines: list[dict]) -> list[dict]:
+    """The lines with the largest errors, by ratio; no error is larger than that of no number."""
+
+    def off(line):
+        pred = max(line["pred"] or 0, 0)
+        return abs(math.log(pred / line["true"])) if pred else math.inf
+
+    return sorted(lines, key=off, reverse=True)[:WORST]
+
+
+def line_query(line: dict) -> Query:
+    """The query of a line of predictions, as far as the line tells: its image is taken as it is."""
+    size = render.open_image(line["image"]).size
+    record = {"image": line["image"], "intrinsics": (1, 1, 0, 0, *size), "where": line["image"]}
+    points = [line[key] for key in ("pixel", "pixel2") if None not in line.get(key, [None])]
+    return Query("distance", [record], points, line["true"])
+
+
+def error_picture(lines: list[dict], datasets: dict[str, dict], query: Callable) -> Image.Image:
+    """Charts of all predictions, and the worst of them. query: line -> Query."""
+    tiles = charts(columns_of(lines), datasets)
+    width = len(tiles) * (tiles[0].width + render.GAP)
+    for line in worst(lines):
+        said = repr(line.get("text", "")) if line["pred"] is None else f"{line['pred']:g}"
+        caption = (f"{line.get('task', 'distance')} {line['true']:g}, answered {said[:80]}\n"
+                   f"{line['image']}, pixel {line.get('pixel')}")
+        try:
+            found = replace(query(line), task="distance")  # whatever was asked, it is not shown
+            views, *_ = render.render(found, {**render.DEFAULTS, "camera": "none"}, 1)
+            tiles.append(render.query_tile(found, views, caption, 220))
+        except ValueError as e:
+            blank = Image.new("RGB", (300, 220), render.PALE)
+            tiles.append(render.captioned(blank, f"{caption}\n{e}"))
+    return render.sheet(tiles, width)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1352,13 +1445,16 @@ def answer_alone(args, groups: list, out: Path) -> None:
     render.write_jsonl(out / "predictions.jsonl", lines)
 
 
-def report(lines: list[dict], out: Path, published: bool) -> None:
+def report(lines: list[dict], out: Path, published: bool, query: Callable) -> None:
+    """query: line -> Query."""
     result = summarize(lines)
     render.write_json(out / "metrics.json", result)
+    with render.replacing(out / "errors.png") as temporary:
+        error_picture(lines, result["datasets"], query).save(temporary, "PNG")
     print(render.printable(table(result)))
     if published:
         print(f"\n{paper_table(result)}")
-    print(f"{out}/metrics.json")
+    print(f"{out}/metrics.json, {out}/errors.png")
 
 
 @render.command
@@ -1375,7 +1471,7 @@ def main(argv=None) -> None:
     if args.predictions:
         lines = read_predictions(args.predictions, args.depth_type)
         with render.lock_folder(out):
-            return report(lines, out, args.paper_rows)
+            return report(lines, out, args.paper_rows, line_query)
 
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     given = render.settings_from_flags(args)
@@ -1400,7 +1496,10 @@ def main(argv=None) -> None:
             else:
                 answer_alone(args, groups, out)
             if rank == 0:
-                report(read_predictions(out / "predictions.jsonl"), out, args.paper_rows)
+                asked = [(records, task, pair) for _, records, task, pairs in groups
+                         for pair in pairs]
+                report(read_predictions(out / "predictions.jsonl"), out, args.paper_rows,
+                       lambda line: query_of(*asked[line["id"]], args.seed))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -36,10 +36,12 @@ NEAREST, FARTHEST = 1e-6, 1e6  # m; a number beyond these is no distance of anyt
 HOW_FOCAL = "Give --photo-focal PIXELS, --fov DEGREES (the horizontal one) or --focal-35mm MM."
 FILES = ("cloud.ply", "depth.npy", "points.npz", "picture.png")
 ANSWERS = "answers.jsonl"
-PANEL = 600  # px, longer side of each image of the picture
+PANEL = 480  # px, longer side of each image of the picture
 NEAR_TO_FAR = np.array([(128, 8, 32), (228, 60, 36), (252, 164, 52), (200, 228, 72),
                         (64, 200, 140), (44, 124, 216), (48, 36, 120)], float)  # by log distance
 UNKNOWN, BACKGROUND = (110, 110, 110), (24, 24, 24)
+RATIOS = [0.5, 0.6, 0.8, 1, 1.25, 1.6, 2]  # answer / truth, of the picture's legend
+EDGE = 0.1  # as a ratio: the largest step for which the picture leaves an answered distance
 
 
 # --------------------------------------------------------------------------------------------------
@@ -324,15 +326,20 @@ def make_cloud(photo: Photo, grid: np.ndarray, lines: list[dict], decode: str,
     return Cloud(depth_m, keep, pixels, xyz, colors, measures)
 
 
-def label_error(photo: Photo, depth_m: np.ndarray) -> str | None:
-    """How the cloud compares with a record's labels, at the grid cell of each."""
-    if photo.labels is None:
-        return None
+def label_ratios(photo: Photo, depth_m: np.ndarray) -> np.ndarray:
+    """Answer / truth at a record's labels (N,), by the grid cell of each; NaN where none is."""
     pixels, true = photo.labels
     rows, columns = depth_m.shape
     cell = (pixels + 0.5) * (columns, rows) // photo.image.size
     x, y = np.clip(cell, 0, (columns - 1, rows - 1)).astype(int).T
-    error = np.abs(depth_m[y, x] / true - 1)
+    return depth_m[y, x] / true
+
+
+def label_error(photo: Photo, depth_m: np.ndarray) -> str | None:
+    """How the cloud compares with a record's labels."""
+    if photo.labels is None:
+        return None
+    error = np.abs(label_ratios(photo, depth_m) - 1)
     known = np.isfinite(error).sum()
     if not known:
         return None
@@ -387,17 +394,27 @@ def colorize(depth_m: np.ndarray, near: float, far: float) -> np.ndarray:
     return np.where(known[..., None], colors, UNKNOWN).round().astype(np.uint8)
 
 
-def legend(height: int, near: float, far: float) -> Image.Image:
-    """The colours as a bar with distances in metres beside it, far at the top: 80 x height px."""
+def legend(height: int, ticks: list[float], unit: str) -> Image.Image:
+    """The colours as a bar with round numbers beside it, far at the top: 80 x height px."""
     image = Image.new("RGB", (80, height), "white")
-    length = height - 13
+    near, far, length = ticks[0], ticks[-1], height - 13
     bar = colorize(near * (far / near) ** np.linspace(1, 0, length), near, far)
     image.paste(Image.fromarray(np.repeat(bar[:, None], 16, 1)), (8, 6))
     draw = ImageDraw.Draw(image)
-    for t in np.linspace(0, 1, 6):
-        y = 6 + (1 - t) * (length - 1)
+    for tick in ticks:
+        y = 6 + (1 - math.log(tick / near) / math.log(far / near)) * (length - 1)
         draw.line((24, y, 28, y), "black")
-        draw.text((31, y - 6), f"{near * (far / near) ** t:.3g} m", "black")
+        draw.text((31, y), f"{tick:g}{unit}", "black", anchor="lm", font_size=12)
+    return image
+
+
+def mark_labels(photo: Photo, size, colors: np.ndarray) -> Image.Image:
+    """The photo in grey with a dot in its own colour (N, 3) at each label."""
+    image = photo.image.resize(size, Image.Resampling.LANCZOS).convert("L").convert("RGB")
+    draw = ImageDraw.Draw(image)
+    places = (photo.labels[0] + 0.5) * size / photo.image.size - 0.5
+    for (x, y), color in zip(places.tolist(), colors.tolist()):
+        draw.ellipse((x - 5, y - 5, x + 5, y + 5), tuple(color), "black")
     return image
 
 
@@ -409,64 +426,67 @@ def view_rotation(yaw: float, pitch: float) -> np.ndarray:
     return np.array(above) @ np.array(around)
 
 
-def draw_cloud(xyz: np.ndarray, colors: np.ndarray, side: np.ndarray, size, yaw: float,
-               pitch: float) -> Image.Image:
-    """The cloud as seen from `yaw` degrees to the right and `pitch` upwards (0, 0: as the camera
-    did), in parallel projection. Points are squares of `side` (N,) metres; nearer ones hide others.
-    Colours (N, 3) uint8, size (w, h)."""
+def fill_in(photo: Photo, cloud: Cloud, size) -> tuple[np.ndarray, np.ndarray]:
+    """The cloud without gaps: points (N, 3) [m] and colours (N, 3), about one a pixel of an image
+    of `size` (w, h). Distances are interpolated between neighbours on the grid, except across
+    edges."""
+    grid = np.where(cloud.keep, cloud.depth_m, np.nan).astype(np.float32)
+    size = np.maximum(size, grid.shape[::-1])
+    image = Image.fromarray(grid)
+    smooth, depth_m = (np.asarray(image.resize(size, method))
+                       for method in (Image.Resampling.BILINEAR, Image.Resampling.NEAREST))
+    depth_m = np.where(np.abs(smooth / depth_m - 1) < EDGE, smooth, depth_m)
+    y, x = np.nonzero(np.isfinite(depth_m))
+    pixels = (np.stack([x, y], -1) + 0.5) * photo.image.size / size - 0.5
+    colors = np.asarray(photo.image.resize(size, Image.Resampling.BICUBIC))[y, x]
+    return render.unproject(pixels, depth_m[y, x], photo.intrinsics), colors
+
+
+def draw_cloud(xyz: np.ndarray, colors: np.ndarray, size, yaw: float, pitch: float) -> Image.Image:
+    """Points (N, 3) as seen from `yaw` degrees to the right and `pitch` upwards (0, 0: as the
+    camera did), in parallel projection, 5 px wide; nearer ones hide others. Colours (N, 3) uint8,
+    size (w, h)."""
     width, height = size
     turned = xyz @ view_rotation(yaw, pitch).T
+    order = np.argsort(-turned[:, 2], kind="stable")  # far to near: what is assigned last, stays
+    turned, colors = turned[order], np.repeat(colors[order], 25, 0)
     low, high = np.quantile(turned[:, :2], (0.01, 0.99), 0)  # outliers may leave the frame
-    scale = 0.92 * min((width, height) / np.maximum(high - low, side.max()))  # px a metre
-    x, y = (turned[:, :2] - (low + high) / 2).T * scale
-    x, y = (np.floor(v + length / 2).clip(-1e6, 1e6).astype(int)
-            for v, length in ((x, width), (y, height)))
-    half = np.ceil(np.clip(side * scale, 1, 31) / 2 - 0.5).astype(int)
-    cells, points = [], []
-    offsets = range(-half.max(), half.max() + 1)
-    for dx in offsets:
-        for dy in offsets:
-            u, v = x + dx, y + dy
-            inside = (half >= max(abs(dx), abs(dy))) & (0 <= u) & (u < width) & (0 <= v) \
-                & (v < height)
-            points.append(np.flatnonzero(inside))
-            cells.append(v[inside] * width + u[inside])
-    cells, points = np.concatenate(cells), np.concatenate(points)
-    # far to near: what is assigned last to a pixel, stays
-    order = np.argsort(-turned[points, 2], kind="stable")
-    canvas = np.full((height * width, 3), BACKGROUND, np.uint8)
-    canvas[cells[order]] = colors[points[order]]
-    return Image.fromarray(canvas.reshape(height, width, 3))
+    scale = 0.92 * min((width, height) / np.maximum(high - low, 0.01))  # px a metre
+    places = np.floor((turned[:, :2] - (low + high) / 2) * scale + np.divide(size, 2))
+    offsets = np.mgrid[-2:3, -2:3].reshape(2, 25)
+    x, y = (places.clip(-9, 1e5).astype(int).T[:, :, None] + offsets[:, None]).reshape(2, -1)
+    inside = (0 <= x) & (x < width) & (0 <= y) & (y < height)
+    canvas = np.full((height, width, 3), BACKGROUND, np.uint8)
+    canvas[y[inside], x[inside]] = colors[inside]
+    return Image.fromarray(canvas)
 
 
 def draw_picture(photo: Photo, cloud: Cloud, note: str) -> Image.Image:
-    """The photo, its depth in colours with a legend, and the cloud from two sides, a note below."""
-    rows, columns = cloud.depth_m.shape
-    fx, fy, _, _, w, h = photo.intrinsics
-    width, height = size = [max(round(n * PANEL / max(w, h)), 160) for n in (w, h)]
-    near, far = np.nanquantile(cloud.depth_m, (0.01, 0.99))
-    far = max(far, 1.01 * near)
-    # wider than the grid's cells, so that slanted surfaces have no gaps
-    side = 1.8 * cloud.xyz[:, 2] * max(w / columns / fx, h / rows / fy)
-    low = cloud.xyz[:, 1] > 0
+    """The photo, the answers and, where there are labels, the truth and the error, in colours with
+    a legend; the cloud from two sides; a note below."""
+    size = [max(round(n * PANEL / max(photo.image.size)), 160) for n in photo.image.size]
+    ticks = render.round_ticks(*np.nanquantile(cloud.depth_m, (0.01, 0.99)), log=True)
+    depth = Image.fromarray(colorize(cloud.depth_m, ticks[0], ticks[-1]))
+    xyz, colors = fill_in(photo, cloud, size)
+    low = xyz[:, 1] > 0
     if low.mean() <= 0.2:
         low = np.ones_like(low)
-    depth = Image.fromarray(colorize(cloud.depth_m, near, far))
-    panels = {
-        "photo": photo.image.resize(size, Image.Resampling.LANCZOS),
-        "Euclidean distance from the camera": depth.resize(size, Image.Resampling.NEAREST),
-        "the cloud from the upper right": draw_cloud(cloud.xyz, cloud.colors, side, size, 30, 20),
-        "from above; without what is higher than the camera, such as a ceiling": draw_cloud(
-            cloud.xyz[low], cloud.colors[low], side[low], size, 0, 45)}
-    sheet = Image.new("RGB", (2 * width + 104, 2 * height + 72), "white")
-    draw = ImageDraw.Draw(sheet)
-    for k, (title, panel) in enumerate(panels.items()):
-        x, y = 8 + k % 2 * (width + 8), 20 + k // 2 * (height + 24)
-        draw.text((x, y - 15), title, "black")
-        sheet.paste(panel, (x, y))
-    sheet.paste(legend(height, near, far), (2 * width + 20, 20))
-    draw.text((8, 2 * height + 52), note, "black")
-    return sheet
+    above = [(photo.image.resize(size, Image.Resampling.LANCZOS), "Photo"),
+             (depth.resize(size, Image.Resampling.NEAREST), "Answers: Euclidean distance")]
+    below = [(draw_cloud(xyz, colors, size, 30, 20), "The cloud from the upper right"),
+             (draw_cloud(xyz[low], colors[low], size, 0, 45),
+              "From above, without what is higher than the camera")]
+    legends = [legend(size[1], ticks, " m")]
+    if photo.labels:
+        ratios = label_ratios(photo, cloud.depth_m)
+        true = colorize(photo.labels[1], ticks[0], ticks[-1])
+        above.append((mark_labels(photo, size, true), "Truth at the labels"))
+        below.append((mark_labels(photo, size, colorize(ratios, 0.5, 2)), "Answer / truth"))
+        legends.append(legend(size[1], RATIOS, ""))
+    tiles = [render.captioned(*tile) for tile in above + below]
+    tiles.insert(len(above), legends[0])
+    picture = render.sheet(tiles + legends[1:], len(above) * (size[0] + render.GAP) + 90)
+    return render.captioned(picture, note)
 
 
 # --------------------------------------------------------------------------------------------------

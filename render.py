@@ -38,7 +38,7 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, ImageDraw, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageDraw, ImageOps, UnidentifiedImageError
 
 try:
     import fcntl
@@ -1687,41 +1687,125 @@ def model_inputs(batch: dict, checkpoint: Checkpoint, device="cpu", dtype=None) 
 
 
 # --------------------------------------------------------------------------------------------------
-# the contact sheet
+# pictures: what all scripts draw with
+
+INK, PALE, FRAME = (40, 40, 40), (222, 222, 222), (255, 214, 0)
+HUES = ((36, 104, 180), (214, 92, 32), (60, 146, 80), (140, 80, 170), (200, 160, 20),
+        (40, 160, 170), (190, 70, 120), (110, 110, 110))  # of the series of a chart, in order
+ROUND = ((1, 1.5, 2, 3, 4, 5, 6, 8), (1, 2, 5), (1,))  # first digits of ticks, fine to coarse
+GAP = 10  # px between tiles
+AROUND, ZOOM = 16, 4  # px on each side of a marker that are magnified, and how many times
 
 
-def contact_sheet(tiles: list[tuple[list[View], str, str]], columns: int = 3,
-                  width: int = 480) -> Image.Image:
-    """Rendered queries as one picture: the image(s) with markers, question and answer below."""
-    cells = [sheet_cell(views, question, answer, width) for views, question, answer in tiles]
-    rows = [cells[k:k + columns] for k in range(0, len(cells), columns)]
-    heights = [max(cell.height for cell in row) + 8 for row in rows]
-    sheet = Image.new("RGB", (columns * (width + 8), sum(heights)), "white")
-    y = 0
-    for row, height in zip(rows, heights):
-        for k, cell in enumerate(row):
-            sheet.paste(cell, (k * (width + 8), y))
-        y += height
-    return sheet
+def round_ticks(low: float, high: float, log: bool = False, most: int = 8) -> list[float]:
+    """Round numbers, at most `most` unless there are more decades: the first is at or below `low`,
+    the last at or above `high`. log: of a logarithmic axis, which spans a factor of two at least,
+    so that noise does not fill it."""
+    if log:
+        middle = math.sqrt(low * high)
+        low, high = min(low, middle / math.sqrt(2)), max(high, middle * math.sqrt(2))
+        scales = [[float(f"{digit}e{k}") for k in range(-12, 13) for digit in digits]
+                  for digits in ROUND]
+    else:
+        decade = math.floor(math.log10(high - low or 1))
+        steps = [float(f"{digit}e{k}") for k in (decade - 1, decade) for digit in (1, 2, 5)]
+        scales = [np.arange(math.floor(low / step), math.ceil(high / step) + 2) * step
+                  for step in steps]
+    for scale in scales:
+        first, last = np.searchsorted(scale, low, "right") - 1, np.searchsorted(scale, high)
+        ticks = list(scale[first:max(last, first + 1) + 1])
+        if len(ticks) <= most:
+            break
+    return ticks
 
 
-def sheet_cell(views: list[View], question: str, answer: str, width: int) -> Image.Image:
-    scale = width / sum(view.pixels.shape[1] for view in views)
+class Axes:
+    """A chart with round ticks on both axes: lines and points are drawn on it in the data's units,
+    and what is outside, on its border. x, y: all that it has to hold."""
+
+    def __init__(self, title: str, x, y, log=(False, False), size=(380, 280)):
+        self.image = Image.new("RGB", size, "white")
+        self.draw = ImageDraw.Draw(self.image, "RGBA")  # colours may have an alpha
+        self.log, self.ends = log, ((48, size[0] - 18), (size[1] - 24, 24))  # px: first, last tick
+        self.ticks = [round_ticks(min(values), max(values), logarithmic)
+                      for values, logarithmic in zip((x, y), log)]
+        self.draw.text((48, 4), title, INK, font_size=12)
+        for axis, (anchor, shift) in enumerate((("ma", (0, 4)), ("rm", (-6, 0)))):
+            for tick in self.ticks[axis]:
+                ends = [[ticks[0], ticks[-1]] for ticks in self.ticks]
+                ends[axis] = [tick, tick]
+                self.line(*ends, PALE, 1)
+                self.draw.text(tuple(self.place(*ends)[0] + shift), f"{tick:g}", INK, anchor=anchor)
+
+    def place(self, x, y) -> np.ndarray:
+        """Pixels (N, 2) of points in the data's units."""
+        places = []
+        for values, ticks, ends, log in zip((x, y), self.ticks, self.ends, self.log):
+            scale = np.log if log else np.asarray
+            with np.errstate(divide="ignore"):  # 0 is at the low end of a logarithmic axis
+                places.append(np.interp(scale(values), scale([ticks[0], ticks[-1]]), ends))
+        return np.stack(places, -1)
+
+    def line(self, x, y, color, width: int = 2) -> None:
+        self.draw.line(self.place(x, y).flatten().tolist(), color, width)
+
+    def points(self, x, y, color, radius: float = 3) -> None:
+        for place in self.place(x, y).tolist():
+            self.draw.circle(place, radius, color)
+
+    def name(self, series: int, text: str) -> None:
+        """A line of the legend, in the colour of a series."""
+        self.draw.text((56, 30 + 14 * series), text, hue(series))
+
+
+def hue(series: int) -> tuple[int, int, int]:
+    return HUES[series % len(HUES)]
+
+
+def captioned(image: Image.Image, caption: str) -> Image.Image:
+    """An image with a caption below, its lines wrapped to the image's width."""
+    lines = [textwrap.fill(line, image.width // 6) for line in caption.split("\n")]
+    text = "\n".join(lines)
+    tile = Image.new("RGB", (image.width, image.height + 15 * text.count("\n") + 20), "white")
+    tile.paste(image)
+    ImageDraw.Draw(tile).text((2, image.height + 2), text, INK, font_size=12, spacing=3)
+    return tile
+
+
+def sheet(tiles: list[Image.Image], width: int = 1500) -> Image.Image:
+    """Tiles as one picture, in rows of at most `width` px."""
+    places, x, y, below = [], 0, 0, 0
+    for tile in tiles:
+        if x and x + tile.width + GAP > width:
+            x, y = 0, below
+        places.append((x + GAP, y + GAP))
+        x, below = x + tile.width + GAP, max(below, y + tile.height + GAP)
+    right = max(place[0] + tile.width for place, tile in zip(places, tiles))
+    picture = Image.new("RGB", (right + GAP, below + GAP), "white")
+    for place, tile in zip(places, tiles):
+        picture.paste(tile, place)
+    return picture
+
+
+def query_tile(query: Query, views: list[View], caption: str, height: int = 300) -> Image.Image:
+    """The images of a rendered query side by side, and the surroundings of each of its points
+    magnified in a corner: at f = 1000 a marker of 5 px cannot be seen in an image made small."""
+    images = [Image.fromarray(view.pixels) for view in views]
+    first = images[0]
+    scale = min(height / first.height, 2 * height / sum(image.width for image in images))
     method = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
-    images = []
-    for view in views:
-        high, wide = (max(1, round(n * scale)) for n in view.pixels.shape[:2])
-        images.append(Image.fromarray(view.pixels).resize((wide, high), method))
-    lines = [line for text in (f"Q: {question}", f"A: {answer}")
-             for line in textwrap.wrap(text, width // 6)]
-    height = max(image.height for image in images)
-    cell = Image.new("RGB", (width, height + 14 * len(lines) + 10), "white")
-    x = 0
-    for image in images:
-        cell.paste(image, (x, 0))
-        x += image.width
-    ImageDraw.Draw(cell).multiline_text((2, height + 3), "\n".join(lines), "black", spacing=3)
-    return cell
+    small = [image.resize([math.ceil(n * scale) for n in image.size], method) for image in images]
+    draw = ImageDraw.Draw(small[0])
+    for k, point in enumerate(query.points if scale < 1.5 else []):
+        x, y = np.floor(np.add(views[0].move(*point), 0.5)).tolist()
+        box = x - AROUND, y - AROUND, x + AROUND + 1, y + AROUND + 1
+        side = min(ZOOM * (2 * AROUND + 1), small[0].width // 2)
+        inset = first.crop(box).resize((side, side), Image.Resampling.NEAREST)
+        inset = ImageOps.expand(inset, 1, FRAME)
+        left = 0 if x > first.width / 2 else small[0].width - inset.width
+        small[0].paste(inset, (left, k * (small[0].height - inset.height)))
+        draw.rectangle([scale * end for end in box], outline=FRAME)
+    return captioned(sheet(small) if len(small) > 1 else small[0], caption)
 
 
 def add_settings_flags(parser: argparse.ArgumentParser) -> None:
@@ -1774,12 +1858,14 @@ def main(argv=None) -> None:
     records = Records(args.data, args.image_root, args.label_type)
     rng = np.random.default_rng(args.seed)
     tiles = []
-    for i in rng.permutation(len(records))[:args.n]:
-        query = make_query(args.task, records, int(i), rng)
-        tiles.append(render(query, settings, grid, args.crop, rng))
+    for i in rng.permutation(len(records))[:args.n].tolist():
+        query = make_query(args.task, records, i, rng)
+        views, question, answer = render(query, settings, grid, args.crop, rng)
+        where = "".join(f", pixel ({x:g}, {y:g})" for x, y in query.points)
+        tiles.append(query_tile(query, views, f"record {i}{where}\nQ: {question}\nA: {answer}"))
     with replacing(args.out) as temporary:
-        contact_sheet(tiles).save(temporary, "PNG")
-    height, width = tiles[0][0][0].pixels.shape[:2]
+        sheet(tiles).save(temporary, "PNG")
+    height, width = views[0].pixels.shape[:2]
     print(f"{args.out}: {len(tiles)} samples, images of {width} x {height} px and the like, focal "
           f"{settings['focal']:g} px")
 

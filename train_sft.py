@@ -686,6 +686,35 @@ def log_line(path: Path, **fields) -> None:
             file.write(render.json_text(rounded))
 
 
+def draw_log(path: Path) -> None:
+    """log.png beside a log.jsonl: loss, reward and delta1 by step, as far as they are logged."""
+    curves = {"loss": {}, "reward": {}, "delta1": {}}  # -> series -> [(step, value)]
+    for _, line in render.read_jsonl(path, interrupted=True):
+        found = [(key, "", line[key]) for key in ("loss", "reward") if key in line]
+        found += [("delta1", name, s["delta1"]) for name, s in line.get("val", {}).items()]
+        for key, name, value in found:
+            curves[key].setdefault(name, []).append((line["step"], value))
+
+    charts = []
+    for key, series in curves.items():
+        values = [value for points in series.values() for _, value in points]
+        if not values:
+            continue
+        log = key == "loss" and min(values) > 0
+        axes = render.Axes(f"{key} by step", (0, line["step"]), values, (False, log))
+        for k, (name, points) in enumerate(series.items()):
+            # at most 200 means, so that a long run is a line and no cloud
+            parts = np.array_split(points, min(200, len(points)))
+            places = np.array([part.mean(0) for part in parts]).T
+            axes.line(*places, render.hue(k))
+            axes.points(*places, render.hue(k), 2)
+            axes.name(k, name)
+        charts.append(axes.image)
+    if charts:
+        with render.replacing(path.with_name("log.png")) as temporary:
+            render.sheet(charts).save(temporary, "PNG")
+
+
 # --------------------------------------------------------------------------------------------------
 # validation
 
@@ -911,6 +940,8 @@ def print_line(run: Run, step: int, text: str) -> None:
 def score_and_log(run: Run, step: int, batch_size: int, reshard: bool) -> None:
     scores = validate(run.model, run.checkpoint, run.validation, run.tasks, batch_size, reshard)
     log_line(run.out / "log.jsonl", step=step, val=scores)
+    if run.rank == 0:
+        draw_log(run.out / "log.jsonl")
     shown = []
     for name, score in scores.items():
         cut = f" ({score['truncated']} of {score['n']} truncated)" if score["truncated"] else ""
@@ -925,6 +956,8 @@ def save_run(run: Run, step: int) -> None:
         (run.out / "resume").mkdir(exist_ok=True)
     save_model(run.model, run.checkpoint, run.out, run.dtype)
     save_resume(run.model, run.optimizer, run.out, step, run.bad)
+    if run.rank == 0:
+        draw_log(run.out / "log.jsonl")
 
 
 def say_finished(run: Run) -> None:
@@ -1001,6 +1034,8 @@ def train(args: argparse.Namespace, rank: int, world: int, device: torch.device)
     # ----------------------------------------------------------------------------------------- loop
     bar = tqdm(total=run.steps, initial=run.first, dynamic_ncols=True,
                disable=rank > 0 or not sys.stderr.isatty())
+    if run.validation and run.first == 0:
+        score_and_log(run, 0, args.val_batch, args.reshard)
     for step in range(run.first, run.last):
         start = time.time()
         lr = get_lr(step, run.steps, args.lr, args.warmup, args.schedule)

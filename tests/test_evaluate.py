@@ -85,6 +85,92 @@ def test_a_truth_that_is_not_positive():
         assert hits.tolist() == [False] * 5 + [pred == 1.0]
 
 
+def test_bins():
+    """By the true number, from a lower end on, those without a query left out; no AbsRel without an
+    answer."""
+    true, pred = [0.5, 1.0, 1.9, 2.0, 300.0], [0.5, 1.1, 3.8, None, 450.0]
+    result = evaluate.summarize(predictions(pred, true))
+    bins = result["datasets"]["data"]["bins"]
+    assert {span: (b["delta1"], b["abs_rel"], b["n"]) for span, b in bins.items()} == {
+        "0-1": (1.0, 0.0, 1), "1-2": (0.5, pytest.approx(0.55), 2), "2-5": (0.0, None, 1),
+        "200-500": (0.0, 0.5, 1)}
+    rows = [line.split() for line in evaluate.table(result).splitlines()]
+    assert ["true", "1-2:", "delta1", "abs_rel", "0.500", "0.550"] in rows
+    assert ["true", "2-5:", "delta1", "abs_rel", "0.000", "-"] in rows
+    assert not any("5-10:" in row for row in rows)
+
+
+def test_worst_queries():
+    """By ratio, either way; none is worse than an answer without a number."""
+    pred = [1.0, 2.1, None, 8.0, 0.2, 1.01, 0.0, *[1.02] * 20]
+    lines = [{**line, "id": k} for k, line in enumerate(predictions(pred, [1.0] * len(pred)))]
+    assert [line["id"] for line in evaluate.worst(lines)] == [2, 6, 3, 4, 1, 7, 8, 9, 10]
+
+
+def test_charts(monkeypatch):
+    """What is drawn where: true and predicted, a bar a bin, confidence and the share that is right,
+    a colour for each dataset."""
+    drawn = []
+    for name in ("points", "line"):
+        monkeypatch.setattr(render.Axes, name, lambda axes, x, y, color, *more, name=name:
+                            drawn.append((name, list(x), list(y), color[:3])))
+    near = predictions([1.0, None, 3.0], [1.0, 1.5, 3.0], dataset="a")
+    far = predictions([30.0], [40.0], dataset="b")
+    sure = {"q10": 2.5, "q90": 3.5, "lost": 0.0}
+    near = [{**line, **sure, "confidence": p} for line, p in zip(near, (0.72, 0.78, 1.0))]
+    first, second = render.HUES[:2]
+    found = evaluate.charts({"a": near, "b": far}, evaluate.summarize(near + far)["datasets"])
+    drawn = [(name, x, y, color) for name, x, y, color in drawn if color != render.PALE]
+    assert len(found) == 4
+    assert drawn[1:3] == [("points", [1.0, 3.0], [1.0, 3.0], first),
+                          ("line", [1, 2], [0.5, 0.5], first)]
+    assert ("line", [2, 5], [1, 1], first) in drawn and ("line", [2, 5], [0, 0], first) in drawn
+    assert [spot for spot in drawn if spot[0] == "points"][1:] == [
+        ("points", [0.75], [0.5], first), ("points", [1.0], [1.0], first),
+        ("points", [40.0], [30.0], second)]
+    assert ("line", [20, 50], [0.25, 0.25], second) in drawn
+    assert ("line", [1.0, 40.0], [1.25, 50.0], render.INK) in drawn
+    assert len(evaluate.charts({"b": far}, evaluate.summarize(far)["datasets"])) == 3
+
+
+@pytest.mark.parametrize("source", ["constant", "predictions"])
+def test_error_picture(world, tmp_path, monkeypatch, source):
+    """errors.png is written with an evaluation: the worst queries first, with marker, number and
+    place; from anyone's predictions by their images, and where there is none it says so."""
+    argv = ["--constant", "1.3", "--data", world, "--all"]
+    out = tmp_path / source
+    evaluate.main(list(map(str, [*argv, "--out", tmp_path / "constant"])))
+    lines = lines_of(tmp_path / "constant" / "predictions.jsonl")
+    tiles, captioned = {}, render.captioned
+
+    def caption_of(image, caption):
+        tiles[caption] = np.asarray(image).astype(int)
+        return captioned(image, caption)
+
+    monkeypatch.setattr(render, "captioned", caption_of)
+    if source == "predictions":
+        lines[5]["pred"] = 99.0
+        lines[7] |= {"pred": None, "text": "no idea", "image": "none.png"}
+        argv = ["--predictions", write_jsonl(tmp_path / "p.jsonl", lines)]
+    evaluate.main(list(map(str, [*argv, "--out", out])))
+    found = list(tiles)
+    assert len(found) == evaluate.WORST
+    if source == "predictions":
+        assert "'no idea'" in found[0] and "none.png: no such image" in found[0]
+        assert "answered 99\n" in found[1] and lines[5]["image"] in found[1]
+        assert str(lines[5]["pixel"]) in found[1]
+        del tiles[found[0]]
+    else:
+        largest = max(abs(math.log(1.3 / line["true"])) for line in lines)
+        true = float(found[0].split()[1].rstrip(","))
+        assert abs(math.log(1.3 / true)) == pytest.approx(largest)
+    for image in tiles.values():
+        assert (image == (255, 0, 0)).all(2).sum() > 5
+    before = (out / "errors.png").read_bytes()
+    evaluate.main(list(map(str, [*argv, "--out", out])))
+    assert (out / "errors.png").read_bytes() == before
+
+
 def test_no_answer_parsed():
     """All unparsed: delta 0, no errors to average, and a metrics.json that strict JSON parsers
     read."""

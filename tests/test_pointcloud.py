@@ -686,23 +686,26 @@ def test_colours_and_legend():
     assert (colors[5] == pointcloud.UNKNOWN).all()
     # near is red, far is blue
     assert colors[1][0] > colors[1][2] and colors[3][2] > colors[3][0]
-    image = pointcloud.legend(200, 1, 4)
+    image = pointcloud.legend(200, [1, 2, 4], " m")
     bar = np.asarray(image)[6:193, 10]
     assert image.size == (80, 200)
     assert (bar[-1] == colors[1]).all() and (bar[0] == colors[3]).all()
+    assert np.abs(bar[93] - colors[2]).max() <= 3
+    ticks = np.flatnonzero((np.asarray(image)[:, 26] == 0).all(1))
+    assert ticks.tolist() == [6, 99, 192]  # 2 m is halfway
     assert (np.asarray(image)[:, 31:] < 128).sum() > 100  # numbers
 
 
 def test_nearer_points_hide_others():
     """Two squares one behind the other: the near one is seen from the front, both from the side."""
-    line = np.linspace(-1, 1, 21)
+    line = np.linspace(-1, 1, 81)
     x, y = (values.ravel() for values in np.meshgrid(line, line))
     xyz = np.concatenate([np.stack([x, y, np.full_like(x, z)], 1) for z in (3.0, 2.0)])
     red_green = np.array([[255, 0, 0], [0, 255, 0]], np.uint8)
-    colors, side = np.repeat(red_green, len(x), 0), np.full(len(xyz), 0.15)
+    colors = np.repeat(red_green, len(x), 0)
 
     def draw(yaw, pitch):
-        return np.asarray(pointcloud.draw_cloud(xyz, colors, side, (120, 100), yaw, pitch))
+        return np.asarray(pointcloud.draw_cloud(xyz, colors, (120, 100), yaw, pitch))
 
     def share(yaw, pitch):
         pixels = draw(yaw, pitch).reshape(-1, 3)
@@ -721,19 +724,64 @@ def test_nearer_points_hide_others():
 
 @pytest.mark.parametrize("width, height", [(96, 72), (40, 120), (400, 10)])
 def test_picture(tmp_path, tiny, exact, width, height):
-    """Photo, depth, two views, the legend: none is empty."""
+    """Photo, answers, two views, the legend: none is empty."""
     photo = make_photo(tmp_path / "a.png", width, height)
     cloud(tiny, photo, "--fov", 60, "--points", 200, "--out", tmp_path / "out")
     image = Image.open(tmp_path / "out/picture.png")
-    w, h = (max(round(n * 600 / max(width, height)), 160) for n in (width, height))
-    assert image.size == (2 * w + 104, 2 * h + 72)
+    w, h = (max(round(n * 480 / max(width, height)), 160) for n in (width, height))
+    assert image.width == 2 * w + 80 + 4 * 10
     pixels = np.asarray(image)
-    shown = [pixels[20 + dy:20 + dy + h, 8 + dx:8 + dx + w]
-             for dy in (0, h + 24) for dx in (0, w + 8)]
+    second = 10 + np.flatnonzero((pixels[10 + h:, 10] == pointcloud.BACKGROUND).all(1))[0] + h
+    shown = [pixels[y:y + h, x:x + w] for y in (10, second) for x in (10, w + 20)]
     assert all(len(np.unique(panel.reshape(-1, 3), axis=0)) > 20 for panel in shown)
     mean = np.asarray(Image.open(photo)).mean((0, 1))
     assert np.abs(shown[0].mean((0, 1)) - mean).max() < 4
-    assert len(np.unique(pixels[30:h, 2 * w + 35].reshape(-1, 3), axis=0)) > 20
+    assert len(np.unique(pixels[30:h, 2 * w + 45].reshape(-1, 3), axis=0)) > 20
+
+
+def flat_cloud(photo: pointcloud.Photo, depth_m: np.ndarray) -> pointcloud.Cloud:
+    rows, columns = depth_m.shape
+    grid = pointcloud.pixel_grid(*photo.image.size, depth_m.size)
+    assert grid.shape == (rows, columns, 2)
+    lines = [{"pred": None if np.isnan(d) else float(d)} for d in depth_m.ravel()]
+    return pointcloud.make_cloud(photo, grid, lines, "greedy", None, None)
+
+
+def test_truth_and_error_of_labels(monkeypatch):
+    """A wall that is answered as 3.0 to 3.1 m does not fill the colours, which span 2:1 or more on
+    round numbers; each label is a dot in the colour of its truth, and of answer / truth."""
+    image = Image.new("RGB", (96, 72), (120, 120, 120))
+    labels = np.array([[20.0, 30.0], [70.0, 50.0]]), np.array([2.5, 4.0])
+    photo = pointcloud.Photo("a.png", image, (80, 80, 47.5, 35.5, 96, 72), "the record", labels)
+    cloud = flat_cloud(photo, np.linspace(3.0, 3.1, 12).reshape(3, 4))
+    tiles, captioned = {}, render.captioned
+    monkeypatch.setattr(render, "captioned", lambda tile, caption: tiles.setdefault(
+        caption.split(":")[0], tile) and captioned(tile, caption))
+    pointcloud.draw_picture(photo, cloud, "note")
+    pixels = {name: np.asarray(tile) for name, tile in tiles.items()}
+    assert (pixels["Answers"][0, 0] == pointcloud.colorize(cloud.depth_m, 2, 5)[0, 0]).all()
+    ratio = [3.0 + 0.1 * 4 / 11, 3.0 + 0.1 * 10 / 11] / labels[1]  # their cells are 4 and 10
+    assert pointcloud.label_ratios(photo, cloud.depth_m) == pytest.approx(ratio)
+    for name, values, ends in (("Truth at the labels", labels[1], (2, 5)),
+                               ("Answer / truth", ratio, (0.5, 2))):
+        for (x, y), color in zip(labels[0], pointcloud.colorize(values, *ends)):
+            found = pixels[name][round((y + 0.5) * 5), round((x + 0.5) * 5)]
+            assert (found == color).all()
+
+
+def test_surface_between_points():
+    """Drawn between neighbours that are near each other, hardly so across an edge, not at all where
+    there is no answer, and in the photo's colours."""
+    image = Image.fromarray(np.full((60, 80, 3), np.arange(80)[None, :, None] * 3, np.uint8))
+    photo = pointcloud.Photo("a.png", image, (1e9, 1e9, 39.5, 29.5, 80, 60), "")
+    depth_m = np.tile([1.0, 1.02, 2.0, np.nan], (3, 1))
+    xyz, colors = pointcloud.fill_in(photo, flat_cloud(photo, depth_m), (160, 120))
+    z = xyz[:, 2]
+    between = z[(z > 1.0) & (z < 1.02)]
+    assert len(np.unique(between)) > 10  # a slope
+    assert not ((z > 1.13) & (z < 1.81)).any() and len(z) == 160 * 120 * 3 / 4
+    assert (z > 1.8).mean() == pytest.approx(1 / 3, abs=0.1)
+    assert np.ptp(colors, 0).min() > 150
 
 
 def test_one_point(tmp_path, tiny, photo, exact):

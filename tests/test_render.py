@@ -20,7 +20,6 @@ from conftest import (
     make_world,
     noise,
     plain_inputs,
-    run_script,
     stock,
     view_of,
     views_for,
@@ -1810,20 +1809,90 @@ def test_real_folder(real):
 
 
 # --------------------------------------------------------------------------------------------------
-# the contact sheet
+# pictures
 
 
-def test_contact_sheet(world, tmp_path):
-    """`python render.py FILE` draws what the model sees: a picture with a marker in each tile, here
-    six."""
+@pytest.mark.parametrize("low, high, log, ticks", [
+    (0, 1, False, [0, 0.2, 0.4, 0.6, 0.8, 1]), (0, 1500, False, [0, 500, 1000, 1500]),
+    (0.73, 0.89, False, [0.7, 0.75, 0.8, 0.85, 0.9]), (-3, 5, False, [-4, -2, 0, 2, 4, 6]),
+    (3, 3, False, [3, 3.1]), (0, 0, False, [0, 0.1]),
+    (1.89, 4.15, True, [1.5, 2, 3, 4, 5]), (0.5, 9.3, True, [0.5, 1, 2, 5, 10]),
+    (3.0, 3.01, True, [2, 3, 4, 5]), (0.002, 80, True, [0.001, 0.01, 0.1, 1, 10, 100])])
+def test_round_ticks(low, high, log, ticks):
+    """Round, around both ends; a flat wall at 3 m does not fill the scale."""
+    found = render.round_ticks(low, high, log)
+    assert found == pytest.approx(ticks) and found[0] <= low and found[-1] >= high
+
+
+def test_axes_place_the_data():
+    """The first tick is at the left and the bottom, the last at the right and the top, halfway on a
+    logarithmic axis is the geometric mean; what is outside, 0 on such an axis too, is on the
+    border."""
+    axes = render.Axes("", (1, 100), (0, 10), (True, False), size=(266, 148))
+    places = axes.place([1, 10, 100, 0, 1e9], [0, 5, 10, -3, 70])
+    assert places.tolist() == [[48, 124], [148, 74], [248, 24], [48, 124], [248, 24]]
+    axes.points([10], [5], (255, 0, 0), 3)
+    axes.line([1, 100], [2, 2], (0, 0, 255), 1)
+    pixels = np.asarray(axes.image).astype(int)
+    red = np.argwhere((pixels == (255, 0, 0)).all(2))
+    assert red.mean(0).tolist() == [74, 148] and np.ptp(red, 0).max() <= 6
+    blue = np.argwhere((pixels == (0, 0, 255)).all(2))
+    assert set(blue[:, 0]) == {104} and (blue[:, 1].min(), blue[:, 1].max()) == (48, 248)
+
+
+def test_tiles_are_packed():
+    """In rows as wide as they may be; upright tiles take no more room than they need."""
+    tiles = [Image.new("RGB", (width, 30)) for width in (60, 60, 20, 20, 20, 100, 5)]
+    picture = np.asarray(render.sheet(tiles, 150))
+    assert picture.shape == (130, 150, 3)
+    black = (picture == 0).all(2)
+    rows = [np.flatnonzero(np.diff(np.pad(row, 1).astype(int))) for row in black[[25, 65, 105]]]
+    assert [row.tolist() for row in rows] == [[10, 70, 80, 140], [10, 30, 40, 60, 70, 90],
+                                              [10, 110, 120, 125]]
+
+
+@pytest.mark.parametrize("x, y, corner", [(30, 40, (410, 0)), (900, 700, (0, 0))])
+def test_marker_is_magnified(tmp_path, x, y, corner):
+    """At f = 1000 an arrow of 5 px is 4 times as large in the corner that is away from it, its
+    point in the middle; in an image that is magnified itself there is no such corner."""
+    Image.new("RGB", (1200, 750), (90, 90, 90)).save(tmp_path / "a.png")
+    record = {"image": tmp_path / "a.png", "where": "a", "pixel_coords": [[x, y]], "depth": [2.0],
+              "intrinsics": (1000, 1000, 600, 375, 1200, 750)}
+    query = render.Query("distance", [record], [(x, y)], 2.0)
+    views, *_ = render.render(query, render.DEFAULTS, 1)
+    tile = np.asarray(render.query_tile(query, views, "", 340)).astype(int)
+    left, top = corner
+    inset = (tile[top + 1:top + 133, left + 1:left + 133] == (255, 0, 0)).all(2)
+    rows, columns = np.nonzero(inset)
+    assert inset.sum() == 16 * len(render.arrow(5, -1))
+    assert columns.max() < 64 and rows.mean() == pytest.approx(65.5)  # beside the point
+    box = np.argwhere((tile == render.FRAME).all(2))
+    scale = 340 / 750
+    beside = [at for at in box if not (left <= at[1] <= left + 134 and at[0] <= 134)]
+    assert np.mean(beside, 0) == pytest.approx([y * scale, x * scale], abs=2)
+    small = render.View(views[0].pixels[:20, :30], (1.0,) * 6, (1.0, 1.0), (0, 0))
+    assert not (np.asarray(render.query_tile(query, [small], "")) == render.FRAME).all(2).any()
+
+
+def test_contact_sheet(world, tmp_path, monkeypatch):
+    """`python render.py FILE` draws what the model sees: a tile a sample, under it its record and
+    pixel, question and answer."""
+    captions, captioned = [], render.captioned
+    monkeypatch.setattr(render, "captioned", lambda image, caption: captions.append(caption)
+                        or captioned(image, caption))
     out = tmp_path / "sheet.png"
-    done = run_script("render.py", world, "--focal", 200, "--n", 6, "--out", out, "--grid", 16)
-    assert done.returncode == 0 and "6 samples" in done.stdout, done.stderr
-    sheet = np.asarray(Image.open(out).convert("RGB")).astype(int)
+    render.main([str(world), "--focal", "200", "--n", "6", "--out", str(out), "--grid", "16"])
+    records, found = render.Records(world), []
+    for caption in captions:
+        head, question, answer = caption.split("\n")
+        record, x, y = map(int, re.findall(r"\d+", head))
+        found.append(record)
+        depth_m = records[record]["depth"][records[record]["pixel_coords"].tolist().index([x, y])]
+        assert f"{depth_m:.2f}" in answer and "How many meters" in question
+    assert sorted(found) == list(range(6))
+    sheet = np.asarray(Image.open(out)).astype(int)
     red = (sheet[..., 0] > 200) & (sheet[..., 1:].max(2) < 90)
-    width = sheet.shape[1]
-    thirds = [red[:, k * width // 3:(k + 1) * width // 3].any() for k in range(3)]
-    assert all(thirds) and width == 3 * 488
+    assert red.any() and sheet.shape[1] <= 1500 + render.GAP
 
 
 def test_contact_sheet_of_a_checkpoint(world, tiny_pixtral, tmp_path, capsys):

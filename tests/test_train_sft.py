@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from conftest import ROOT, make_world, plain_inputs, run_script, stock, views_for, write_jsonl
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -742,11 +743,38 @@ def test_a_start_that_failed_does_not_block_its_folder(tiny, distances, tmp_path
 # validation, tasks, chats
 
 
+def test_log_is_drawn(tmp_path, monkeypatch):
+    """Loss, reward and delta1 by step, at most 200 points a curve; a validation set that came later
+    has a curve of its own; what a kill left of a line does not matter."""
+    drawn = []
+    monkeypatch.setattr(render.Axes, "line", lambda axes, x, y, color: drawn.append(
+        (list(x), list(y), color)))
+    path = tmp_path / "log.jsonl"
+    lines = [{"step": k, "loss": 1 / k, "reward": k - 600.0} for k in range(1, 601)]
+    lines.insert(0, {"step": 0, "val": {"a": {"delta1": 0.25}}})
+    lines.append({"step": 600, "val": {"a": {"delta1": 0.75}, "b": {"delta1": 0.5}}})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 601, "lo')
+    train_sft.draw_log(path)
+    (steps, loss, _), (_, reward, _), *scores = drawn
+    assert steps == list(range(2, 600, 3)) and reward == [k - 600 for k in steps]
+    assert loss[0] == pytest.approx((1 + 1 / 2 + 1 / 3) / 3)
+    assert scores == [([0, 600], [0.25, 0.75], render.HUES[0]), ([600], [0.5], render.HUES[1])]
+    assert Image.open(tmp_path / "log.png").width > 3 * 380
+    assert sorted(os.listdir(tmp_path)) == ["log.jsonl", "log.png"]
+    write_jsonl(path, [{"step": 0, "val": {}}])
+    (tmp_path / "log.png").unlink()
+    train_sft.draw_log(path)
+    assert not (tmp_path / "log.png").exists()
+
+
 def test_validation_is_evaluate(tiny, distances, tmp_path, world):
     out = tmp_path / "run"
     train(tiny, distances, out, "--samples", 16, "--val", world, "--val-every", 2,
           "--val-queries", 20, processes=2)
-    logged = [line["val"] for line in log_of(out) if "val" in line][-1]["world"]
+    scored = [line for line in log_of(out) if "val" in line]
+    assert [line["step"] for line in scored] == [0, 2]  # before and after
+    assert Image.open(out / "log.png").width > 2 * 380
+    logged = scored[-1]["val"]["world"]
     evaluate.main(list(map(str, [out, "--data", world, "--queries", 20, "--workers", 0])))
     metrics = json.loads((out / "eval" / "metrics.json").read_text())
     found = metrics["datasets"]["world"]
@@ -821,7 +849,7 @@ def test_a_task_is_one_row(tiny, distances, world, tmp_path, monkeypatch, capsys
     monkeypatch.setitem(render.TASKS, "height", HEIGHT)
     train_sft.main(argv)
     log = log_of(out)
-    assert log[-1]["val"]["world"]["n"] == 8 and log[8]["loss"] < log[0]["loss"]
+    assert log[-1]["val"]["world"]["n"] == 8 and log[9]["loss"] < log[1]["loss"]
     assert json.loads((out / "depthlm.json").read_text())["tasks"] == ["height", "distance"]
     evaluate.main(list(map(str, [out, "--data", world, "--queries", 5, "--workers", 0])))
     lines = lines_of(out / "eval" / "predictions.jsonl")
