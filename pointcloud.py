@@ -53,7 +53,7 @@ NEAREST, FARTHEST = 1e-6, 1e6  # m; a number beyond these is no distance of anyt
 HOW_FOCAL = ("Give --fov DEGREES (horizontal; the main camera of a phone has about --fov 65, held "
              "upright 52), --photo-focal PIXELS or --focal-35mm MM.")
 PHOTOS = {".avif", ".bmp", ".heic", ".heif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
-MEASURES = ("metres", "q10", "q90", "confidence")
+MEASURES = ("pred", "q10", "q90", "confidence")
 ANSWERS = "answers.jsonl"
 FILES = ("cloud.ply", "cloud.glb", "cloud.html", "depth.npy", "depth.png", "points.npz",
          "picture.png", "cloud.gif")
@@ -288,8 +288,7 @@ class Reader:
         NaN where an answer is no distance, or has no interval."""
         with image_path(image) as path:
             photo = open_photo(path, **camera)
-            answers = [reading(photo, line) for line in self.lines(photo, at)]
-        return np.array([[answer[key] for answer in answers] for key in MEASURES], float)
+            return measures(self.lines(photo, at))
 
     def cloud(self, image, points: int = NUM_POINTS, min_confidence: float | None = None,
               edge_filter: float | None = None, **camera) -> tuple[np.ndarray, np.ndarray]:
@@ -326,6 +325,11 @@ class Reader:
             yield batch
 
 
+def measures(lines: list[dict]) -> np.ndarray:
+    """(4, N), see MEASURES; NaN where an answer is no distance, or has no interval."""
+    return np.array([[line.get(key) for line in lines] for key in MEASURES], np.float64)
+
+
 def answer_pixels(reader: Reader, photo: Photo, pixels: np.ndarray,
                   path: Path) -> tuple[list[dict], str]:
     """Query the model about all pixels (N, 2) whose answers are not in `path`; they are on disk
@@ -348,9 +352,9 @@ def answer_pixels(reader: Reader, photo: Photo, pixels: np.ndarray,
         for _ in range(2):  # the first one loads the model and opens the photo
             start = time.time()
             reader.lines(photo, pixels[:1])
-        seconds = left * (time.time() - start)
-        print(f"{left:,} queries, one at a time {timedelta(seconds=math.ceil(seconds))} (hours, "
-              f"minutes, seconds), faster by {reader.batch_size}", flush=True)
+        most = timedelta(seconds=math.ceil(left * (time.time() - start)))
+        print(f"{left:,} queries take at most {most} (h:mm:ss), the time of one by one; "
+              f"{reader.batch_size} at once are faster", flush=True)
     start = time.time()
     bar = tqdm(total=len(order), initial=kept, desc="queries", disable=None, dynamic_ncols=True)
     with open(path, "a") as file, bar:
@@ -367,51 +371,39 @@ def answer_pixels(reader: Reader, photo: Photo, pixels: np.ndarray,
 # distances of pixels
 
 
-def reading(photo: Photo, line: dict) -> dict:
-    """An answer as --json and the page have it; None where it is no distance or has no interval."""
-    metres, pixel = line["pred"], line["pixel"]
-    z = None
-    if metres is not None:
-        z = metres / float(render.ray_length(*pixel, photo.intrinsics))
-    return {"pixel": pixel, "metres": metres, "z": z, "text": line["text"],
-            **{key: line.get(key) for key in MEASURES[1:]}}
-
-
-def length_between(photo: Photo, readings: list[dict]) -> dict | None:
-    """The length between the points of two readings [m], and its interval if their errors are
+def length_between(photo: Photo, lines: list[dict]) -> dict | None:
+    """The length between the points of two answers [m], and its interval if their errors are
     independent; None if there are not two distances."""
-    if len(readings) != 2 or None in [found["metres"] for found in readings]:
+    if len(lines) != 2 or None in [line["pred"] for line in lines]:
         return None
-    metres, q10, q90 = (np.array([found[key] for found in readings], float)
-                        for key in MEASURES[:3])
+    depth_m, q10, q90, _ = measures(lines)
     drawn = np.random.default_rng(0).standard_normal((2000, 2)) / 1.2816  # 10 % are below -1
-    drawn = np.concatenate([np.zeros((1, 2)), drawn])
-    drawn = metres + drawn * np.where(drawn > 0, q90 - metres, metres - q10)
-    drawn[0] = metres
-    ends = render.unproject(np.array([found["pixel"] for found in readings]), drawn,
-                            photo.intrinsics)
+    drawn[0] = 0
+    drawn = depth_m + np.nan_to_num(drawn * np.where(drawn > 0, q90 - depth_m, depth_m - q10))
+    ends = render.unproject(np.array([line["pixel"] for line in lines]), drawn, photo.intrinsics)
     lengths = np.linalg.norm(ends[:, 0] - ends[:, 1], axis=-1)
-    found = {"metres": float(lengths[0]), "q10": None, "q90": None}
-    if np.isfinite(lengths).all():
-        found |= zip(("q10", "q90"), np.quantile(lengths, (0.1, 0.9)).tolist())
+    found = {"pred": float(lengths[0])}
+    if np.isfinite(q10).all():
+        found["q10"], found["q90"] = np.quantile(lengths, (0.1, 0.9)).tolist()
     return found
 
 
 def with_interval(found: dict) -> str:
-    if found["q10"] is None:
-        return f"{found['metres']:.2f} m"
-    return f"{found['metres']:.2f} m ({found['q10']:.2f}-{found['q90']:.2f})"
+    if "q10" not in found:
+        return f"{found['pred']:.2f} m"
+    return f"{found['pred']:.2f} m ({found['q10']:.2f}-{found['q90']:.2f})"
 
 
-def print_readings(photo: Photo, readings: list[dict]) -> None:
+def print_answers(photo: Photo, lines: list[dict]) -> None:
     """--at: Euclidean distance and z of each pixel, the length between two."""
-    for found in readings:
-        x, y = found["pixel"]
-        if found["metres"] is None:
-            print(f"{x:g},{y:g}: no distance in {found['text']!r}")
+    for line in lines:
+        x, y = line["pixel"]
+        if line["pred"] is None:
+            print(f"{x:g},{y:g}: no distance in {line['text']!r}")
             continue
-        print(f"{x:g},{y:g}: {with_interval(found)} from the camera, z {found['z']:.2f} m")
-    if (length := length_between(photo, readings)):
+        z = line["pred"] / render.ray_length(x, y, photo.intrinsics)
+        print(f"{x:g},{y:g}: {with_interval(line)} from the camera, z {z:.2f} m")
+    if (length := length_between(photo, lines)):
         print(f"between the two: {with_interval(length)}")
 
 
@@ -422,17 +414,16 @@ def need_a_distance(reader: Reader, lines: list[dict]) -> None:
                          f"prompt '{reader.checkpoint.settings['prompt']}'?")
 
 
-def rescale(lines: list[dict], known: list[dict], metres: list[float]) -> list[dict]:
-    """The lines times the median of true / read distance at the known pixels. Raises ValueError if
+def rescale(reader: Reader, lines: list[dict], known: list[dict],
+            metres: list[float]) -> list[dict]:
+    """The lines times the median of known / read distance at the known pixels. Raises ValueError if
     none of these has an answer."""
-    pairs = [(line["pred"], true) for line, true in zip(known, metres) if line["pred"] is not None]
-    if not pairs:
-        raise ValueError("--known: none of its pixels is answered with a distance. Give others.")
-    read, true = np.array(pairs).T
-    scale = float(np.median(true / read))
-    errors = ", ".join(f"{error:+.1%}" for error in scale * read / true - 1)
-    print(f"scale {scale:.3f} by {len(pairs)} known distances, which are then off by {errors}")
-    return [line | {key: line[key] * scale for key in ("pred", "q10", "q90") if line.get(key)}
+    need_a_distance(reader, known)
+    ratios = np.array(metres) / measures(known)[0]
+    scale = float(np.nanmedian(ratios))
+    errors = ", ".join(f"{error:+.1%}" for error in scale / ratios - 1)
+    print(f"scale {scale:.3f}, by which the known distances are off by {errors}")
+    return [line | {key: line[key] * scale for key in MEASURES[:3] if line.get(key)}
             for line in lines]
 
 
@@ -443,33 +434,30 @@ def rescale(lines: list[dict], known: list[dict], metres: list[float]) -> list[d
 @dataclass
 class Cloud:
     """Points on a grid. pixels (rows, columns, 2); depth_m (rows, columns) with NaN; keep (rows,
-    columns) bool: those in the cloud; of these xyz (N, 3) [m], colors (N, 3) uint8 and measures
+    columns) bool: those in the cloud; of these xyz (N, 3) [m], colors (N, 3) uint8 and intervals
     (N,): confidence, q10, q90, 0 where an answer has none, {} where none has."""
     pixels: np.ndarray
     depth_m: np.ndarray
     keep: np.ndarray
     xyz: np.ndarray
     colors: np.ndarray
-    measures: dict[str, np.ndarray]
+    intervals: dict[str, np.ndarray]
 
 
 def make_cloud(photo: Photo, grid: np.ndarray, lines: list[dict],
                min_confidence: float | None = None, edge_filter: float | None = None) -> Cloud:
     """Answers on a grid (rows, columns, 2), filtered and unprojected. Raises ValueError if no point
     is left."""
-    def column(key: str) -> np.ndarray:
-        return np.array([line.get(key) for line in lines], np.float32).reshape(grid.shape[:2])
-
-    depth_m, measures = column("pred"), {}
+    depth_m, q10, q90, confidence = measures(lines).astype(np.float32).reshape(4, *grid.shape[:2])
     keep = np.isfinite(depth_m)
+    intervals = {}
     if any("confidence" in line for line in lines):
-        measures = {key: np.nan_to_num(column(key)) for key in MEASURES[1:]}
+        intervals = {"confidence": confidence, "q10": q10, "q90": q90}
     if min_confidence is not None:
-        confidence = measures.get("confidence", np.zeros_like(depth_m))
         keep = keep & (confidence >= min_confidence)
         if not keep.any():
             raise ValueError(f"--min-confidence {min_confidence:g}: leaves no point; the highest "
-                             f"is {confidence.max():.2f}. Give a lower one.")
+                             f"is {np.nanmax(confidence):.2f}. Give a lower one.")
     if edge_filter is not None:
         keep = keep & has_neighbour(depth_m, edge_filter)
         if not keep.any():
@@ -477,8 +465,8 @@ def make_cloud(photo: Photo, grid: np.ndarray, lines: list[dict],
                              "ratio.")
     xyz = render.unproject(grid[keep], depth_m[keep], photo.intrinsics).astype(np.float32)
     x, y = grid[keep].T
-    measures = {key: values[keep] for key, values in measures.items()}
-    return Cloud(grid, depth_m, keep, xyz, np.asarray(photo.image)[y, x], measures)
+    intervals = {key: np.nan_to_num(values[keep]) for key, values in intervals.items()}
+    return Cloud(grid, depth_m, keep, xyz, np.asarray(photo.image)[y, x], intervals)
 
 
 def label_error(photo: Photo, depth_m: np.ndarray) -> str | None:
@@ -563,7 +551,7 @@ def page_data(photo: Photo, cloud: Cloud, note: str) -> dict:
     def coded(values: np.ndarray) -> str:
         return base64.b64encode(values.tobytes()).decode()
 
-    confidence = cloud.measures.get("confidence")
+    confidence = cloud.intervals.get("confidence")
     return {"xyz": coded(cloud.xyz), "colors": coded(cloud.colors), "note": note,
             "confidence": None if confidence is None else coded(confidence),
             "spacing": cell_side(photo, cloud)}
@@ -591,7 +579,7 @@ def note_of(photo: Photo, cloud: Cloud, lines: list[dict]) -> str:
             f"{cut}focal {fx:.1f} {fy:.1f} px ({photo.source})")
 
 
-def write_cloud(out: Path, photo: Photo, cloud: Cloud, note: str, gif: bool) -> list[Path]:
+def write_cloud(out: Path, photo: Photo, cloud: Cloud, note: str, gif: bool) -> list[str]:
     """The files of the cloud, each whole or not at all."""
     x, y, z = cloud.xyz.T
     red, green, blue = cloud.colors.T
@@ -600,12 +588,12 @@ def write_cloud(out: Path, photo: Photo, cloud: Cloud, note: str, gif: bool) -> 
         "depth.png": lambda file: z_millimetres(photo, cloud).save(file, "PNG"),
         "points.npz": lambda file: np.savez(
             file, pixels=cloud.pixels[cloud.keep], depth=cloud.depth_m[cloud.keep], xyz=cloud.xyz,
-            colors=cloud.colors, intrinsics=photo.intrinsics, **cloud.measures),
+            colors=cloud.colors, intrinsics=photo.intrinsics, **cloud.intervals),
         "picture.png": lambda file: draw_picture(photo, cloud, note).save(file, "PNG"),
         "cloud.glb": lambda file: write_glb(file, photo, cloud),
         "cloud.html": lambda file: file.write(page_text(page_data(photo, cloud, note)).encode()),
         "cloud.ply": lambda file: write_ply(file, x=x, y=y, z=z, red=red, green=green, blue=blue,
-                                            **cloud.measures)}
+                                            **cloud.intervals)}
     if gif:
         writers["cloud.gif"] = lambda file: save_turn(file, photo, cloud)
     else:
@@ -613,7 +601,7 @@ def write_cloud(out: Path, photo: Photo, cloud: Cloud, note: str, gif: bool) -> 
     for name, write in writers.items():
         with render.replacing(out / name) as temporary, open(temporary, "wb") as file:
             write(file)
-    return [out / name for name in writers]
+    return list(writers)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -652,15 +640,15 @@ def view_rotation(yaw: float, pitch: float) -> np.ndarray:
 
 
 def draw_cloud(xyz: np.ndarray, colors: np.ndarray, side: np.ndarray, size, yaw: float,
-               pitch: float, radius: float | None = None) -> Image.Image:
+               pitch: float, frame=None) -> Image.Image:
     """The cloud as seen from `yaw` degrees to the right and `pitch` upwards (0, 0: as the camera
     did), in parallel projection. Points are squares of `side` (N,) metres; nearer ones hide others.
     Colours (N, 3) uint8, size (w, h)."""
     width, height = size
     turned = xyz @ view_rotation(yaw, pitch).T
     low, high = np.quantile(turned[:, :2], (0.01, 0.99), 0)  # outliers may leave the frame
-    if radius is not None:
-        low, high = np.full(2, -radius), np.full(2, radius)
+    if frame is not None:  # half its sides [m], around the origin
+        low, high = -frame, frame
     scale = 0.92 * min((width, height) / np.maximum(high - low, side.max()))  # px a metre
     x, y = (turned[:, :2] - (low + high) / 2).T * scale
     x, y = (np.floor(v + length / 2).clip(-1e6, 1e6).astype(int)
@@ -719,9 +707,9 @@ def save_turn(file, photo: Photo, cloud: Cloud, frames: int = 36) -> None:
     size = [max(round(n * TURN / max(w, h)), 100) for n in (w, h)]
     side = 1.8 * cloud.xyz[:, 2] * cell_side(photo, cloud)
     center = np.median(cloud.xyz, 0)
-    radius = np.quantile(np.linalg.norm(cloud.xyz - center, axis=1), 0.9)
+    frame = np.quantile(np.abs(cloud.xyz - center)[:, :2], 0.98, 0) * 1.15
     turn = 2 * np.pi * np.arange(frames) / frames
-    images = [draw_cloud(cloud.xyz - center, cloud.colors, side, size, yaw, pitch, radius)
+    images = [draw_cloud(cloud.xyz - center, cloud.colors, side, size, yaw, pitch, frame)
               for yaw, pitch in zip(35 * np.sin(turn), 14 - 10 * np.cos(turn))]
     images[0].save(file, "GIF", save_all=True, append_images=images[1:], duration=70, loop=0)
 
@@ -735,18 +723,21 @@ class Desk:
     camera say of which photo, so that two pages do not meet; the lock lets clicks in between the
     batches of a cloud."""
 
-    def __init__(self, reader: Reader, folder: str):
-        self.reader, self.folder, self.lock = reader, Path(folder), threading.Lock()
-        self.opened = lru_cache(4)(open_photo)
+    def __init__(self, reader: Reader):
+        self.reader, self.lock = reader, threading.Lock()
+        self.folder, self.opened = tempfile.TemporaryDirectory(), lru_cache(4)(open_photo)
         self.actions = {"/photo": self.photo, "/distance": self.distance, "/cloud": self.cloud}
+
+    def path(self, id: str) -> str:
+        return os.path.join(self.folder.name, os.path.basename(id))
 
     def open(self, id: str, camera: dict[str, str]) -> Photo:
         values = {key: float(text) for key, text in camera.items()}
-        return self.opened(str(self.folder / Path(id).name), **values)
+        return self.opened(self.path(id), **values)
 
     def photo(self, data: bytes, **camera: str) -> Iterator[dict]:
         id = hashlib.sha256(data).hexdigest()
-        (self.folder / id).write_bytes(data)
+        Path(self.path(id)).write_bytes(data)
         photo = self.open(id, camera)
         yield {"id": id, "intrinsics": photo.intrinsics, "source": photo.source}
 
@@ -754,8 +745,7 @@ class Desk:
         photo = self.open(id, camera)
         with self.lock:
             lines = self.reader.lines(photo, render.parse_json(data))
-        answers = [reading(photo, line) for line in lines]
-        yield {"answers": answers, "length": length_between(photo, answers)}
+        yield {"answers": lines, "length": length_between(photo, lines)}
 
     def cloud(self, data: bytes, id: str, points: str, **camera: str) -> Iterator[dict]:
         photo = self.open(id, camera)
@@ -770,13 +760,15 @@ class Desk:
         yield {"cloud": page_data(photo, cloud, note_of(photo, cloud, lines))}
 
 
-def serve(reader: Reader, port: int) -> None:
+def make_server(reader: Reader, port: int) -> ThreadingHTTPServer:
     """viewer.html and what it posts, for this machine alone: a page of another site cannot send the
     header without leave, and is known by its Host if it calls its own name 127.0.0.1."""
 
     class Handler(BaseHTTPRequestHandler):
         timeout = 60  # s
-        log_message = lambda *_: None  # noqa: E731
+
+        def log_message(self, *_):
+            """Not a line a request."""
 
         def start(self, kind: str) -> None:
             self.send_response(200)
@@ -809,28 +801,26 @@ def serve(reader: Reader, port: int) -> None:
     except OSError as e:
         raise ValueError(f"--serve {port}: {e.strerror}. Give another port.") from None
     hosts = {f"{name}:{server.server_port}" for name in ("127.0.0.1", "localhost")}
-    with tempfile.TemporaryDirectory() as folder, suppress(KeyboardInterrupt), server:
-        desk = Desk(reader, folder)
-        print(f"open http://127.0.0.1:{server.server_port}/ ; Ctrl-C ends it", flush=True)
-        server.serve_forever()
+    desk = Desk(reader)
+    return server
 
 
 # --------------------------------------------------------------------------------------------------
 
 
-def pixel(text: str) -> tuple[float, float]:
-    """An argparse type: X,Y."""
-    try:
-        x, y = map(float, text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"'{text}' is no pixel; give x,y") from None
+def pixel(text: str) -> tuple[float, ...]:
+    """An argparse type."""
+    x, y = map(float, text.split(","))
     return x, y
 
 
-def known_distance(text: str) -> tuple[tuple[float, float], float]:
-    """An argparse type: X,Y=METRES."""
-    place, _, metres = text.partition("=")
+def known_distance(text: str) -> tuple[tuple[float, ...], float]:
+    """An argparse type."""
+    place, metres = text.split("=")
     return pixel(place), POSITIVE(metres)
+
+
+pixel.__name__, known_distance.__name__ = "X,Y", "X,Y=METRES"  # for argparse's messages
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -945,11 +935,10 @@ def run(args: argparse.Namespace, reader: Reader, photo: Photo, out: Path) -> di
     lines = reader.lines(photo, [*args.at, *places])
     lines, known = lines[:len(args.at)], lines[len(args.at):]
     if known:
-        lines = rescale(lines, known, metres)
-    readings = [reading(photo, line) for line in lines]
-    print_readings(photo, readings)
+        lines = rescale(reader, lines, known, metres)
+    print_answers(photo, lines)
     need_a_distance(reader, lines)
-    return about | {"at": readings}
+    return about | {"at": lines, "length": length_between(photo, lines)}
 
 
 def run_cloud(args: argparse.Namespace, reader: Reader, photo: Photo, out: Path, places: list,
@@ -976,15 +965,15 @@ def run_cloud(args: argparse.Namespace, reader: Reader, photo: Photo, out: Path,
         (out / ANSWERS).unlink()
     need_a_distance(reader, lines)
     if known:
-        lines = rescale(lines, known, metres)
+        lines = rescale(reader, lines, known, metres)
     cloud = make_cloud(photo, grid, lines, args.min_confidence, args.edge_filter)
     note = note_of(photo, cloud, lines)
     files = write_cloud(out, photo, cloud, note, args.gif)
     print(f"{note}; {cost}")
     if (error := label_error(photo, cloud.depth_m)):
         print(error)
-    print(", ".join(map(str, files)))
-    return {"points": len(cloud.xyz), "note": note, "files": [str(path) for path in files]}
+    print(f"{out}/: {', '.join(files)}")
+    return {"out": str(out), "points": len(cloud.xyz), "note": note, "files": files}
 
 
 @render.command
@@ -1009,7 +998,9 @@ def main(argv=None) -> None:
         reader = Reader(args.checkpoint, args.device, args.dtype, args.decode, args.batch_size,
                         args.workers, **render.settings_from_flags(args))
     if args.serve is not None:
-        return serve(reader, args.serve)
+        with make_server(reader, args.serve) as server, suppress(KeyboardInterrupt):
+            print(f"open http://127.0.0.1:{server.server_port}/ ; Ctrl-C ends it", flush=True)
+            return server.serve_forever()
     for path in readable:
         out = Path(args.out or "out")
         if not (args.out and alone):

@@ -7,7 +7,6 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
 import trimesh
 from PIL import ExifTags, Image, PngImagePlugin, TiffImagePlugin
 
@@ -54,6 +53,9 @@ class Exact:
 
     def run_queries(self, model, checkpoint, records, pairs, task, batch_size, workers, decode):
         record = records[0]
+        if len(pairs) == 1:  # a warm-up
+            yield None, [{"text": "It is 1 meter."}], 1
+            return
         pixels = [tuple(pixel) for pixel in record["pixel_coords"].tolist()]
         depth_m = plane(record["pixel_coords"], record["intrinsics"])
         for start in range(0, len(pairs), batch_size):
@@ -172,8 +174,7 @@ FILM_DIAGONAL = math.hypot(24, 36)
 
 @pytest.mark.parametrize("flags, intrinsics, source", [
     (("--photo-focal", 1200), (1200, 1200, 47.5, 35.5), "--photo-focal"),
-    (("--photo-focal", 1200, 1100.5, "--center", 40, 30), (1200, 1100.5, 40, 30),
-     "--photo-focal"),
+    (("--intrinsics", 1200, 1100.5, 40, 30), (1200, 1100.5, 40, 30), "--intrinsics"),
     (("--fov", 90), (48, 48, 47.5, 35.5), "--fov 90"),
     (("--focal-35mm", 28), (28 * 120 / FILM_DIAGONAL, 28 * 120 / FILM_DIAGONAL, 47.5, 35.5),
      "--focal-35mm 28")])
@@ -327,13 +328,13 @@ def test_exif_digital_zoom_of_film(tmp_path):
 
 @pytest.mark.parametrize("flags, words", [
     (("--photo-focal", 0.75), "divided by the image's width? Then 72, 72"),
-    (("--photo-focal", 1e5), "20 sides"), (("--photo-focal", 80, 20), "160 degrees"),
+    (("--photo-focal", 1e5), "20 sides"), (("--intrinsics", 80, 20, 47.5, 35.5), "160 degrees"),
     (("--focal-35mm", 1), "do not fit"), (("--focal-35mm", 5000), "20 sides")])
 def test_cameras_that_there_cannot_be(tmp_path, tiny, photo, capsys, flags, words):
     """Before the model is loaded."""
     message = error_of(capsys, tmp_path / "no checkpoint", photo, *flags)
     assert words in message and "do not fit an image of 96 x 72 px" in message
-    assert message.endswith("--fov DEGREES (the horizontal one) or --focal-35mm MM.")
+    assert "about --fov 65" in message and message.endswith("or --focal-35mm MM.")
 
 
 @pytest.mark.parametrize("said", [None, "stored", "upright"])
@@ -357,8 +358,8 @@ def test_orientation_of_a_record(tmp_path, tiny, exact, monkeypatch, said):
     x, y = points["pixels"].T
     shown = np.asarray(Image.open(path))
     shown = shown[::-1, ::-1] if said == "upright" else shown
-    assert (points["colors"] == shown[y, x]).all() and asked == [said]
-    opened = pointcloud.open_photo(str(path), [80])
+    assert (points["colors"] == shown[y, x]).all() and set(asked) == {said}
+    opened = pointcloud.open_photo(str(path), focal=80)
     assert (np.asarray(opened.image) == np.asarray(Image.open(path))[::-1, ::-1]).all()
     assert opened.orientation == "upright"
 
@@ -388,8 +389,8 @@ def test_plane(tmp_path, tiny, photo, exact, capsys):
     said = capsys.readouterr()
     depth_m, points = np.load(out / "depth.npy"), np.load(out / "points.npz")
     assert sorted(path.name for path in out.iterdir()) == [
-        ".lock", "answers.jsonl", "cloud.ply", "depth.npy", "picture.png", "points.npz",
-        "run.json"]
+        ".lock", "answers.jsonl", "cloud.glb", "cloud.html", "cloud.ply", "depth.npy", "depth.png",
+        "picture.png", "points.npz", "run.json"]
     queries = depth_m.size
     assert depth_m.dtype == np.float32 and len(points["xyz"]) == queries - 5
     assert np.isnan(depth_m.ravel()[3:8]).all() and np.isfinite(depth_m).sum() == queries - 5
@@ -407,7 +408,7 @@ def test_plane(tmp_path, tiny, photo, exact, capsys):
     assert len(lines) == queries
     assert [line["pred"] for line in lines[3:8]] == [None] * 5 and lines[4]["text"] == "-2 meters"
     run = json.loads((out / "run.json").read_text())
-    assert run["inputs"]["grid"] == list(depth_m.shape) and run["flags"]["photo_focal"] == [80]
+    assert run["inputs"]["grid"] == list(depth_m.shape) and run["flags"]["photo_focal"] == 80
     assert f"{queries - 5} points, 5 of {queries} answers were no distance" in said.out
     assert "s a query" in said.out
 
@@ -419,12 +420,12 @@ def test_cut_answers_are_no_points(tmp_path, tiny, photo, exact, capsys):
     exact.cut = {3, 4, 5, 6}
     out = tmp_path / "out"
     for _ in range(2):
-        cloud(tiny, photo, "--photo-focal", 80, "--points", 500, "--out", out)
+        cloud(tiny, photo, "--photo-focal", 80, "--points", 500, "--out", out, "--decode", "greedy")
         depth_m = np.load(out / "depth.npy").ravel()
         assert np.isnan(depth_m[3:6]).all() and depth_m[6] == 2 and np.isfinite(depth_m[7:]).all()
         said = capsys.readouterr().out
         assert f"3 of {len(depth_m)} answers were no distance, 4 cut by the token limit" in said
-    _, *lines = map(json.loads, (out / "answers.jsonl").read_text().splitlines())
+    lines = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
     assert lines[3] == {"pixel": lines[3]["pixel"], "pred": None, "text": "It is 1",
                         "truncated": True}
     assert [k for k, line in enumerate(lines) if "truncated" in line] == [3, 4, 5, 6]
@@ -533,7 +534,7 @@ OTHERS = {
     "another grid": (("--points", 200), "grid"),
     "another prompt": (("--prompt", "release"), "settings"),
     "another token limit": (("--max-new-tokens", 5), "settings"),
-    "another decoding": (("--decode", "median"), "decode"),
+    "another decoding": (("--decode", "greedy"), "decode"),
     "another precision": (("--dtype", "bfloat16"), "dtype")}
 
 
@@ -585,7 +586,7 @@ def test_overwrite_queries_anew(tmp_path, tiny, photo, exact):
     cloud(*common, "--overwrite")
     after = contents(tmp_path / "out")
     assert exact.asked == list(range(total)) and after["notes.txt"] == b"mine"
-    assert all(after[name] != before[name] for name in (*pointcloud.FILES, "answers.jsonl"))
+    assert all(after[name] != before[name] for name in pointcloud.FILES if name != "cloud.gif")
 
 
 def test_a_cloud_without_its_answers_is_not_replaced(tmp_path, tiny, photo, exact, capsys):
@@ -622,7 +623,10 @@ def test_two_clouds_at_once_into_one_folder(tmp_path, tiny, photo, exact, capsys
 def test_at(tmp_path, tiny, photo, exact, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exact.instead = {2: "far away"}
-    cloud(tiny, photo, "--photo-focal", 80, "--at", "47.5,35.5", "95,71", "0,0")
+    common = (tiny, photo, "--photo-focal", 80, "--at", "47.5,35.5", "95,71", "0,0")
+    cloud(*common)
+    assert "47.5,35.5: 2.00 m (1.00-2.00) from the camera" in capsys.readouterr().out
+    cloud(*common, "--decode", "greedy")
     lines = capsys.readouterr().out.splitlines()[1:]
     assert lines[0] == "47.5,35.5: 2.00 m from the camera, z 2.00 m"
     distance = plane(np.array([[95.0, 71.0]]), (80, 80, 47.5, 35.5))[0]
@@ -771,8 +775,8 @@ def test_disk_full(tmp_path, tiny, photo, exact, no_model, monkeypatch, capsys):
     (("--photo-focal", -3), "argument --photo-focal: -3 is not greater than 0"),
     (("--photo-focal", "nan"), "argument --photo-focal: nan is not"),
     (("--photo-focal", "inf"), "argument --photo-focal: inf is not"),
-    (("--photo-focal", 80, 0), "argument --photo-focal: 0 is not greater than 0"),
-    (("--photo-focal", 1, 2, 3), "--photo-focal: needs one number of pixels, or two (fx and fy)"),
+    (("--intrinsics", 80, 80, 96, 10), "a principal point in the image"),
+    (("--intrinsics", 80, 80, "nan", 10), "They need finite numbers of pixels"),
     (("--fov", 0), "argument --fov: 0 is not 1 or more and at most 160"),
     (("--fov", 161), "argument --fov: 161 is not 1 or more and at most 160"),
     (("--fov", "nan"), "argument --fov: nan is not"),
@@ -782,20 +786,24 @@ def test_disk_full(tmp_path, tiny, photo, exact, no_model, monkeypatch, capsys):
     (("--fov", 60, "--focal-35mm", 28), "argument --focal-35mm: not allowed with argument --fov"),
     (("--focal-35mm", 28, "--photo-focal", 80),
      "argument --photo-focal: not allowed with argument --focal-35mm"),
-    ((), "Give --photo-focal PIXELS, --fov DEGREES (the horizontal one) or --focal-35mm MM."),
-    (("--photo-focal", 80, "--center", 96, 10), "--center 96,10: is outside of the photo"),
-    (("--photo-focal", 80, "--at", "1,1", "96,3"), "--at 96,3: is outside of the photo"),
-    (("--photo-focal", 80, "--at", "3,nan"), "--at 3,nan: is outside of the photo"),
+    ((), "the main camera of a phone has about --fov 65"),
+    (("--photo-focal", 80, "--at", "1,1", "96,3"), "the pixel 96,3 is outside of it; x is 0 to 95"),
+    (("--photo-focal", 80, "--at", "3,nan"), "the pixel 3,nan is outside of it"),
+    (("--photo-focal", 80, "--known", "3,72=2"), "the pixel 3,72 is outside of it"),
+    (("--photo-focal", 80, "--known", "3,72"), "argument --known: invalid X,Y=METRES value"),
+    (("--photo-focal", 80, "--known", "3,7=0"), "argument --known: 0 is not greater than 0"),
+    (("--photo-focal", 80, "--serve"), "give photos, or --serve and none"),
     (("--photo-focal", 80, "--points", 0), "argument --points: 0 is not 1 or more"),
     (("--photo-focal", 80, "--batch-size", 0), "argument --batch-size: 0 is not 1 or more"),
     (("--photo-focal", 80, "--edge-filter", -1), "argument --edge-filter: -1 is not greater"),
-    (("--photo-focal", 80, "--min-confidence", 0.5), "--min-confidence: needs --decode median"),
+    (("--photo-focal", 80, "--decode", "greedy", "--min-confidence", 0.5),
+     "--min-confidence: needs --decode median"),
     (("--photo-focal", 80, "--decode", "median", "--min-confidence", 2),
      "argument --min-confidence: 2 is not 0 or more and at most 1"),
     (("--photo-focal", 80, "--focal", -1), "argument --focal: -1 is not greater than 0"),
-    (("--photo-focal", 80, "--at", "12"), "argument --at: '12' is no pixel; give x,y"),
-    (("--photo-focal", 80, "--at", "a,b"), "argument --at: 'a,b' is no pixel; give x,y"),
-    (("--photo-focal", 80, "--at", "1,2,3"), "argument --at: '1,2,3' is no pixel; give x,y")])
+    (("--photo-focal", 80, "--at", "12"), "argument --at: invalid X,Y value: '12'"),
+    (("--photo-focal", 80, "--at", "a,b"), "argument --at: invalid X,Y value: 'a,b'"),
+    (("--photo-focal", 80, "--at", "1,2,3"), "argument --at: invalid X,Y value: '1,2,3'")])
 def test_bad_flags(tmp_path, tiny, photo, capsys, flags, words):
     common = (tiny, photo, "--out", tmp_path / "out", "--points", 4)
     assert words in error_of(capsys, *common, *flags)
@@ -803,7 +811,7 @@ def test_bad_flags(tmp_path, tiny, photo, capsys, flags, words):
 
 
 @pytest.mark.parametrize("flags", [("--photo-focal", 80), ("--fov", 60), ("--focal-35mm", 28),
-                                   ("--center", 0, 0)])
+                                   ("--intrinsics", 80, 80, 9, 9)])
 def test_a_record_has_its_own_camera(tmp_path, tiny, world, capsys, flags):
     message = error_of(capsys, tiny, world, "--record", 0, "--out", tmp_path / "out",
                        "--points", 4, *flags)
@@ -838,8 +846,8 @@ def test_no_answer_is_a_distance(tmp_path, tiny, photo, exact, capsys):
     message = error_of(capsys, *common)
     assert "'I cannot say.'" in message and "prompt 'paper'" in message
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".lock", "run.json"]
-    message = error_of(capsys, tiny, photo, "--photo-focal", 80, "--at", "1,1")
-    assert "none of its answers" in message
+    message = error_of(capsys, tiny, photo, "--photo-focal", 80, "--at", "1,1", "2,2")
+    assert "none of its 2 answers is a distance" in message
     exact.instead = {}
     cloud(*common, "--prompt", "release")
 
@@ -862,16 +870,15 @@ def test_end_to_end(tmp_path, tiny, photo, capsys):
 
 
 def test_answers_are_those_of_evaluation(tiny, photo):
-    checkpoint = render.open_checkpoint(str(tiny), {"focal": 60, "max_new_tokens": 8}, quiet=True)
-    model = evaluate.load_model(checkpoint, torch.device("cpu"), torch.float32)
-    opened = pointcloud.open_photo(str(photo), [80])
+    reader = pointcloud.Reader(tiny, "cpu", decode="greedy", focal=60, max_new_tokens=8)
+    opened = pointcloud.open_photo(str(photo), focal=80)
     pixels = pointcloud.pixel_grid(96, 72, 9).reshape(-1, 2)
     record = {"image": str(photo), "intrinsics": opened.intrinsics, "pixel_coords": pixels,
               "depth": np.ones(len(pixels))}
     pairs = [(0, k) for k in range(len(pixels))]
     records = [render.check_record(record, "x")]
-    (_, answers, _), = evaluate.run_queries(model, checkpoint, records, pairs)
-    lines, = pointcloud.query_pixels(model, checkpoint, opened, pixels, 32, 0, "greedy")
+    (_, answers, _), = evaluate.run_queries(reader.model, reader.checkpoint, records, pairs)
+    lines = reader.lines(opened, pixels)
     assert [line["text"] for line in lines] == [answer["text"] for answer in answers]
     assert [line["pixel"] for line in lines] == pixels.tolist()
     assert any(answer["text"] for answer in answers)
