@@ -198,8 +198,8 @@ FASTER = {"VisionPatchEmbed": patch_product, "RMSNorm": rms_norm, "2_5_VLMLP": a
 def pick_device(device: str = "auto") -> torch.device:
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # before any use
     local_rank, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-    if device == "auto" and count == 0:
-        return torch.device("cpu")
+    if device == "auto" and count == 0:  # MPS, Apple's GPUs: not run on any so far
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     if device == "auto":
         if local_rank >= count:
             raise ValueError(f"process {local_rank} of this machine has no GPU of its own, there "
@@ -222,6 +222,8 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
 def setup_distributed(device: str = "auto", **options) -> tuple[int, int, torch.device]:
     """-> rank, world size, device. Without torchrun a world of one, so that there is one code path
     from one process to many nodes."""
+    if device == "auto" and not torch.cuda.is_available():
+        device = "cpu"  # FSDP has no MPS
     device = pick_device(device)
     backend = "gloo"
     if device.type == "cuda":
@@ -591,7 +593,7 @@ def number_leaves(model, checkpoint: Checkpoint, prefix: Prefix,
     leaves: list[list] = [[] for _ in range(rows)]
     seen, logits = prefix.seen[:, None], prefix.logits[:, -1:]
     for depth in range(9):
-        chances = logits.double().softmax(-1)[..., ids].tolist()  # (B, N, numbers)
+        chances = logits.float().softmax(-1)[..., ids].tolist()  # (B, N, numbers)
         grown = [grow(nodes[b], chances[b], numbers, leaves[b]) for b in range(rows)]
         most = max(map(len, grown))
         if not most or depth == 8:
@@ -1327,22 +1329,8 @@ def parse_args(argv=None) -> argparse.Namespace:
          help="write images and questions, for any system to answer and --predictions to score")
 
     flag = parser.add_argument_group("decoding, system").add_argument
-    add_decoding_flags(flag)
+    render.add_decoding_flags(flag)
     return parser.parse_args(argv)
-
-
-def add_decoding_flags(flag) -> None:
-    """The same flags in evaluate.py and pointcloud.py."""
-    flag("--decode", choices=("greedy", "median"), default="greedy",
-         help="median of the distribution over numbers, with an interval; the paper is greedy")
-    flag("--max-new-tokens", type=COUNT,
-         help="tokens an answer may have; default: as the checkpoint was trained, else 128")
-    flag("--batch-size", type=COUNT, default=32, help="queries a forward pass")
-    flag("--workers", type=NATURAL, default=min(4, (os.cpu_count() or 2) - 1),
-         help="processes that prepare images, per rank")
-    flag("--device", default="auto", help="such as cpu or cuda:1; auto: a GPU if there is one")
-    flag("--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
-         help="auto: bfloat16 on a GPU, float32 elsewhere")
 
 
 def default_out(args) -> Path:

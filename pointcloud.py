@@ -2,40 +2,76 @@
 A point cloud from one photo: about 10,000 pixels on an even grid, one query each (Sec. 4, Fig. 8).
 
     python pointcloud.py ckpt/sft_3b photo.jpg --photo-focal 1200     # pixels -> out/photo/
-    python pointcloud.py ckpt/sft_3b photo.jpg                        # by its EXIF data, printed
+    python pointcloud.py ckpt/sft_3b photos/                          # each, by its EXIF data
     python pointcloud.py ckpt/sft_3b photo.jpg --fov 65 --at 320,240  # the distance of that pixel
     python pointcloud.py ckpt/toy data/toy/val.jsonl --record 0       # a prepared image and camera
+    python pointcloud.py ckpt/sft_3b --serve                          # a page: click, measure, turn
 
-Reads a checkpoint and a photo (or a jsonl record). Writes into --out: answers.jsonl (one line a
-query), cloud.ply (binary: x, y, z, red, green, blue), depth.npy ((rows, columns) float32: Euclidean
-distance on the grid [m], NaN where the answer was no distance), points.npz (the cloud's pixels,
-depth, xyz and colors, and the intrinsics), picture.png and run.json.
+Reads a checkpoint and photos (or a jsonl record). Writes into --out: answers.jsonl (one line a
+query), cloud.ply (points), cloud.glb (a textured mesh), cloud.html (the cloud to turn, in one
+file), depth.npy and depth.png (the grid of distances; of z), points.npz, picture.png and run.json;
+README, "File formats", has their axes and units. In Python: see Reader.
 
 Camera axes: x right, y down, z forward, metres. A point is its Euclidean distance times the unit
 ray of its pixel; pixel (0, 0) is the centre of the first pixel of the upright photo. The same
 command resumes an interrupted run; with other filters it makes the cloud anew from the answers.
 """
 import argparse
+import base64
+import hashlib
+import io
+import json
 import math
+import os
 import re
+import struct
 import sys
+import tempfile
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import cached_property, lru_cache
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import parse_qsl, urlsplit
 
 import numpy as np
 from PIL import ExifTags, Image, ImageDraw
 from tqdm import tqdm
 
-import evaluate
 import render
 from render import COUNT, NATURAL, POSITIVE, SHARE, file_path, number
 
+# evaluate, and torch with it, is imported where a model is needed: a photo that cannot be read, or
+# has no focal length, is said at once
+
 NUM_POINTS = 10_000  # Sec. 4, "Visualization"
 NEAREST, FARTHEST = 1e-6, 1e6  # m; a number beyond these is no distance of anything in a photo
-HOW_FOCAL = "Give --photo-focal PIXELS, --fov DEGREES (the horizontal one) or --focal-35mm MM."
-FILES = ("cloud.ply", "depth.npy", "points.npz", "picture.png")
+HOW_FOCAL = ("Give --fov DEGREES (horizontal; the main camera of a phone has about --fov 65, held "
+             "upright 52), --photo-focal PIXELS or --focal-35mm MM.")
+PHOTOS = {".avif", ".bmp", ".heic", ".heif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+MEASURES = ("pred", "q10", "q90", "confidence")
 ANSWERS = "answers.jsonl"
+FILES = ("cloud.ply", "cloud.glb", "cloud.html", "depth.npy", "depth.png", "points.npz",
+         "picture.png", "cloud.gif")
+PAGE = Path(__file__).parent / "viewer.html"
+CUT = 0.15  # a mesh is cut where neighbours differ by more than this share
+GLTF = """{"asset": {"version": "2.0"}, "scene": 0, "scenes": [{"nodes": [0]}],
+ "nodes": [{"mesh": 0}],
+ "meshes": [{"primitives": [{"attributes": {"POSITION": 0, "TEXCOORD_0": 1}, "indices": 2,
+                             "material": 0}]}],
+ "accessors": [{"bufferView": 0, "componentType": 5126, "type": "VEC3"},
+               {"bufferView": 1, "componentType": 5126, "type": "VEC2"},
+               {"bufferView": 2, "componentType": 5125, "type": "SCALAR"}],
+ "materials": [{"pbrMetallicRoughness": {"baseColorTexture": {"index": 0}}, "doubleSided": true,
+                "extensions": {"KHR_materials_unlit": {}}}],
+ "extensionsUsed": ["KHR_materials_unlit"],
+ "textures": [{"source": 0}], "images": [{"bufferView": 3, "mimeType": "image/jpeg"}]}"""
+MOST_BYTES = 1 << 26  # of a photo that is posted
+TURN = 480  # px, longer side of the GIF
 PANEL = 480  # px, longer side of each image of the picture
 NEAR_TO_FAR = np.array([(128, 8, 32), (228, 60, 36), (252, 164, 52), (200, 228, 72),
                         (64, 200, 140), (44, 124, 216), (48, 36, 120)], float)  # by log distance
@@ -50,15 +86,11 @@ EDGE = 0.1  # as a ratio: the largest step for which the picture leaves an answe
 
 def pixel_grid(width: int, height: int, count: int) -> np.ndarray:
     """About `count` pixels spread evenly over an image, the middles of nearly square cells: (rows,
-    columns, 2) int, x and y. Rows and columns are the best compromise between that number and
-    square cells; no pixel comes twice."""
-    columns = np.arange(1, min(width, count) + 1)
-    rows = np.clip(np.round(count / columns), 1, height)
-    off_count = np.abs(np.log(columns * rows / count))
-    off_square = np.abs(np.log((width / columns) / (height / rows)))
-    best = (off_count + off_square).argmin()
+    columns, 2) int, x and y. No pixel comes twice."""
+    columns = min(max(round(math.sqrt(count * width / height)), 1), width)
+    rows = min(max(round(count / columns), 1), height)
     x, y = ((2 * np.arange(n) + 1) * length // (2 * n)
-            for n, length in ((int(columns[best]), width), (int(rows[best]), height)))
+            for n, length in ((columns, width), (rows, height)))
     return np.stack(np.meshgrid(x, y), -1)
 
 
@@ -157,30 +189,31 @@ def exif_focal(path: str) -> tuple[float, float, str]:
     return fx, fy, source + f", digital zoom {zoom:g}" * zoomed
 
 
-def open_photo(path: str, photo_focal: list[float] | None = None, fov: float | None = None,
-               film_mm: float | None = None, center: list[float] | None = None) -> Photo:
-    """The upright photo and its camera: by its focal length [px] (or fx and fy), its horizontal
-    field of view [degrees], its 35 mm equivalent, or its EXIF data. Raises ValueError; it does not
-    guess: without the focal length the scale of the answers would mean nothing."""
-    if path.endswith(".jsonl"):
-        raise ValueError(f"{path}: say which of its records, with --record N (0 is the first).")
+def open_photo(path: str, fov: float | None = None, focal: float | None = None,
+               focal_35mm: float | None = None, intrinsics=None) -> Photo:
+    """The upright photo and its camera: by its horizontal field of view [degrees], its focal length
+    [px], its 35 mm equivalent [mm], or (fx, fy, cx, cy) [px]; else by its EXIF data. Raises
+    ValueError; it does not guess: without the focal length the scale of the answers would mean
+    nothing."""
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such photo.")
     image = render.open_image(path)
     width, height = image.size
-    if photo_focal:
-        fx, fy, source = photo_focal[0], photo_focal[-1], "--photo-focal"
-    elif fov:
-        fx = fy = width / 2 / math.tan(math.radians(fov) / 2)
+    center = (width - 1) / 2, (height - 1) / 2
+    if intrinsics is not None:
+        fx, fy, *center = intrinsics
+        source = "--intrinsics"
+    elif focal is not None:
+        fx, fy, source = focal, focal, "--photo-focal"
+    elif fov is not None:
+        fx = fy = width / 2 / max(math.tan(math.radians(fov) / 2), 1e-9)
         source = f"--fov {fov:g}"
-    elif film_mm:
-        fx = fy = film_focal(film_mm, width, height)
-        source = f"--focal-35mm {film_mm:g}"
+    elif focal_35mm is not None:
+        fx = fy = film_focal(focal_35mm, width, height)
+        source = f"--focal-35mm {focal_35mm:g}"
     else:
         fx, fy, source = exif_focal(path)
-    cx, cy = center or ((width - 1) / 2, (height - 1) / 2)
-    check_inside("--center", cx, cy, width, height)
-    intrinsics = (fx, fy, cx, cy, width, height)
+    intrinsics = (fx, fy, *center, width, height)
     if fault := render.camera_fault(intrinsics):
         raise ValueError(f"{path}: {source}: {fault} {HOW_FOCAL}")
     return Photo(path, image, intrinsics, source)
@@ -188,8 +221,6 @@ def open_photo(path: str, photo_focal: list[float] | None = None, fov: float | N
 
 def open_record(path: str, number: int, image_root: str | None, label_type: str | None) -> Photo:
     """An image of a jsonl, with the record's camera and labels."""
-    if not path.endswith(".jsonl"):
-        raise ValueError(f"{path}: --record is for a jsonl file; leave it out for a photo.")
     records = render.Records(path, image_root, label_type)
     if number >= len(records):
         raise ValueError(f"--record {number}: {path} has the records 0 to {len(records) - 1}.")
@@ -201,37 +232,108 @@ def open_record(path: str, number: int, image_root: str | None, label_type: str 
     return Photo(record["image"], image, intrinsics, "the record", labels, orientation)
 
 
-def check_inside(flag: str, x: float, y: float, width: int, height: int) -> None:
-    if not (-0.5 <= x <= width - 0.5 and -0.5 <= y <= height - 0.5):
-        raise ValueError(f"{flag} {x:g},{y:g}: is outside of the photo; x is 0 to {width - 1}, y "
-                         f"to {height - 1}.")
+def check_inside(photo: Photo, pixels) -> None:
+    width, height = photo.image.size
+    for x, y in pixels:
+        if not (-0.5 <= x <= width - 0.5 and -0.5 <= y <= height - 0.5):
+            raise ValueError(f"{photo.path}: the pixel {x:g},{y:g} is outside of it; x is 0 to "
+                             f"{width - 1}, y to {height - 1}.")
+
+
+@contextmanager
+def image_path(image) -> Iterator[str]:
+    """A path as it is; a PIL image or an array as a temporary file, because what the model is shown
+    is read from files."""
+    if isinstance(image, (str, os.PathLike)):
+        yield os.fspath(image)
+        return
+    if not isinstance(image, Image.Image):
+        image = Image.fromarray(np.asarray(image, np.uint8))
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "image.png")
+        image.save(path, exif=image.getexif(), compress_level=1)
+        yield path
 
 
 # --------------------------------------------------------------------------------------------------
 # queries
 
 
-def query_pixels(model, checkpoint, photo: Photo, pixels: np.ndarray, batch_size: int,
-                 workers: int, decode: str):
-    """Query the model about pixels (N, 2) -> yields batches of {"pixel", "pred" [m] or None,
-    "text", ...}."""
-    record = {"image": photo.path, "intrinsics": photo.intrinsics, "pixel_coords": pixels,
-              "depth": np.ones(len(pixels)), "orientation": photo.orientation}
-    records = [render.check_record(record, photo.path)]  # a list serves as Records
-    pairs = [(0, k) for k in range(len(pixels))]
-    remaining = iter(pixels.tolist())
-    for _, answers, _ in evaluate.run_queries(model, checkpoint, records, pairs, "distance",
-                                              batch_size, workers, decode=decode):
-        batch = []
-        for answer, pixel in zip(answers, remaining):
-            value = render.read_answer(answer)
-            possible = value is not None and NEAREST < value < FARTHEST
-            batch.append({"pixel": pixel, "pred": value if possible else None, **answer})
-        yield batch
+class Reader:
+    """A checkpoint in memory that reads photos; all that this script does, it does by this class.
+
+        reader = Reader("ckpt/toy")
+        metres, q10, q90, confidence = reader("photo.jpg", at=[(320, 240)], fov=65)
+        xyz, colors = reader.cloud("photo.jpg", fov=65)
+
+    image: a path, a PIL image, or an array (H, W, 3) uint8. camera: fov, focal, focal_35mm or
+    intrinsics, see open_photo; none of them: by its EXIF data. settings: what is to differ from
+    the checkpoint's depthlm.json."""
+
+    # paper: the median instead of greedy answers; it is as accurate and brings an interval
+    def __init__(self, checkpoint: str, device: str = "auto", dtype: str = "auto",
+                 decode: str = "median", batch_size: int = 32, workers: int = 0, **settings):
+        import evaluate
+        self.checkpoint = render.open_checkpoint(str(checkpoint), settings)
+        self.device = evaluate.pick_device(device)
+        self.dtype = evaluate.pick_dtype(dtype, self.device)
+        self.decode, self.batch_size, self.workers = decode, batch_size, workers
+
+    @cached_property
+    def model(self):
+        """Loaded by the first query: a cloud of kept answers needs none."""
+        import evaluate
+        return evaluate.load_model(self.checkpoint, self.device, self.dtype)
+
+    def __call__(self, image, at, **camera) -> np.ndarray:
+        """Pixels (N, 2) -> (4, N): Euclidean distance [m], its 10 % and 90 % quantiles, confidence;
+        NaN where an answer is no distance, or has no interval."""
+        with image_path(image) as path:
+            photo = open_photo(path, **camera)
+            return measures(self.lines(photo, at))
+
+    def cloud(self, image, points: int = NUM_POINTS, min_confidence: float | None = None,
+              edge_filter: float | None = None, **camera) -> tuple[np.ndarray, np.ndarray]:
+        """-> points (N, 3) in camera axes [m], colours (N, 3) uint8."""
+        with image_path(image) as path:
+            photo = open_photo(path, **camera)
+            grid = pixel_grid(*photo.image.size, points)
+            lines = self.lines(photo, grid.reshape(-1, 2), self.workers)
+        need_a_distance(self, lines)
+        cloud = make_cloud(photo, grid, lines, min_confidence, edge_filter)
+        return cloud.xyz, cloud.colors
+
+    def lines(self, photo: Photo, pixels, workers: int = 0) -> list[dict]:
+        return [line for batch in self.query(photo, pixels, workers) for line in batch]
+
+    def query(self, photo: Photo, pixels, workers: int = 0) -> Iterator[list[dict]]:
+        """Query the model about pixels (N, 2) -> batches of {"pixel", "pred" [m] or None, "text",
+        ...}."""
+        import evaluate
+        pixels = np.asarray(pixels)
+        record = {"image": photo.path, "intrinsics": photo.intrinsics, "pixel_coords": pixels,
+                  "depth": np.ones(len(pixels)), "orientation": photo.orientation}
+        records = [render.check_record(record, photo.path)]  # a list serves as Records
+        pairs = [(0, k) for k in range(len(pixels))]
+        remaining = iter(pixels.tolist())
+        for _, answers, _ in evaluate.run_queries(self.model, self.checkpoint, records, pairs,
+                                                  "distance", self.batch_size, workers,
+                                                  decode=self.decode):
+            batch = []
+            for answer, pixel in zip(answers, remaining):
+                value = render.read_answer(answer)
+                possible = value is not None and NEAREST < value < FARTHEST
+                batch.append({"pixel": pixel, "pred": value if possible else None, **answer})
+            yield batch
 
 
-def answer_grid(load_model, checkpoint, photo: Photo, pixels: np.ndarray, path: Path,
-                batch_size: int, workers: int, decode: str) -> tuple[list[dict], str]:
+def measures(lines: list[dict]) -> np.ndarray:
+    """(4, N), see MEASURES; NaN where an answer is no distance, or has no interval."""
+    return np.array([[line.get(key) for line in lines] for key in MEASURES], np.float64)
+
+
+def answer_pixels(reader: Reader, photo: Photo, pixels: np.ndarray,
+                  path: Path) -> tuple[list[dict], str]:
     """Query the model about all pixels (N, 2) whose answers are not in `path`; they are on disk
     before the next batch begins. -> lines in the order of the pixels, and what a query took."""
     done = {}
@@ -243,41 +345,90 @@ def answer_grid(load_model, checkpoint, photo: Photo, pixels: np.ndarray, path: 
     kept = next((k for k, pixel in enumerate(order) if pixel not in done), len(order))
     if kept == len(order):
         return [done[pixel] for pixel in order], "answered before"
-    kept -= kept % batch_size  # the rest is batched as it is without an interruption
+    kept -= kept % reader.batch_size  # the rest is batched as it is without an interruption
     lines = [done[pixel] for pixel in order[:kept]]
     render.write_jsonl(path, lines)
     if kept:
         print(f"{path}: resumes after {kept:,} answers", flush=True)
 
-    model = load_model()
-    times = [time.time()]
+    left = len(order) - kept
+    if left > reader.batch_size:
+        for _ in range(2):  # the first one loads the model and opens the photo
+            start = time.time()
+            reader.lines(photo, pixels[:1])
+        most = timedelta(seconds=math.ceil(left * (time.time() - start)))
+        print(f"{left:,} queries take at most {most} (h:mm:ss), the time of one by one; "
+              f"{reader.batch_size} at once are faster", flush=True)
+    start = time.time()
     bar = tqdm(total=len(order), initial=kept, desc="queries", disable=None, dynamic_ncols=True)
     with open(path, "a") as file, bar:
-        for batch in query_pixels(model, checkpoint, photo, pixels[kept:], batch_size, workers,
-                                  decode):
+        for batch in reader.query(photo, pixels[kept:], reader.workers):
             file.write("".join(map(render.json_text, batch)))
             file.flush()
             lines += batch
-            times.append(time.time())
             bar.set_postfix(unparsed=sum(line["pred"] is None for line in lines), refresh=False)
             bar.update(len(batch))
-            left = len(order) - len(lines)
-            if len(times) == 3 and left:  # the first batch includes starting the workers
-                seconds = (times[2] - times[1]) / len(batch)
-                bar.write(f"{seconds:.3g} s a query, so about {left * seconds / 60:.1f} minutes "
-                          "to go", file=sys.stderr)
-    return lines, f"{(times[-1] - times[0]) / (len(order) - kept):.3g} s a query"
+    return lines, f"{(time.time() - start) / left:.3g} s a query"
 
 
-def print_pixels(lines: list[dict], intrinsics) -> None:
-    """--at: Euclidean distance and z of each pixel."""
+# --------------------------------------------------------------------------------------------------
+# distances of pixels
+
+
+def length_between(photo: Photo, lines: list[dict]) -> dict | None:
+    """The length between the points of two answers [m], and its interval if their errors are
+    independent; None if there are not two distances."""
+    if len(lines) != 2 or None in [line["pred"] for line in lines]:
+        return None
+    depth_m, q10, q90, _ = measures(lines)
+    drawn = np.random.default_rng(0).standard_normal((2000, 2)) / 1.2816  # 10 % are below -1
+    drawn[0] = 0
+    drawn = depth_m + np.nan_to_num(drawn * np.where(drawn > 0, q90 - depth_m, depth_m - q10))
+    ends = render.unproject(np.array([line["pixel"] for line in lines]), drawn, photo.intrinsics)
+    lengths = np.linalg.norm(ends[:, 0] - ends[:, 1], axis=-1)
+    found = {"pred": float(lengths[0])}
+    if np.isfinite(q10).all():
+        found["q10"], found["q90"] = np.quantile(lengths, (0.1, 0.9)).tolist()
+    return found
+
+
+def with_interval(found: dict) -> str:
+    if "q10" not in found:
+        return f"{found['pred']:.2f} m"
+    return f"{found['pred']:.2f} m ({found['q10']:.2f}-{found['q90']:.2f})"
+
+
+def print_answers(photo: Photo, lines: list[dict]) -> None:
+    """--at: Euclidean distance and z of each pixel, the length between two."""
     for line in lines:
         x, y = line["pixel"]
         if line["pred"] is None:
             print(f"{x:g},{y:g}: no distance in {line['text']!r}")
             continue
-        z = line["pred"] / render.ray_length(x, y, intrinsics)
-        print(f"{x:g},{y:g}: {line['pred']:.2f} m from the camera, z {z:.2f} m")
+        z = line["pred"] / render.ray_length(x, y, photo.intrinsics)
+        print(f"{x:g},{y:g}: {with_interval(line)} from the camera, z {z:.2f} m")
+    if (length := length_between(photo, lines)):
+        print(f"between the two: {with_interval(length)}")
+
+
+def need_a_distance(reader: Reader, lines: list[dict]) -> None:
+    if all(line["pred"] is None for line in lines):
+        raise ValueError(f"{reader.checkpoint.name}: none of its {len(lines):,} answers is a "
+                         f"distance (the first: {lines[0]['text']!r}). Was it trained for the "
+                         f"prompt '{reader.checkpoint.settings['prompt']}'?")
+
+
+def rescale(reader: Reader, lines: list[dict], known: list[dict],
+            metres: list[float]) -> list[dict]:
+    """The lines times the median of known / read distance at the known pixels. Raises ValueError if
+    none of these has an answer."""
+    need_a_distance(reader, known)
+    ratios = np.array(metres) / measures(known)[0]
+    scale = float(np.nanmedian(ratios))
+    errors = ", ".join(f"{error:+.1%}" for error in scale / ratios - 1)
+    print(f"scale {scale:.3f}, by which the known distances are off by {errors}")
+    return [line | {key: line[key] * scale for key in MEASURES[:3] if line.get(key)}
+            for line in lines]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -286,44 +437,40 @@ def print_pixels(lines: list[dict], intrinsics) -> None:
 
 @dataclass
 class Cloud:
-    """Points on a grid. depth_m (rows, columns) with NaN; keep (rows, columns) bool: those in the
-    cloud; pixels (N, 2), xyz (N, 3) [m], colors (N, 3) uint8 and measures (N,) of these:
-    confidence, q10, q90, 0 where a greedy answer knows none."""
+    """Points on a grid. pixels (rows, columns, 2); depth_m (rows, columns) with NaN; keep (rows,
+    columns) bool: those in the cloud; of these xyz (N, 3) [m], colors (N, 3) uint8 and intervals
+    (N,): confidence, q10, q90, 0 where an answer has none, {} where none has."""
+    pixels: np.ndarray
     depth_m: np.ndarray
     keep: np.ndarray
-    pixels: np.ndarray
     xyz: np.ndarray
     colors: np.ndarray
-    measures: dict[str, np.ndarray]
+    intervals: dict[str, np.ndarray]
 
 
-def make_cloud(photo: Photo, grid: np.ndarray, lines: list[dict], decode: str,
-               min_confidence: float | None, edge_filter: float | None) -> Cloud:
+def make_cloud(photo: Photo, grid: np.ndarray, lines: list[dict],
+               min_confidence: float | None = None, edge_filter: float | None = None) -> Cloud:
     """Answers on a grid (rows, columns, 2), filtered and unprojected. Raises ValueError if no point
     is left."""
-    shape = grid.shape[:2]
-    depth_m = np.array([line["pred"] or np.nan for line in lines], np.float32).reshape(shape)
-    measures = {}
-    if decode == "median":
-        measures = {name: np.array([line.get(name, 0.0) for line in lines],
-                                   np.float32).reshape(shape)
-                    for name in ("confidence", "q10", "q90")}
+    depth_m, q10, q90, confidence = measures(lines).astype(np.float32).reshape(4, *grid.shape[:2])
     keep = np.isfinite(depth_m)
+    intervals = {}
+    if any("confidence" in line for line in lines):
+        intervals = {"confidence": confidence, "q10": q10, "q90": q90}
     if min_confidence is not None:
-        keep = keep & (measures["confidence"] >= min_confidence)
+        keep = keep & (confidence >= min_confidence)
         if not keep.any():
             raise ValueError(f"--min-confidence {min_confidence:g}: leaves no point; the highest "
-                             f"is {measures['confidence'].max():.2f}. Give a lower one.")
+                             f"is {np.nanmax(confidence):.2f}. Give a lower one.")
     if edge_filter is not None:
         keep = keep & has_neighbour(depth_m, edge_filter)
         if not keep.any():
             raise ValueError(f"--edge-filter {edge_filter:g}: leaves no point. Give a larger "
                              "ratio.")
-    pixels = grid[keep]
-    xyz = render.unproject(pixels, depth_m[keep], photo.intrinsics).astype(np.float32)
-    colors = np.asarray(photo.image)[pixels[:, 1], pixels[:, 0]]
-    measures = {name: values[keep] for name, values in measures.items()}
-    return Cloud(depth_m, keep, pixels, xyz, colors, measures)
+    xyz = render.unproject(grid[keep], depth_m[keep], photo.intrinsics).astype(np.float32)
+    x, y = grid[keep].T
+    intervals = {key: np.nan_to_num(values[keep]) for key, values in intervals.items()}
+    return Cloud(grid, depth_m, keep, xyz, np.asarray(photo.image)[y, x], intervals)
 
 
 def label_ratios(photo: Photo, depth_m: np.ndarray) -> np.ndarray:
@@ -364,21 +511,106 @@ def write_ply(file, **columns: np.ndarray) -> None:
     file.write(vertices.tobytes())
 
 
-def write_cloud(out: Path, photo: Photo, cloud: Cloud, drawn: Image.Image) -> None:
+def write_glb(file, photo: Photo, cloud: Cloud) -> None:
+    """The grid as a mesh in binary glTF, the photo its texture, cut between neighbours that differ
+    by more than CUT. glTF's axes: x right, y up, z backward."""
+    number = np.full(cloud.keep.shape, -1)
+    number[cloud.keep] = np.arange(len(cloud.xyz))
+    rows, columns = number.shape
+    left_up, right_up, left_low, right_low = (
+        number[i:rows - 1 + i, j:columns - 1 + j].ravel() for i in (0, 1) for j in (0, 1))
+    triangles = np.concatenate([np.stack([left_up, left_low, right_up], 1),
+                                np.stack([right_up, left_low, right_low], 1)])
+    triangles = triangles[(triangles >= 0).all(1)]
+    depth_m = cloud.depth_m[cloud.keep][triangles]
+    triangles = triangles[depth_m.max(1) <= (1 + CUT) * depth_m.min(1)]
+    if not len(triangles):
+        triangles = np.zeros((1, 3))  # a mesh of none is no glTF
+
+    texture, jpeg = photo.image.copy(), io.BytesIO()
+    texture.thumbnail((2048, 2048))
+    texture.save(jpeg, "JPEG", quality=90)
+    arrays = [cloud.xyz * np.float32([1, -1, -1]),
+              np.float32((cloud.pixels[cloud.keep] + 0.5) / photo.image.size),
+              triangles.reshape(-1, 1).astype(np.uint32)]
+    scene, views, body = json.loads(GLTF), [], b""
+    for accessor, array in zip(scene["accessors"], arrays):
+        accessor |= {"count": len(array), "min": array.min(0).tolist(),
+                     "max": array.max(0).tolist()}
+    for part in (*(array.tobytes() for array in arrays), jpeg.getvalue()):
+        views.append({"buffer": 0, "byteOffset": len(body), "byteLength": len(part)})
+        body += part + bytes(-len(part) % 4)
+    scene |= {"bufferViews": views, "buffers": [{"byteLength": len(body)}]}
+    header = json.dumps(scene).encode()
+    header += b" " * (-len(header) % 4)
+    file.write(struct.pack("<4sII", b"glTF", 2, 28 + len(header) + len(body)))
+    for kind, chunk in (b"JSON", header), (b"BIN\0", body):
+        file.write(struct.pack("<I4s", len(chunk), kind) + chunk)
+
+
+def z_millimetres(photo: Photo, cloud: Cloud) -> Image.Image:
+    """The grid's z as a 16-bit image, 0 where it is unknown or beyond 65.5 m."""
+    x, y = cloud.pixels[..., 0], cloud.pixels[..., 1]
+    z = np.nan_to_num(1000 * cloud.depth_m / render.ray_length(x, y, photo.intrinsics))
+    return Image.fromarray(np.where(z < 65535.5, z.round(), 0).astype(np.uint16))
+
+
+def page_data(photo: Photo, cloud: Cloud, note: str) -> dict:
+    """A cloud as viewer.html takes it."""
+    def coded(values: np.ndarray) -> str:
+        return base64.b64encode(values.tobytes()).decode()
+
+    confidence = cloud.intervals.get("confidence")
+    return {"xyz": coded(cloud.xyz), "colors": coded(cloud.colors), "note": note,
+            "confidence": None if confidence is None else coded(confidence),
+            "spacing": cell_side(photo, cloud)}
+
+
+def cell_side(photo: Photo, cloud: Cloud) -> float:
+    """The longer side of the grid's cells, as a share of z."""
+    fx, fy, _, _, w, h = photo.intrinsics
+    rows, columns = cloud.keep.shape
+    return max(w / columns / fx, h / rows / fy)
+
+
+def page_text(data: dict) -> str:
+    """cloud.html: viewer.html with a cloud inside."""
+    inside = json.dumps(data).replace("<", "\\u003c")  # no text can end the script element
+    return PAGE.read_text("utf-8").replace(">null</script>", f">{inside}</script>")
+
+
+def note_of(photo: Photo, cloud: Cloud, lines: list[dict]) -> str:
+    fx, fy = photo.intrinsics[:2]
+    unparsed = sum(line["pred"] is None for line in lines)
+    truncated = sum("truncated" in line for line in lines)
+    cut = f"{truncated:,} cut by the token limit, " if truncated else ""
+    return (f"{len(cloud.xyz):,} points, {unparsed:,} of {len(lines):,} answers were no distance, "
+            f"{cut}focal {fx:.1f} {fy:.1f} px ({photo.source})")
+
+
+def write_cloud(out: Path, photo: Photo, cloud: Cloud, note: str, gif: bool) -> list[str]:
     """The files of the cloud, each whole or not at all."""
     x, y, z = cloud.xyz.T
     red, green, blue = cloud.colors.T
     writers = {
         "depth.npy": lambda file: np.save(file, cloud.depth_m),
+        "depth.png": lambda file: z_millimetres(photo, cloud).save(file, "PNG"),
         "points.npz": lambda file: np.savez(
-            file, pixels=cloud.pixels, depth=cloud.depth_m[cloud.keep], xyz=cloud.xyz,
-            colors=cloud.colors, intrinsics=photo.intrinsics, **cloud.measures),
-        "picture.png": lambda file: drawn.save(file, "PNG"),
+            file, pixels=cloud.pixels[cloud.keep], depth=cloud.depth_m[cloud.keep], xyz=cloud.xyz,
+            colors=cloud.colors, intrinsics=photo.intrinsics, **cloud.intervals),
+        "picture.png": lambda file: draw_picture(photo, cloud, note).save(file, "PNG"),
+        "cloud.glb": lambda file: write_glb(file, photo, cloud),
+        "cloud.html": lambda file: file.write(page_text(page_data(photo, cloud, note)).encode()),
         "cloud.ply": lambda file: write_ply(file, x=x, y=y, z=z, red=red, green=green, blue=blue,
-                                            **cloud.measures)}
+                                            **cloud.intervals)}
+    if gif:
+        writers["cloud.gif"] = lambda file: save_turn(file, photo, cloud)
+    else:
+        (out / "cloud.gif").unlink(missing_ok=True)  # of other filters
     for name, write in writers.items():
         with render.replacing(out / name) as temporary, open(temporary, "wb") as file:
             write(file)
+    return list(writers)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -442,15 +674,18 @@ def fill_in(photo: Photo, cloud: Cloud, size) -> tuple[np.ndarray, np.ndarray]:
     return render.unproject(pixels, depth_m[y, x], photo.intrinsics), colors
 
 
-def draw_cloud(xyz: np.ndarray, colors: np.ndarray, size, yaw: float, pitch: float) -> Image.Image:
+def draw_cloud(xyz: np.ndarray, colors: np.ndarray, size, yaw: float, pitch: float,
+               frame: np.ndarray | None = None) -> Image.Image:
     """Points (N, 3) as seen from `yaw` degrees to the right and `pitch` upwards (0, 0: as the
     camera did), in parallel projection, 5 px wide; nearer ones hide others. Colours (N, 3) uint8,
-    size (w, h)."""
+    size (w, h); frame: half the sides of what is shown [m], around the origin."""
     width, height = size
     turned = xyz @ view_rotation(yaw, pitch).T
     order = np.argsort(-turned[:, 2], kind="stable")  # far to near: what is assigned last, stays
     turned, colors = turned[order], np.repeat(colors[order], 25, 0)
     low, high = np.quantile(turned[:, :2], (0.01, 0.99), 0)  # outliers may leave the frame
+    if frame is not None:
+        low, high = -frame, frame
     scale = 0.92 * min((width, height) / np.maximum(high - low, 0.01))  # px a metre
     places = np.floor((turned[:, :2] - (low + high) / 2) * scale + np.divide(size, 2))
     offsets = np.mgrid[-2:3, -2:3].reshape(2, 25)
@@ -489,128 +724,316 @@ def draw_picture(photo: Photo, cloud: Cloud, note: str) -> Image.Image:
     return render.captioned(picture, note)
 
 
+def save_turn(file, photo: Photo, cloud: Cloud, frames: int = 36) -> None:
+    """A GIF of a view that circles around that of the camera, behind which nothing is known."""
+    size = [max(round(n * TURN / max(photo.image.size)), 100) for n in photo.image.size]
+    xyz, colors = fill_in(photo, cloud, size)
+    xyz = xyz - np.median(xyz, 0)
+    frame = np.quantile(np.abs(xyz[:, :2]), 0.98, 0) * 1.15
+    turn = 2 * np.pi * np.arange(frames) / frames
+    images = [draw_cloud(xyz, colors, size, yaw, pitch, frame)
+              for yaw, pitch in zip(35 * np.sin(turn), 14 - 10 * np.cos(turn))]
+    images[0].save(file, "GIF", save_all=True, append_images=images[1:], duration=70, loop=0)
+
+
+# --------------------------------------------------------------------------------------------------
+# the page
+
+
+class Desk:
+    """What the page may post. Each action yields JSON objects: an answer, or progress first. id and
+    camera say of which photo, so that two pages do not meet; the lock lets clicks in between the
+    batches of a cloud."""
+
+    def __init__(self, reader: Reader):
+        self.reader, self.lock = reader, threading.Lock()
+        self.folder, self.opened = tempfile.TemporaryDirectory(), lru_cache(4)(open_photo)
+        self.actions = {"/photo": self.photo, "/distance": self.distance, "/cloud": self.cloud}
+
+    def path(self, id: str) -> str:
+        return os.path.join(self.folder.name, os.path.basename(id))
+
+    def open(self, id: str, camera: dict[str, str]) -> Photo:
+        values = {key: float(text) for key, text in camera.items()}
+        return self.opened(self.path(id), **values)
+
+    def photo(self, data: bytes, **camera: str) -> Iterator[dict]:
+        id = hashlib.sha256(data).hexdigest()
+        Path(self.path(id)).write_bytes(data)
+        photo = self.open(id, camera)
+        yield {"id": id, "intrinsics": photo.intrinsics, "source": photo.source}
+
+    def distance(self, data: bytes, id: str, **camera: str) -> Iterator[dict]:
+        photo = self.open(id, camera)
+        with self.lock:
+            lines = self.reader.lines(photo, render.parse_json(data))
+        yield {"answers": lines, "length": length_between(photo, lines)}
+
+    def cloud(self, data: bytes, id: str, points: str, **camera: str) -> Iterator[dict]:
+        photo = self.open(id, camera)
+        grid = pixel_grid(*photo.image.size, COUNT(points))
+        lines, batches = [], self.reader.query(photo, grid.reshape(-1, 2))
+        while len(lines) < grid.size // 2:
+            with self.lock:
+                lines += next(batches)
+            yield {"done": len(lines), "total": grid.size // 2}
+        need_a_distance(self.reader, lines)
+        cloud = make_cloud(photo, grid, lines)
+        yield {"cloud": page_data(photo, cloud, note_of(photo, cloud, lines))}
+
+
+def make_server(reader: Reader, port: int) -> ThreadingHTTPServer:
+    """viewer.html and what it posts, for this machine alone: a page of another site cannot send the
+    header without leave, and is known by its Host if it calls its own name 127.0.0.1."""
+
+    class Handler(BaseHTTPRequestHandler):
+        timeout = 60  # s
+
+        def log_message(self, *_):
+            """Not a line a request."""
+
+        def start(self, kind: str) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", kind)
+            self.end_headers()
+
+        def do_GET(self):
+            if self.headers["Host"] not in hosts or self.path != "/":
+                return self.send_error(404)
+            self.start("text/html; charset=utf-8")
+            self.wfile.write(PAGE.read_bytes())
+
+        def do_POST(self):
+            url, length = urlsplit(self.path), int(self.headers["Content-Length"] or 0)
+            action = desk.actions.get(url.path)
+            ours = self.headers["Host"] in hosts and self.headers["X-nanoDepthLM"] == "1"
+            if not (ours and action and 0 <= length <= MOST_BYTES):
+                return self.send_error(403)
+            self.start("application/x-ndjson")
+            try:
+                for found in action(self.rfile.read(length), **dict(parse_qsl(url.query))):
+                    self.wfile.write(render.json_text(found).encode())
+            except BrokenPipeError:  # the page is closed
+                pass
+            except Exception as e:  # it says so, and the next request is answered
+                self.wfile.write(render.json_text({"error": str(e)}).encode())
+
+    try:
+        server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    except OSError as e:
+        raise ValueError(f"--serve {port}: {e.strerror}. Give another port.") from None
+    hosts = {f"{name}:{server.server_port}" for name in ("127.0.0.1", "localhost")}
+    desk = Desk(reader)
+    return server
+
+
 # --------------------------------------------------------------------------------------------------
 
 
-def pixel(text: str) -> tuple[float, float]:
-    """An argparse type: X,Y."""
-    try:
-        x, y = map(float, text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"'{text}' is no pixel; give x,y") from None
+def pixel(text: str) -> tuple[float, ...]:
+    """An argparse type."""
+    x, y = map(float, text.split(","))
     return x, y
+
+
+def known_distance(text: str) -> tuple[tuple[float, ...], float]:
+    """An argparse type."""
+    place, metres = text.split("=")
+    return pixel(place), POSITIVE(metres)
+
+
+pixel.__name__, known_distance.__name__ = "X,Y", "X,Y=METRES"  # for argparse's messages
 
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = render.make_parser(__doc__)
     parser.add_argument("checkpoint", help="model folder or hub name")
-    parser.add_argument("photo", type=file_path, help="an image; or a jsonl file, with --record")
+    parser.add_argument("photo", type=file_path, nargs="*",
+                        help="images, folders of images; or a jsonl file, with --record")
+    parser.add_argument("--serve", type=number(int, 0, 65535), nargs="?", const=8000,
+                        metavar="PORT", help="no photos, a page to open them in, for this machine "
+                        "alone; default: no page, and 8000 for its port")
 
     flag = parser.add_argument_group("files").add_argument
-    flag("--out", type=file_path, help="folder of the results; default: out/<photo name>")
+    flag("--out", type=file_path, help="folder of the results, of several photos that of their "
+         "folders; default: out/<photo name>")
     flag("--overwrite", action="store_true", help="drop the answers that are in --out")
     flag("--record", type=NATURAL, metavar="N",
          help="this record of the jsonl (0 is the first), with its camera; default: a photo")
     render.add_record_flags(flag)
+    flag("--gif", action="store_true", help="also cloud.gif, a turn around the cloud")
+    flag("--json", action="store_true", help="print one JSON object a photo, all else to stderr")
 
     camera = parser.add_argument_group("the photo's camera (default: its EXIF data)")
     flag = camera.add_mutually_exclusive_group().add_argument
-    flag("--photo-focal", type=POSITIVE, nargs="+", metavar="PX",
-         help="its focal length, px; or fx fy")
+    flag("--photo-focal", type=POSITIVE, metavar="PX", help="its focal length, px")
     flag("--fov", type=number(float, 1, 160), metavar="DEGREES", help="horizontal field of view")
     flag("--focal-35mm", type=POSITIVE, metavar="MM", help="35 mm equivalent focal length")
-    camera.add_argument("--center", type=float, nargs=2, metavar=("CX", "CY"),
-                        help="principal point, px; default: the photo's centre")
+    flag("--intrinsics", type=float, nargs=4, metavar=("FX", "FY", "CX", "CY"),
+         help="focal lengths and principal point, px")
 
     flag = parser.add_argument_group("queries").add_argument
     flag("--points", type=COUNT, default=NUM_POINTS,
          help="queries, as nearly as an even grid allows (Sec. 4)")
-    flag("--at", type=pixel, nargs="+", metavar="X,Y",
+    flag("--at", type=pixel, nargs="+", metavar="X,Y", default=[],
          help="print the distance of these pixels, and make no cloud; default: a cloud")
+    flag("--known", type=known_distance, nargs="+", metavar="X,Y=METRES", default=[],
+         help="distances that were measured: all answers are scaled by the median ratio; default: "
+         "none")
     flag("--edge-filter", type=POSITIVE, metavar="R",
          help="leave out of the cloud what differs by more than the ratio R (such as 0.1) from all "
          "four neighbours on the grid; default: keep all")
     flag("--min-confidence", type=SHARE, metavar="P",
          help="leave points out of which the model puts less than P of its probability within "
-         "25 %% of the median; needs --decode median; default: keep all")
+         "25 %% of the median; default: keep all")
     render.add_settings_flags(parser)
-    evaluate.add_decoding_flags(parser.add_argument_group("decoding, system").add_argument)
+    render.add_decoding_flags(parser.add_argument_group("decoding, system").add_argument)
+    parser.set_defaults(decode="median")
     args = parser.parse_args(argv)
     if args.min_confidence is not None and args.decode != "median":
         parser.error("--min-confidence: needs --decode median; greedy answers have no confidence")
-    if args.photo_focal and len(args.photo_focal) > 2:
-        parser.error("--photo-focal: needs one number of pixels, or two (fx and fy)")
-    if args.record is not None and (args.photo_focal or args.fov or args.focal_35mm or args.center):
+    if bool(args.photo) == (args.serve is not None):
+        parser.error("give photos, or --serve and none")
+    jsonl = [path for path in args.photo if path.endswith(".jsonl")]
+    if args.record is None and jsonl:
+        parser.error(f"{jsonl[0]}: say which of its records, with --record N (0 is the first)")
+    if args.record is not None and (len(jsonl) != 1 or len(args.photo) > 1):
+        parser.error("--record is for one jsonl file; leave it out for photos")
+    if args.record is not None and any(camera_of(args).values()):
         parser.error("--record brings its own camera: leave --photo-focal, --fov, --focal-35mm and "
-                     "--center out")
+                     "--intrinsics out")
     return args
 
 
-def run(args: argparse.Namespace, out: Path, photo: Photo, checkpoint, device, dtype) -> None:
+def camera_of(args: argparse.Namespace) -> dict:
+    return {"fov": args.fov, "focal": args.photo_focal, "focal_35mm": args.focal_35mm,
+            "intrinsics": args.intrinsics}
+
+
+def list_photos(paths: list[str]) -> list[str]:
+    """The photos, and those of the folders, among paths."""
+    found = []
+    for path in map(Path, paths):
+        inside = [path]
+        if path.is_dir():
+            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in PHOTOS)
+        if not inside:
+            raise ValueError(f"{path}: holds no photo (such as *.jpg).")
+        found += map(str, inside)
+    return found
+
+
+def result_name(path: str, record: int | None) -> str:
+    if record is None:
+        return Path(path).stem
+    import evaluate
+    return f"{evaluate.dataset_names([path])[0]}-{record}"
+
+
+@contextmanager
+def one_line_each(failed: list, alone: bool) -> Iterator[None]:
+    """The fault of one photo of several is a line, and the others go on."""
+    try:
+        yield
+    except (ValueError, OSError) as e:
+        if alone:
+            raise
+        print("error:", render.printable(e), file=sys.stderr, flush=True)
+        failed.append(e)
+
+
+def run(args: argparse.Namespace, reader: Reader, photo: Photo, out: Path) -> dict:
+    """Distances of pixels, or a cloud, of one photo. -> what --json prints."""
+    width, height = photo.image.size
+    fx, fy, cx, cy = photo.intrinsics[:4]
+    print(f"{photo.path}: {width} x {height} px, focal {fx:.1f} {fy:.1f} px ({photo.source}), "
+          f"center {cx:g} {cy:g}", flush=True)
+    about = {"photo": photo.path, "intrinsics": photo.intrinsics, "source": photo.source}
+    places, metres = [place for place, _ in args.known], [true for _, true in args.known]
+    if not args.at:
+        with render.lock_folder(out):
+            return about | run_cloud(args, reader, photo, out, places, metres)
+
+    lines = reader.lines(photo, [*args.at, *places])
+    lines, known = lines[:len(args.at)], lines[len(args.at):]
+    if known:
+        lines = rescale(reader, lines, known, metres)
+    print_answers(photo, lines)
+    need_a_distance(reader, lines)
+    return about | {"at": lines, "length": length_between(photo, lines)}
+
+
+def run_cloud(args: argparse.Namespace, reader: Reader, photo: Photo, out: Path, places: list,
+              metres: list) -> dict:
     """Query the grid, or read what was answered before, and write all files."""
+    import evaluate
     width, height = photo.image.size
     grid = pixel_grid(width, height, args.points)
     rows, columns = grid.shape[:2]
     print(f"{columns} x {rows} = {rows * columns:,} queries on an even grid ({args.points:,} were "
           f"wanted), one every {width / columns:.3g} x {height / rows:.3g} px", flush=True)
-    inputs = {"weights": evaluate.weights_hash(checkpoint), "settings": checkpoint.settings,
-              "dtype": str(dtype), "decode": args.decode, "grid": grid.shape[:2],
+    inputs = {"weights": evaluate.weights_hash(reader.checkpoint),
+              "settings": reader.checkpoint.settings, "dtype": str(reader.dtype),
+              "decode": args.decode, "grid": grid.shape[:2],
               "image": evaluate.file_hash(photo.path), "intrinsics": photo.intrinsics}
     evaluate.claim(out, args, inputs, (ANSWERS, *FILES))
 
-    lines, cost = answer_grid(lambda: evaluate.load_model(checkpoint, device, dtype), checkpoint,
-                              photo, grid.reshape(-1, 2), out / ANSWERS, args.batch_size,
-                              args.workers, args.decode)
-    unparsed = sum(line["pred"] is None for line in lines)
-    truncated = sum("truncated" in line for line in lines)
-    cut = f"{truncated:,} cut by the token limit, " if truncated else ""
-    if unparsed == len(lines):
+    pixels = grid.reshape(-1, 2)
+    if places:
+        pixels = np.concatenate([pixels, places])
+    lines, cost = answer_pixels(reader, photo, pixels, out / ANSWERS)
+    lines, known = lines[:grid.size // 2], lines[grid.size // 2:]
+    if all(line["pred"] is None for line in lines):
         (out / ANSWERS).unlink()
-        raise ValueError(f"{checkpoint.name}: none of its {len(lines):,} answers is a distance "
-                         f"(the first: {lines[0]['text']!r}). Was it trained for the prompt "
-                         f"'{checkpoint.settings['prompt']}'?")
-    cloud = make_cloud(photo, grid, lines, args.decode, args.min_confidence, args.edge_filter)
-    fx, fy = photo.intrinsics[:2]
-    note = (f"{len(cloud.xyz):,} points, {unparsed:,} of {len(lines):,} answers were no distance, "
-            f"{cut}focal {fx:.1f} {fy:.1f} px ({photo.source})")
-    write_cloud(out, photo, cloud, draw_picture(photo, cloud, note))
+    need_a_distance(reader, lines)
+    if known:
+        lines = rescale(reader, lines, known, metres)
+    cloud = make_cloud(photo, grid, lines, args.min_confidence, args.edge_filter)
+    note = note_of(photo, cloud, lines)
+    files = write_cloud(out, photo, cloud, note, args.gif)
     print(f"{note}; {cost}")
     if (error := label_error(photo, cloud.depth_m)):
         print(error)
-    print(", ".join(str(out / name) for name in FILES))
+    print(f"{out}/: {', '.join(files)}")
+    return {"out": str(out), "points": len(cloud.xyz), "note": note, "files": files}
 
 
 @render.command
 def main(argv=None) -> None:
     args = parse_args(argv)
-    if args.record is None:
-        photo = open_photo(args.photo, args.photo_focal, args.fov, args.focal_35mm, args.center)
-        name = Path(args.photo).stem
-    else:
-        photo = open_record(args.photo, args.record, args.image_root, args.label_type)
-        name = f"{evaluate.dataset_names([args.photo])[0]}-{args.record}"
-    width, height = photo.image.size
-    fx, fy, cx, cy = photo.intrinsics[:4]
-    print(f"{photo.path}: {width} x {height} px, focal {fx:.1f} {fy:.1f} px ({photo.source}), "
-          f"center {cx:g} {cy:g}", flush=True)
-    for x, y in args.at or ():
-        check_inside("--at", x, y, width, height)
 
-    checkpoint = render.open_checkpoint(args.checkpoint, render.settings_from_flags(args))
-    device = evaluate.pick_device(args.device)
-    dtype = evaluate.pick_dtype(args.dtype, device)
-    if not args.at:
-        out = Path(args.out or Path("out") / name)
-        with render.lock_folder(out):
-            return run(args, out, photo, checkpoint, device, dtype)
-    model = evaluate.load_model(checkpoint, device, dtype)
-    batches = query_pixels(model, checkpoint, photo, np.array(args.at), args.batch_size, 0,
-                           args.decode)
-    lines = [line for batch in batches for line in batch]
-    print_pixels(lines, photo.intrinsics)
-    if all(line["pred"] is None for line in lines):
-        raise ValueError(f"{checkpoint.name}: none of its answers is a distance. Was it trained "
-                         f"for the prompt '{checkpoint.settings['prompt']}'?")
+    def open_one(path: str) -> Photo:
+        if args.record is None:
+            photo = open_photo(path, **camera_of(args))
+        else:
+            photo = open_record(path, args.record, args.image_root, args.label_type)
+        check_inside(photo, [*args.at, *(place for place, _ in args.known)])
+        return photo
+
+    photos, failed, readable = list_photos(args.photo), [], []
+    alone = len(photos) == 1
+    for path in photos:  # all of them before any waits for the model
+        with one_line_each(failed, alone):
+            open_one(path)
+            readable.append(path)
+    if readable or args.serve is not None:
+        reader = Reader(args.checkpoint, args.device, args.dtype, args.decode, args.batch_size,
+                        args.workers, **render.settings_from_flags(args))
+    if args.serve is not None:
+        with make_server(reader, args.serve) as server, suppress(KeyboardInterrupt):
+            print(f"open http://127.0.0.1:{server.server_port}/ ; Ctrl-C ends it", flush=True)
+            return server.serve_forever()
+    for path in readable:
+        out = Path(args.out or "out")
+        if not (args.out and alone):
+            out = out / result_name(path, args.record)
+        with one_line_each(failed, alone):
+            with redirect_stdout(sys.stderr) if args.json else nullcontext():
+                found = run(args, reader, open_one(path), out)
+            if args.json:
+                print(render.json_text(found), end="", flush=True)
+    if failed:
+        raise ValueError(f"{len(failed)} of {len(photos)} photos failed, each with a line above.")
 
 
 if __name__ == "__main__":

@@ -1823,6 +1823,21 @@ def add_settings_flags(parser: argparse.ArgumentParser) -> None:
     flag("--camera", choices=CAMERAS, help="camera strategy; the paper's: unify (Sec. 3.3)")
 
 
+def add_decoding_flags(flag) -> None:
+    """The same flags in evaluate.py and pointcloud.py."""
+    flag("--decode", choices=("greedy", "median"), default="greedy",
+         help="median of the distribution over numbers, with an interval; the paper is greedy")
+    flag("--max-new-tokens", type=COUNT,
+         help="tokens an answer may have; default: as the checkpoint was trained, else 128")
+    flag("--batch-size", type=COUNT, default=32, help="queries a forward pass")
+    flag("--workers", type=NATURAL, default=min(4, (os.cpu_count() or 2) - 1),
+         help="processes that prepare images, per rank")
+    flag("--device", default="auto", help="such as cpu or cuda:1; auto: a GPU "
+         "if there is one (Apple's MPS is untested)")
+    flag("--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
+         help="auto: bfloat16 on a GPU, float32 elsewhere")
+
+
 def settings_from_flags(args: argparse.Namespace) -> dict:
     return {key: getattr(args, key) for key in DEFAULTS if hasattr(args, key) and key != "tasks"}
 

@@ -1,14 +1,24 @@
 """pointcloud.py: the grid, the geometry, the camera of a photo, the answers that outlive a run, the
 files, the picture, bad input."""
+import base64
+import fcntl
+import http.client
 import io
 import json
 import math
+import os
+import re
+import select
 import shutil
+import subprocess
+import sys
+import threading
+import time
 
 import numpy as np
 import pytest
-import torch
 import trimesh
+from conftest import ROOT
 from PIL import ExifTags, Image, PngImagePlugin, TiffImagePlugin
 
 import evaluate
@@ -57,7 +67,7 @@ class Exact:
         pixels = [tuple(pixel) for pixel in record["pixel_coords"].tolist()]
         depth_m = plane(record["pixel_coords"], record["intrinsics"])
         for start in range(0, len(pairs), batch_size):
-            if self.stop is not None and len(self.asked) >= self.stop:
+            if self.stop is not None and len(self.asked) >= self.stop and len(pairs) > 1:
                 raise self.how
             if start and self.during:
                 during, self.during = self.during, None
@@ -65,7 +75,8 @@ class Exact:
             answers = []
             for _, k in pairs[start:start + batch_size]:
                 number = self.numbers.setdefault(pixels[k], len(self.numbers))
-                self.asked.append(number)
+                if len(pairs) > 1:  # else it is for the estimate of the time
+                    self.asked.append(number)
                 text = self.instead.get(number, f"It is {depth_m[k]:.6f} meters.")
                 answers.append({"text": text})
                 if number in self.cut:
@@ -172,8 +183,7 @@ FILM_DIAGONAL = math.hypot(24, 36)
 
 @pytest.mark.parametrize("flags, intrinsics, source", [
     (("--photo-focal", 1200), (1200, 1200, 47.5, 35.5), "--photo-focal"),
-    (("--photo-focal", 1200, 1100.5, "--center", 40, 30), (1200, 1100.5, 40, 30),
-     "--photo-focal"),
+    (("--intrinsics", 1200, 1100.5, 40, 30), (1200, 1100.5, 40, 30), "--intrinsics"),
     (("--fov", 90), (48, 48, 47.5, 35.5), "--fov 90"),
     (("--focal-35mm", 28), (28 * 120 / FILM_DIAGONAL, 28 * 120 / FILM_DIAGONAL, 47.5, 35.5),
      "--focal-35mm 28")])
@@ -327,13 +337,13 @@ def test_exif_digital_zoom_of_film(tmp_path):
 
 @pytest.mark.parametrize("flags, words", [
     (("--photo-focal", 0.75), "divided by the image's width? Then 72, 72"),
-    (("--photo-focal", 1e5), "20 sides"), (("--photo-focal", 80, 20), "160 degrees"),
+    (("--photo-focal", 1e5), "20 sides"), (("--intrinsics", 80, 20, 47.5, 35.5), "160 degrees"),
     (("--focal-35mm", 1), "do not fit"), (("--focal-35mm", 5000), "20 sides")])
 def test_cameras_that_there_cannot_be(tmp_path, tiny, photo, capsys, flags, words):
     """Before the model is loaded."""
     message = error_of(capsys, tmp_path / "no checkpoint", photo, *flags)
     assert words in message and "do not fit an image of 96 x 72 px" in message
-    assert message.endswith("--fov DEGREES (the horizontal one) or --focal-35mm MM.")
+    assert "about --fov 65" in message and message.endswith("or --focal-35mm MM.")
 
 
 @pytest.mark.parametrize("said", [None, "stored", "upright"])
@@ -357,8 +367,8 @@ def test_orientation_of_a_record(tmp_path, tiny, exact, monkeypatch, said):
     x, y = points["pixels"].T
     shown = np.asarray(Image.open(path))
     shown = shown[::-1, ::-1] if said == "upright" else shown
-    assert (points["colors"] == shown[y, x]).all() and asked == [said]
-    opened = pointcloud.open_photo(str(path), [80])
+    assert (points["colors"] == shown[y, x]).all() and set(asked) == {said}
+    opened = pointcloud.open_photo(str(path), focal=80)
     assert (np.asarray(opened.image) == np.asarray(Image.open(path))[::-1, ::-1]).all()
     assert opened.orientation == "upright"
 
@@ -388,8 +398,8 @@ def test_plane(tmp_path, tiny, photo, exact, capsys):
     said = capsys.readouterr()
     depth_m, points = np.load(out / "depth.npy"), np.load(out / "points.npz")
     assert sorted(path.name for path in out.iterdir()) == [
-        ".lock", "answers.jsonl", "cloud.ply", "depth.npy", "picture.png", "points.npz",
-        "run.json"]
+        ".lock", "answers.jsonl", "cloud.glb", "cloud.html", "cloud.ply", "depth.npy", "depth.png",
+        "picture.png", "points.npz", "run.json"]
     queries = depth_m.size
     assert depth_m.dtype == np.float32 and len(points["xyz"]) == queries - 5
     assert np.isnan(depth_m.ravel()[3:8]).all() and np.isfinite(depth_m).sum() == queries - 5
@@ -407,7 +417,7 @@ def test_plane(tmp_path, tiny, photo, exact, capsys):
     assert len(lines) == queries
     assert [line["pred"] for line in lines[3:8]] == [None] * 5 and lines[4]["text"] == "-2 meters"
     run = json.loads((out / "run.json").read_text())
-    assert run["inputs"]["grid"] == list(depth_m.shape) and run["flags"]["photo_focal"] == [80]
+    assert run["inputs"]["grid"] == list(depth_m.shape) and run["flags"]["photo_focal"] == 80
     assert f"{queries - 5} points, 5 of {queries} answers were no distance" in said.out
     assert "s a query" in said.out
 
@@ -419,7 +429,7 @@ def test_cut_answers_are_no_points(tmp_path, tiny, photo, exact, capsys):
     exact.cut = {3, 4, 5, 6}
     out = tmp_path / "out"
     for _ in range(2):
-        cloud(tiny, photo, "--photo-focal", 80, "--points", 500, "--out", out)
+        cloud(tiny, photo, "--photo-focal", 80, "--points", 500, "--out", out, "--decode", "greedy")
         depth_m = np.load(out / "depth.npy").ravel()
         assert np.isnan(depth_m[3:6]).all() and depth_m[6] == 2 and np.isfinite(depth_m[7:]).all()
         said = capsys.readouterr().out
@@ -533,7 +543,7 @@ OTHERS = {
     "another grid": (("--points", 200), "grid"),
     "another prompt": (("--prompt", "release"), "settings"),
     "another token limit": (("--max-new-tokens", 5), "settings"),
-    "another decoding": (("--decode", "median"), "decode"),
+    "another decoding": (("--decode", "greedy"), "decode"),
     "another precision": (("--dtype", "bfloat16"), "dtype")}
 
 
@@ -585,7 +595,7 @@ def test_overwrite_queries_anew(tmp_path, tiny, photo, exact):
     cloud(*common, "--overwrite")
     after = contents(tmp_path / "out")
     assert exact.asked == list(range(total)) and after["notes.txt"] == b"mine"
-    assert all(after[name] != before[name] for name in (*pointcloud.FILES, "answers.jsonl"))
+    assert all(after[name] != before[name] for name in pointcloud.FILES if name != "cloud.gif")
 
 
 def test_a_cloud_without_its_answers_is_not_replaced(tmp_path, tiny, photo, exact, capsys):
@@ -622,7 +632,10 @@ def test_two_clouds_at_once_into_one_folder(tmp_path, tiny, photo, exact, capsys
 def test_at(tmp_path, tiny, photo, exact, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exact.instead = {2: "far away"}
-    cloud(tiny, photo, "--photo-focal", 80, "--at", "47.5,35.5", "95,71", "0,0")
+    common = (tiny, photo, "--photo-focal", 80, "--at", "47.5,35.5", "95,71", "0,0")
+    cloud(*common)
+    assert "47.5,35.5: 2.00 m (1.00-2.00) from the camera" in capsys.readouterr().out
+    cloud(*common, "--decode", "greedy")
     lines = capsys.readouterr().out.splitlines()[1:]
     assert lines[0] == "47.5,35.5: 2.00 m from the camera, z 2.00 m"
     distance = plane(np.array([[95.0, 71.0]]), (80, 80, 47.5, 35.5))[0]
@@ -811,6 +824,474 @@ def test_disk_full(tmp_path, tiny, photo, exact, no_model, monkeypatch, capsys):
 
 
 # --------------------------------------------------------------------------------------------------
+# in Python: the Reader
+
+
+def test_import_is_light_and_no_focal_length_is_said_before_torch(photo):
+    code = f"""
+import sys, pointcloud
+try:
+    pointcloud.main(["no checkpoint", {str(photo)!r}])
+finally:
+    assert not {{"torch", "transformers"}} & set(sys.modules), "slow to import"
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "about --fov 65" in done.stderr, done.stderr
+
+
+def test_reader(tmp_path, tiny, exact):
+    """A path, a PIL image and an array are the same photo, the camera is found in each way, and
+    what comes back is what the command line writes."""
+    path = make_photo(tmp_path / "a.png", FocalLengthIn35mmFilm=30, Orientation=6)
+    reader, at = pointcloud.Reader(tiny), [(3, 4), (60.5, 80)]
+    focal = 30 / FILM_DIAGONAL * 120
+    true = plane(np.array(at), (focal, focal, 35.5, 47.5))
+    with Image.open(path) as opened:
+        for image in (path, str(path), opened):  # 72 x 96 px when upright
+            metres, q10, q90, confidence = reader(image, at)
+            assert metres == pytest.approx(true, abs=1e-5)
+            assert (q10 == 1).all() and (q90 == 2).all() and (confidence < 1).all()
+    upright = np.asarray(render.open_image(path))
+    for camera in ({"focal": focal}, {"focal_35mm": 30}, {"fov": 2 * math.degrees(
+            math.atan(36 / focal))}, {"intrinsics": (focal, focal, 35.5, 47.5)}):
+        assert reader(upright, at, **camera)[0] == pytest.approx(true, abs=1e-5)
+    with pytest.raises(ValueError, match="about --fov 65"):
+        reader(upright, at)
+    with pytest.raises(ValueError, match=r"point \[72.0, 3.0\] is outside"):
+        reader(path, [(72, 3)])
+
+    xyz, colors = reader.cloud(path, points=200, edge_filter=0.5)
+    cloud(tiny, path, "--points", 200, "--edge-filter", 0.5, "--out", tmp_path / "out")
+    points = np.load(tmp_path / "out/points.npz")
+    assert (xyz == points["xyz"]).all() and (colors == points["colors"]).all()
+
+
+def test_reader_without_intervals(tiny, photo, exact):
+    exact.instead = {1: "no idea"}
+    reader = pointcloud.Reader(tiny, decode="greedy")
+    found = reader(photo, [(0, 0), (9, 9)], focal=80)
+    assert np.isnan(found).tolist() == [[False, True]] + 3 * [[True, True]]
+    exact.instead = {k: "no idea" for k in range(500)}
+    with pytest.raises(ValueError, match="none of its 48 answers is a distance"):
+        reader.cloud(photo, points=50, focal=80)
+
+
+def test_four_lines_of_the_readme(tmp_path, tiny, photo, exact, monkeypatch):
+    lines = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    assert len([line for line in lines.splitlines() if line]) == 4
+    (tmp_path / "ckpt").mkdir()
+    (tmp_path / "ckpt/toy").symlink_to(tiny)
+    monkeypatch.chdir(tmp_path)
+    Image.open(photo).resize((640, 480)).save("photo.jpg")
+    names = {}
+    exec(lines, names)
+    expected = plane(np.array([[320, 240]]), pointcloud.open_photo("photo.jpg", fov=65).intrinsics)
+    assert names["metres"] == pytest.approx(expected, abs=1e-5)
+    assert len(names["xyz"]) == len(names["colors"]) > 9000
+
+
+# --------------------------------------------------------------------------------------------------
+# several photos, known distances, machine-readable output
+
+
+def test_several_photos(tmp_path, tiny, exact, capsys, monkeypatch):
+    """A folder and a photo: one model, a folder each; what cannot be read is a line, at once, and
+    the others are done."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name in ("b.jpg", "a.jpg"):
+        make_photo(folder / name, FocalLengthIn35mmFilm=28)
+    make_photo(folder / "no_exif.png")
+    (folder / "damaged.jpg").write_bytes(b"no image")
+    (folder / "IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    (folder / "notes.txt").write_text("no photo")
+    single, loaded = make_photo(tmp_path / "c.jpg", FocalLengthIn35mmFilm=28), []
+    monkeypatch.setattr(evaluate, "load_model", lambda *a: loaded.append(a))
+    with pytest.raises(SystemExit) as stop:
+        cloud(tiny, "photos", single, "--points", 50)
+    assert stop.value.code == 2 and len(loaded) == 1
+    said = capsys.readouterr().err
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert [error.split(":")[1].strip() for error in errors] == [
+        "photos/IMG_1.HEIC", "photos/damaged.jpg", "photos/no_exif.png", "3 of 6 photos failed, "
+        "each with a line above."]
+    assert "HEIC" in errors[0] and "pillow-heif" in errors[0] and "about --fov 65" in errors[2]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a", "b", "c"]
+    assert all((tmp_path / "out" / name / "cloud.ply").exists() for name in "abc")
+
+    cloud(tiny, "photos/a.jpg", single, "--points", 50, "--out", "mine")
+    assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == ["a", "c"]
+    (tmp_path / "empty").mkdir()
+    assert "empty: holds no photo" in error_of(capsys, tiny, "empty")
+
+
+def test_known_distances_scale(tmp_path, tiny, photo, exact, no_model, capsys):
+    """All numbers are those of the model times the median ratio; the answers on disk are the
+    model's, and only the known pixels are queried anew."""
+    at = [(10, 10), (80, 60), (40, 30)]
+    true = plane(np.array(at), (80, 80, 47.5, 35.5))
+    known = [f"{x},{y}={ratio * d}" for (x, y), d, ratio in zip(at, true, (1.5, 1.2, 1.1))]
+    common = (tiny, photo, "--photo-focal", 80)
+    cloud(*common, "--at", "10,10", "5,5", "--known", *known)
+    said = capsys.readouterr().out
+    assert "scale 1.200, by which the known distances are off by -20.0%, +0.0%, +9.1%" in said
+    assert f"10,10: {1.2 * true[0]:.2f} m (1.20-2.40) from the camera" in said
+
+    out = tmp_path / "out"
+    cloud(*common, "--points", 200, "--out", out)
+    before, exact.asked = np.load(out / "points.npz"), []
+    cloud(*common, "--points", 200, "--out", out, "--known", *known)
+    after = np.load(out / "points.npz")
+    for key in ("xyz", "depth", "q10", "q90"):
+        assert after[key] == pytest.approx(1.2 * before[key], rel=1e-5)
+    assert (after["confidence"] == before["confidence"]).all()
+    assert len(exact.asked) < 3 + 32  # the last batch and the known ones
+    exact.instead = {k: "no idea" for k in range(500)}
+    assert "none of its 3 answers" in error_of(capsys, *common, "--at", "1,2", "--known", *known)
+
+
+def test_json(tmp_path, tiny, photo, exact, capsys):
+    """One object a photo on stdout, everything else on stderr."""
+    other = make_photo(tmp_path / "b.png", shift=5)
+    common = (tiny, photo, other, "--photo-focal", 80, "--json")
+    cloud(*common, "--at", "47.5,35.5", "0,0")
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert first["photo"] == str(photo) and second["photo"] == str(other)
+    assert first["intrinsics"] == [80, 80, 47.5, 35.5, 96, 72]
+    assert [line["pixel"] for line in first["at"]] == [[47.5, 35.5], [0, 0]]
+    assert first["at"][0]["pred"] == 2 and {"q10", "q90", "confidence"} <= set(first["at"][0])
+    assert first["length"]["q10"] < first["length"]["pred"]
+    cloud(*common, "--points", 50, "--out", tmp_path / "out")
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert first["points"] == 48 and first["out"] == str(tmp_path / "out/desk")
+    assert all((tmp_path / "out/desk" / name).exists() for name in first["files"])
+
+
+@pytest.mark.parametrize("sides", [(0.3, 0.1), (0.02, 0.2)])
+def test_length_and_its_interval(photo, sides):
+    """Two points on one ray: the length is the difference of their distances, and the interval that
+    of a difference. Without intervals there is none."""
+    photo = pointcloud.open_photo(str(photo), focal=80)
+    near, far = ({"pixel": [30, 30], "pred": d, "q10": d - side, "q90": d + side}
+                 for d, side in zip((2.0, 5.0), sides))
+    found = pointcloud.length_between(photo, [near, far])
+    assert found["pred"] == pytest.approx(3)
+    side = math.hypot(*sides)
+    assert (found["q10"], found["q90"]) == pytest.approx((3 - side, 3 + side), abs=0.1 * side)
+    assert pointcloud.length_between(photo, [near, far]) == found  # the same each time
+    near.pop("q10")
+    assert set(pointcloud.length_between(photo, [near, far])) == {"pred"}
+    assert pointcloud.length_between(photo, [near, far | {"pred": None}]) is None
+    assert pointcloud.length_between(photo, [near]) is None
+    across = [{"pixel": [x, 35.5], "pred": math.hypot(1, 1)} for x in (-32.5, 127.5)]
+    assert pointcloud.length_between(photo, across)["pred"] == pytest.approx(2)  # at 45 degrees
+
+
+# --------------------------------------------------------------------------------------------------
+# the other files
+
+
+def step(pixels, intrinsics):
+    """z 2 m in the left half, 4 m in the right."""
+    z = np.where(pixels[:, 0] < 48, 2.0, 4.0)
+    return z * render.ray_length(*pixels.T, intrinsics)
+
+
+def test_mesh_is_cut_and_y_is_up(tmp_path, tiny, photo, exact, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "plane", step)
+    out = tmp_path / "out"
+    cloud(tiny, photo, "--photo-focal", 80, "--points", 432, "--out", out)
+    points, (rows, columns) = np.load(out / "points.npz"), np.load(out / "depth.npy").shape
+    mesh, = trimesh.load(out / "cloud.glb").geometry.values()
+    assert np.asarray(mesh.vertices) == pytest.approx(points["xyz"] * (1, -1, -1), abs=1e-6)
+    # two triangles a cell, none across the step
+    assert len(mesh.faces) == 2 * (rows - 1) * (columns - 2)
+    assert len(set(np.round(mesh.vertices[mesh.faces][:, :, 2]).ravel())) == 2
+    assert (np.ptp(mesh.vertices[mesh.faces][:, :, 2], axis=1) < 1e-4).all()
+    assert (mesh.face_normals[:, 2] > 0.99).all()  # they face the camera
+    texture = np.asarray(mesh.visual.material.baseColorTexture.convert("RGB")).astype(int)
+    x, y = np.clip(mesh.visual.uv * (96, -72) + (0, 72), 0, (95, 71)).astype(int).T
+    assert np.abs(texture[y, x] - points["colors"]).mean() < 25  # JPEG
+
+
+def test_depth_png_is_z_in_millimetres(tmp_path, tiny, photo, exact, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "plane", step)
+    exact.instead = {0: "no idea", 1: "It is 90 meters."}
+    out = tmp_path / "out"
+    cloud(tiny, photo, "--photo-focal", 80, "--points", 432, "--out", out)
+    image = Image.open(out / "depth.png")
+    z = np.asarray(image)
+    assert image.mode == "I;16" and z.shape == np.load(out / "depth.npy").shape
+    assert z[0, 0] == 0 and z[0, 1] == 0  # unknown; beyond 16 bits
+    assert set(z.ravel().tolist()) == {0, 2000, 4000}
+    assert (z[1:, :z.shape[1] // 2] == 2000).all() and (z[1:, z.shape[1] // 2:] == 4000).all()
+
+
+def test_html_holds_the_cloud(tmp_path, tiny, photo, exact):
+    out = tmp_path / "out"
+    cloud(tiny, photo, "--photo-focal", 80, "--points", 50, "--out", out)
+    text, points = (out / "cloud.html").read_text(), np.load(out / "points.npz")
+    inside = re.search(r'<script id="cloud" type="application/json">(.*?)</script>', text, re.S)[1]
+    data = json.loads(inside)
+    for key, kind in ("xyz", np.float32), ("colors", np.uint8), ("confidence", np.float32):
+        assert (np.frombuffer(base64.b64decode(data[key]), kind) == points[key].ravel()).all()
+    assert text.replace(inside, "null") == pointcloud.PAGE.read_text()
+    assert not re.search(r"(?:src|href|url)\W{1,3}(?:https?:|//)", text)  # no network
+    odd = "</script><script>alert(1)"
+    assert odd not in pointcloud.page_text({"note": odd})
+
+
+def test_gif(tmp_path, tiny, photo, exact):
+    common = (tiny, photo, "--photo-focal", 80, "--points", 50, "--out", tmp_path / "out")
+    cloud(*common, "--gif")
+    with Image.open(tmp_path / "out/cloud.gif") as image:
+        assert image.n_frames == 36 and image.size == (480, 360)
+        frames = []
+        for k in (0, 9, 18, 27):
+            image.seek(k)
+            frames.append(np.asarray(image.convert("RGB")))
+    assert len({frame.tobytes() for frame in frames}) == 4
+    assert all((frame != pointcloud.BACKGROUND).any(2).mean() > 0.1 for frame in frames)
+    cloud(*common, "--edge-filter", 0.2)  # no picture of other filters stays
+    assert not (tmp_path / "out/cloud.gif").exists()
+
+
+# --------------------------------------------------------------------------------------------------
+# the page
+
+
+@pytest.fixture
+def server(tiny, exact):
+    """-> a function that posts to a server of our own: (status, JSON objects); its port."""
+    with pointcloud.make_server(pointcloud.Reader(tiny), 0) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+
+        def post(path, body=b"", method="POST", **headers):
+            connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=30)
+            headers = {"X-nanoDepthLM": "1"} | {key.replace("_", "-"): value
+                                                for key, value in headers.items()}
+            connection.request(method, path, body, headers)
+            reply = connection.getresponse()
+            text = reply.read().decode()
+            connection.close()
+            lines = [json.loads(line) for line in text.splitlines()] if text[:1] == "{" else text
+            return reply.status, lines
+
+        post.port = server.server_port
+        yield post
+        server.shutdown()
+        thread.join()
+
+
+def test_page_for_this_machine_alone(server, photo):
+    """Nothing for another Host, which is what a name of another site that resolves to 127.0.0.1
+    sends, nor without the header, which a page of another site cannot set."""
+    status, text = server("/", method="GET")
+    assert status == 200 and text == pointcloud.PAGE.read_text()
+    data, path = photo.read_bytes(), "/photo?focal=80"
+    assert server(path, data)[0] == 200
+    assert server(path, data, Host=f"localhost:{server.port}")[0] == 200
+    for host in ("evil.example", f"evil.example:{server.port}", "127.0.0.1", "127.0.0.1:1"):
+        assert server(path, data, Host=host)[0] == 403
+        assert server("/", method="GET", Host=host)[0] == 404
+    assert server(path, data, X_nanoDepthLM="0")[0] == 403
+    assert server("/none", data)[0] == 403 and server("/viewer.html", method="GET")[0] == 404
+    assert server(path, b"", Content_Length=str(1 << 27))[0] == 403
+    assert server(path, b"", Content_Length="-1")[0] == 403
+    assert server("/", b"", method="OPTIONS")[0] == 501
+
+
+def test_what_the_page_posts(server, photo, exact):
+    """Two photos in turn, each answered about its own; what is wrong is said, and the next request
+    is answered."""
+    data = photo.read_bytes()
+    (first,), (second,) = (server(path, data)[1] for path in ("/photo?focal=80", "/photo?fov=60"))
+    assert first["id"] == second["id"] and first["intrinsics"][:2] == [80, 80]
+    path = f"/distance?id={first['id']}&focal="
+    (found,), (other,) = (server(path + focal, b"[[3, 4], [80, 60]]")[1] for focal in ("80", "70"))
+    true = plane(np.array([[3, 4], [80, 60]]), first["intrinsics"])
+    assert [answer["pred"] for answer in found["answers"]] == pytest.approx(true, abs=1e-5)
+    assert found["answers"][0]["pred"] != other["answers"][0]["pred"] and found["length"]["q90"]
+
+    *steps, last = server(f"/cloud?points=200&focal=80&id={first['id']}")[1]
+    total = steps[0]["total"]
+    assert [step["done"] for step in steps][-1] == total and len(steps) == -(-total // 32)
+    xyz = np.frombuffer(base64.b64decode(last["cloud"]["xyz"]), np.float32)
+    assert len(xyz) == 3 * total and "points" in last["cloud"]["note"]
+
+    for path, body, words in (
+            ("/photo?", data, "about --fov 65"), ("/photo?fov=0", data, "do not fit"),
+            ("/photo?fov=nan", data, "do not fit"), ("/photo?fov=x", data, "could not convert"),
+            ("/photo?focal=80", b"no image", "is no image of"),
+            ("/photo?whatever=1", data, "unexpected keyword"),
+            ("/distance?id=../../etc/passwd", b"[]", "no such photo"),
+            (f"/distance?focal=80&id={first['id']}", b"[[3, 72]]", "outside of the"),
+            (f"/distance?focal=80&id={first['id']}", b"[[3", "Expecting"),
+            (f"/cloud?focal=80&points=0&id={first['id']}", b"", "0 is not 1 or more")):
+        status, (found,) = server(path, body)
+        assert status == 200 and words in found["error"], found
+
+
+def test_port_in_use(server, tiny, capsys):
+    message = error_of(capsys, tiny, "--serve", server.port)
+    assert message == f"--serve {server.port}: Address already in use. Give another port."
+
+
+class Browser:
+    """A headless Chromium, spoken to through two pipes: JSON messages that end with a zero byte."""
+
+    def __init__(self, program, folder):
+        (commands, self.send), (self.receive, replies) = os.pipe(), os.pipe()
+        ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 20) for end in (commands, replies)]
+        flags = ["--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--no-first-run",
+                 "--use-angle=swiftshader", "--enable-unsafe-swiftshader",
+                 "--remote-debugging-pipe", "--window-size=1200,800",
+                 f"--user-data-dir={folder}", "about:blank"]
+        command = f'exec "$@" 3<&{ends[0]} 4>&{ends[1]}'  # Chromium's numbers
+        self.process = subprocess.Popen(["bash", "-c", command, "bash", program, *flags],
+                                        pass_fds=ends, stdout=subprocess.DEVNULL,
+                                        stderr=subprocess.DEVNULL)
+        for end in (commands, replies, *ends):
+            os.close(end)
+        self.number, self.read, self.about, self.faults = 0, b"", {}, []
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        session = self.call("Target.attachToTarget", targetId=target, flatten=True)
+        self.about = {"sessionId": session["sessionId"]}
+        for domain in ("Page", "Runtime", "Log", "DOM"):
+            self.call(f"{domain}.enable")
+
+    def call(self, method, **params):
+        self.number += 1
+        message = {"id": self.number, "method": method, "params": params, **self.about}
+        os.write(self.send, json.dumps(message).encode() + b"\0")
+        while True:
+            while b"\0" not in self.read:
+                assert select.select([self.receive], [], [], 60)[0], f"no answer to {method}"
+                self.read += os.read(self.receive, 1 << 20)
+            line, _, self.read = self.read.partition(b"\0")
+            found = json.loads(line)
+            if found.get("method") in ("Runtime.exceptionThrown", "Log.entryAdded"):
+                self.faults.append(found["params"])
+            if found.get("id") == self.number:
+                assert "error" not in found, found
+                return found["result"]
+
+    def value(self, script):
+        found = self.call("Runtime.evaluate", expression=script, returnByValue=True)
+        assert "exceptionDetails" not in found, found
+        return found["result"].get("value")
+
+    def wait(self, words) -> str:
+        """Until the page's last line says it."""
+        for _ in range(600):
+            said = self.value("document.getElementById('status').textContent")
+            if words in said:
+                return said
+            time.sleep(0.05)
+        raise AssertionError(f"{words!r} was not said, but {said!r}; {self.faults}")
+
+    def open(self, url):
+        self.call("Page.navigate", url=url)
+        for _ in range(600):
+            if self.value("document.readyState") == "complete" and url in self.value(
+                    "location.href"):
+                return
+            time.sleep(0.05)
+
+    def mouse(self, *steps):
+        """(kind, x, y), such as ("mousePressed", 3, 4)."""
+        for kind, x, y in steps:
+            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", buttons=1,
+                      clickCount=1)
+
+    def click(self, element, x, y):
+        """At this share of an element's width and height."""
+        left, top, width, height = self.value(f"""(() => {{
+            const box = document.getElementById("{element}").getBoundingClientRect();
+            return [box.left, box.top, box.width, box.height]; }})()""")
+        place = left + x * width, top + y * height
+        self.mouse(("mousePressed", *place), ("mouseReleased", *place))
+
+    def picture(self) -> np.ndarray:
+        data = self.call("Page.captureScreenshot")["data"]
+        return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB"))
+
+    def close(self):
+        self.process.terminate()
+        self.process.wait(20)
+        os.close(self.send)
+        os.close(self.receive)
+
+
+@pytest.fixture
+def browser(tmp_path):
+    program = shutil.which("chromium") or shutil.which("chromium-browser")
+    if program is None:
+        pytest.skip("needs Chromium (apt install chromium)")
+    found = Browser(program, tmp_path / "browser")
+    yield found
+    found.close()
+
+
+def test_page_in_a_browser(tmp_path, tiny, exact, server, browser):
+    """Served: a photo without EXIF data, its focal length, two clicks, a cloud, all by hand; then
+    the same cloud as a file: colours, turning, measuring."""
+    photo = make_photo(tmp_path / "desk.png", 480, 360)
+    browser.open(f"http://127.0.0.1:{server.port}/")
+    root = browser.call("DOM.getDocument")["root"]["nodeId"]
+    node = browser.call("DOM.querySelector", nodeId=root, selector="#file")["nodeId"]
+    browser.call("DOM.setFileInputFiles", files=[str(photo)], nodeId=node)
+    said = browser.wait("no focal length")
+    assert said.startswith("desk.png: ") and "Choose it above" in said and "--" not in said
+    browser.value("unit.value = 'focal'; unit.onchange(); value.value = 400; value.onchange()")
+    assert "480 × 360 px, focal length 400.0 400.0 px" in browser.wait("Click a pixel")
+
+    browser.click("photo", 0.25, 0.5)
+    browser.wait("m (1.00–2.00)")
+    browser.click("photo", 0.75, 0.5)
+    said = browser.wait("between the two")
+    xy = np.array([[float(v) for v in pair] for pair in re.findall(r"(\d+), (\d+): ", said)])
+    assert np.abs(xy - [[120, 180], [360, 180]]).max() <= 1
+    true = plane(xy, (400, 400, 239.5, 179.5))
+    for distance in true:
+        assert f": {distance:.2f} m (1.00–2.00)" in said
+    ends = render.unproject(xy, true, (400, 400, 239.5, 179.5))
+    assert f"between the two: {np.linalg.norm(ends[0] - ends[1]):.2f} m (" in said
+    marked = browser.value("[...document.querySelectorAll('#marks text')].map(t => t.textContent)")
+    assert marked == [f"{distance:.2f} m (1.00–2.00)" for distance in true]
+
+    background = (browser.picture() == pointcloud.BACKGROUND).all(2).mean()
+    browser.value("count.value = 1000; make.click()")
+    said = browser.wait("Drag to turn")
+    assert "answers were no distance" in said and not browser.faults
+    assert (browser.picture() == pointcloud.BACKGROUND).all(2).mean() < background - 0.05
+
+    cloud(tiny, photo, "--photo-focal", 400, "--points", 2000, "--out", tmp_path / "out")
+    browser.open((tmp_path / "out/cloud.html").as_uri())
+    browser.wait("Drag to turn")
+    shown = [browser.picture()]
+    for mode in (1, 2):
+        browser.value(f"mode.value = {mode}; mode.onchange()")
+        shown.append(browser.picture())
+    browser.mouse(("mousePressed", 500, 300), ("mouseMoved", 600, 330), ("mouseReleased", 600, 330))
+    shown.append(browser.picture())
+    for k, picture in enumerate(shown):
+        assert (picture != pointcloud.BACKGROUND).any(2).mean() > 0.15
+        assert all((picture != other).any(2).mean() > 0.05 for other in shown[:k])
+    browser.value("reset.click()")
+    xyz, ends = np.load(tmp_path / "out/points.npz")["xyz"], []
+    for k in (800, 1200):
+        ends.append(xyz[browser.value(f"""(() => {{
+            const [x, y] = project(cloud.position.subarray(3 * {k}, 3 * {k} + 3));
+            pick(x, y); draw(); return picked.at(-1); }})()""")])
+        length = np.linalg.norm(ends[0] - (ends[1] if k == 1200 else 0))
+        assert browser.wait(": ").endswith(f": {length:.2f} m")
+    assert not browser.faults
+
+
+# --------------------------------------------------------------------------------------------------
 # bad input: one line that says what is wrong and what helps
 
 
@@ -819,8 +1300,8 @@ def test_disk_full(tmp_path, tiny, photo, exact, no_model, monkeypatch, capsys):
     (("--photo-focal", -3), "argument --photo-focal: -3 is not greater than 0"),
     (("--photo-focal", "nan"), "argument --photo-focal: nan is not"),
     (("--photo-focal", "inf"), "argument --photo-focal: inf is not"),
-    (("--photo-focal", 80, 0), "argument --photo-focal: 0 is not greater than 0"),
-    (("--photo-focal", 1, 2, 3), "--photo-focal: needs one number of pixels, or two (fx and fy)"),
+    (("--intrinsics", 80, 80, 96, 10), "a principal point in the image"),
+    (("--intrinsics", 80, 80, "nan", 10), "They need finite numbers of pixels"),
     (("--fov", 0), "argument --fov: 0 is not 1 or more and at most 160"),
     (("--fov", 161), "argument --fov: 161 is not 1 or more and at most 160"),
     (("--fov", "nan"), "argument --fov: nan is not"),
@@ -830,20 +1311,24 @@ def test_disk_full(tmp_path, tiny, photo, exact, no_model, monkeypatch, capsys):
     (("--fov", 60, "--focal-35mm", 28), "argument --focal-35mm: not allowed with argument --fov"),
     (("--focal-35mm", 28, "--photo-focal", 80),
      "argument --photo-focal: not allowed with argument --focal-35mm"),
-    ((), "Give --photo-focal PIXELS, --fov DEGREES (the horizontal one) or --focal-35mm MM."),
-    (("--photo-focal", 80, "--center", 96, 10), "--center 96,10: is outside of the photo"),
-    (("--photo-focal", 80, "--at", "1,1", "96,3"), "--at 96,3: is outside of the photo"),
-    (("--photo-focal", 80, "--at", "3,nan"), "--at 3,nan: is outside of the photo"),
+    ((), "the main camera of a phone has about --fov 65"),
+    (("--photo-focal", 80, "--at", "1,1", "96,3"), "the pixel 96,3 is outside of it; x is 0 to 95"),
+    (("--photo-focal", 80, "--at", "3,nan"), "the pixel 3,nan is outside of it"),
+    (("--photo-focal", 80, "--known", "3,72=2"), "the pixel 3,72 is outside of it"),
+    (("--photo-focal", 80, "--known", "3,72"), "argument --known: invalid X,Y=METRES value"),
+    (("--photo-focal", 80, "--known", "3,7=0"), "argument --known: 0 is not greater than 0"),
+    (("--photo-focal", 80, "--serve"), "give photos, or --serve and none"),
     (("--photo-focal", 80, "--points", 0), "argument --points: 0 is not 1 or more"),
     (("--photo-focal", 80, "--batch-size", 0), "argument --batch-size: 0 is not 1 or more"),
     (("--photo-focal", 80, "--edge-filter", -1), "argument --edge-filter: -1 is not greater"),
-    (("--photo-focal", 80, "--min-confidence", 0.5), "--min-confidence: needs --decode median"),
+    (("--photo-focal", 80, "--decode", "greedy", "--min-confidence", 0.5),
+     "--min-confidence: needs --decode median"),
     (("--photo-focal", 80, "--decode", "median", "--min-confidence", 2),
      "argument --min-confidence: 2 is not 0 or more and at most 1"),
     (("--photo-focal", 80, "--focal", -1), "argument --focal: -1 is not greater than 0"),
-    (("--photo-focal", 80, "--at", "12"), "argument --at: '12' is no pixel; give x,y"),
-    (("--photo-focal", 80, "--at", "a,b"), "argument --at: 'a,b' is no pixel; give x,y"),
-    (("--photo-focal", 80, "--at", "1,2,3"), "argument --at: '1,2,3' is no pixel; give x,y")])
+    (("--photo-focal", 80, "--at", "12"), "argument --at: invalid X,Y value: '12'"),
+    (("--photo-focal", 80, "--at", "a,b"), "argument --at: invalid X,Y value: 'a,b'"),
+    (("--photo-focal", 80, "--at", "1,2,3"), "argument --at: invalid X,Y value: '1,2,3'")])
 def test_bad_flags(tmp_path, tiny, photo, capsys, flags, words):
     common = (tiny, photo, "--out", tmp_path / "out", "--points", 4)
     assert words in error_of(capsys, *common, *flags)
@@ -851,7 +1336,7 @@ def test_bad_flags(tmp_path, tiny, photo, capsys, flags, words):
 
 
 @pytest.mark.parametrize("flags", [("--photo-focal", 80), ("--fov", 60), ("--focal-35mm", 28),
-                                   ("--center", 0, 0)])
+                                   ("--intrinsics", 80, 80, 9, 9)])
 def test_a_record_has_its_own_camera(tmp_path, tiny, world, capsys, flags):
     message = error_of(capsys, tiny, world, "--record", 0, "--out", tmp_path / "out",
                        "--points", 4, *flags)
@@ -887,7 +1372,7 @@ def test_no_answer_is_a_distance(tmp_path, tiny, photo, exact, capsys):
     assert "'I cannot say.'" in message and "prompt 'paper'" in message
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".lock", "run.json"]
     message = error_of(capsys, tiny, photo, "--photo-focal", 80, "--at", "1,1")
-    assert "none of its answers" in message
+    assert "none of its 1 answers is a distance" in message
     exact.instead = {}
     cloud(*common, "--prompt", "release")
 
@@ -910,16 +1395,15 @@ def test_end_to_end(tmp_path, tiny, photo, capsys):
 
 
 def test_answers_are_those_of_evaluation(tiny, photo):
-    checkpoint = render.open_checkpoint(str(tiny), {"focal": 60, "max_new_tokens": 8}, quiet=True)
-    model = evaluate.load_model(checkpoint, torch.device("cpu"), torch.float32)
-    opened = pointcloud.open_photo(str(photo), [80])
+    reader = pointcloud.Reader(tiny, "cpu", decode="greedy", focal=60, max_new_tokens=8)
+    opened = pointcloud.open_photo(str(photo), focal=80)
     pixels = pointcloud.pixel_grid(96, 72, 9).reshape(-1, 2)
     record = {"image": str(photo), "intrinsics": opened.intrinsics, "pixel_coords": pixels,
               "depth": np.ones(len(pixels))}
     pairs = [(0, k) for k in range(len(pixels))]
     records = [render.check_record(record, "x")]
-    (_, answers, _), = evaluate.run_queries(model, checkpoint, records, pairs)
-    lines, = pointcloud.query_pixels(model, checkpoint, opened, pixels, 32, 0, "greedy")
+    (_, answers, _), = evaluate.run_queries(reader.model, reader.checkpoint, records, pairs)
+    lines = reader.lines(opened, pixels)
     assert [line["text"] for line in lines] == [answer["text"] for answer in answers]
     assert [line["pixel"] for line in lines] == pixels.tolist()
     assert any(answer["text"] for answer in answers)

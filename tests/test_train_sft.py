@@ -1023,7 +1023,7 @@ def test_what_was_trained_is_what_is_queried(change, tiny, distances, tmp_path, 
     x, y = query.points[0]
     with pytest.raises(SystemExit):  # hardly trained: it says no distance
         pointcloud.main([str(out), query.records[0]["image"], "--at", f"{x:g},{y:g}",
-                         "--photo-focal", str(fx), str(fy), "--center", str(cx), str(cy),
+                         "--intrinsics", str(fx), str(fy), str(cx), str(cy), "--decode", "greedy",
                          "--max-new-tokens", "2"])
     for pixels, text in (shown[0], shown[-1]):
         assert (pixels == views[0].pixels).all() and text == question
