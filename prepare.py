@@ -27,6 +27,7 @@ import hashlib
 import io
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -70,6 +71,7 @@ class Frame(NamedTuple):
     # x, y [px], Euclidean, z [m]: "points", or "lidar", where some hide others
     depth: np.ndarray | None = None
     scale: float = 1  # numbers of the depth file per metre
+    centre: float = 0.5  # where the place that was measured is in a pixel of a smaller depth map
     notes: tuple = ()  # (what the user should know, how often)
     pixels: Image.Image | None = None
 
@@ -216,13 +218,20 @@ def read_image(path):
 NOTHING = [np.iinfo(kind).max for kind in (np.int16, np.uint16, np.int32, np.uint32)] + [65504]
 
 
+def read_depth(path):
+    """The numbers of a depth file: 16-bit grey PNG, TIFF, .npy, or .npz of one array."""
+    if path.suffix == ".exr":
+        raise ValueError(f"{path}: EXR is not read. Convert it to .npy or a TIFF of 32-bit floats.")
+    raw = np.load(path) if path.suffix in (".npy", ".npz") else read_image(path)
+    if path.suffix == ".npz":
+        (raw,) = raw.values()
+    return raw
+
+
 def load_map(path, scale, frame):
-    """A depth file: 16-bit grey PNG, TIFF, .npy or .npz -> the frame with its depth."""
+    """-> the frame with the depth map of a file."""
     with naming(path):
-        raw = np.load(path) if path.suffix in (".npy", ".npz") else read_image(path)
-        if path.suffix == ".npz":
-            (raw,) = raw.values()
-        return add_depth(raw, scale, frame)
+        return add_depth(read_depth(path), scale, frame)
 
 
 def add_depth(raw, scale, frame):
@@ -231,7 +240,8 @@ def add_depth(raw, scale, frame):
     nothing."""
     raw = raw.squeeze() if raw.ndim > 2 else raw
     if raw.ndim != 2 or raw.dtype.kind not in "fiu" or raw.dtype.itemsize == 1:
-        raise ValueError(f"has no number of 16 bits or more a pixel: {raw.shape} of {raw.dtype}.")
+        raise ValueError(f"has no number of 16 bits or more a pixel: {raw.shape} of {raw.dtype}. "
+                         "Save depth as 16-bit PNG, TIFF of floats or .npy.")
     notes = frame.notes
     if scale is None:
         scale, unit = (1, "metres") if raw.dtype.kind == "f" else (1000, "millimetres")
@@ -328,8 +338,10 @@ def only_file(path):
 
 
 def parse_intrinsics(text):
-    """fx fy cx cy or a 3 x 3 matrix, with spaces or commas -> [fx, fy, cx, cy]."""
+    """fx fy cx cy or a matrix (3 x 3, 4 x 4), with spaces or commas -> [fx, fy, cx, cy]."""
     k = [float(word) for word in text.replace(",", " ").split()]
+    if len(k) == 16:
+        k = matrix(k)[:3, :3].ravel().tolist()
     if len(k) == 9:
         cx, cy = (k[2], k[5]) if k[2] else k[6:8]  # row by row, or column by column
         k = [k[0], k[4], cx, cy]
@@ -401,7 +413,7 @@ def argoverse2_log(folder):
         if not (camera.startswith("ring_") and camera in car_from and images.is_dir()):
             continue
         stamps = map(int, stems(images, ".jpg"))
-        for sweep, stamp in nearest_images(sweeps, stamps).items():
+        for sweep, stamp in nearest_in_time(sweeps, stamps, LIDAR_WINDOW).items():
             if stamp not in city_from_car or sweep not in city_from_car:
                 continue  # there is no way from the sweep to the image
             sweep_path = folder / f"sensors/lidar/{sweep}.feather"
@@ -424,14 +436,15 @@ def argoverse2_poses(path, key):
     return {name: transform(row[:4], row[4:]) for name, *row in zip(table[key], *columns)}
 
 
-def nearest_images(sweeps, stamps):
-    """Time of a sweep -> time of the image that is nearest to it [ns]; an image has one sweep."""
-    nearest = {}
-    for stamp in stamps if len(sweeps) else ():
-        sweep = int(sweeps[np.abs(sweeps - stamp).argmin()])
-        gap = abs(sweep - stamp)
-        if gap <= LIDAR_WINDOW and gap < abs(sweep - nearest.get(sweep, 0)):
-            nearest[sweep] = stamp
+def nearest_in_time(times, others, window):
+    """{time: that of `others` which is nearest to it}, of the pairs within a window; none is in
+    two."""
+    times, nearest = np.asarray(times), {}
+    for other in others if len(times) else ():
+        time = times[np.abs(times - other).argmin()].item()
+        gap = abs(time - other)
+        if gap <= window and gap < abs(time - nearest.get(time, math.inf)):
+            nearest[time] = other
     return nearest
 
 
@@ -710,27 +723,19 @@ def load_scannetpp(folder, info, frame):
     (fx, _, cx), (_, fy, cy), _ = info["intrinsic"]
     (w, h), _ = image_size(frame.image)
     s = w / 1920
-    intrinsics = (fx * s, fy * s, (cx + 0.5) * s - 0.5, (cy + 0.5) * s - 0.5, w, round(1440 * s))
     pose = info.get("aligned_pose", info.get("aligned_poses"))
-
-    frame = load_map(folder / f"depth/{name}.png", 1000, frame)
-    depth = frame.depth
-    j, i = np.nonzero(depth)
-    x = np.floor((i * 1920 / depth.shape[1] + 0.5) * s).astype(int)
-    y = np.floor((j * 1440 / depth.shape[0] + 0.5) * s).astype(int)
-    z = depth[j, i].astype(np.float64)
-    points = np.stack([x, y, z * ray_length(x, y, intrinsics), z], 1)
+    frame = load_map(folder / f"depth/{name}.png", 1000, frame)._replace(
+        intrinsics=(fx * s, fy * s, (cx + 0.5) * s - 0.5, (cy + 0.5) * s - 0.5, w, round(1440 * s)),
+        pose=matrix(pose) if pose else None,
+        centre=0.5 / 7.5,
+    )
     mask = folder / f"rgb_masks/{name}.png"
     if mask.exists():
         mask = read_image(mask)
-        rows, columns = mask.shape
-        points = points[mask[y * rows // h, x * columns // w] > 0]
-    return frame._replace(
-        depth=points,
-        kind="points",
-        intrinsics=intrinsics,
-        pose=matrix(pose) if pose else None,
-    )
+        rows, columns = (rescaled(np.arange(n), n, side, frame.centre)
+                         for n, side in zip(frame.depth.shape, mask.shape))
+        frame.depth[mask[np.ix_(rows, columns)] == 0] = 0
+    return frame
 
 
 # ---- Taskonomy and HM3D, both rendered by Omnidata
@@ -911,23 +916,29 @@ def frames_eth3d(root, split):
 def eth3d_scene(calibration):
     folder = calibration.parent
     scene = folder.name
-    cameras = {words[0]: words[1:] for words in colmap_lines(calibration / "cameras.txt") if words}
-    # each second line lists points, and may be empty
-    images = filter(None, colmap_lines(calibration / "images.txt")[::2])
-    for _, *numbers, camera, name in sorted(images, key=lambda words: words[-1]):
-        numbers = [float(word) for word in numbers]
-        camera_from_world = transform(numbers[:4], numbers[4:])
+    for name, number, camera, pose in colmap_images(calibration):
         yield Frame(
             f"{scene}/{name}",
             folder / f"images/{name}",
-            partial(load_eth3d, folder / f"ground_truth_depth/{name}", cameras[camera]),
+            partial(load_eth3d, folder / f"ground_truth_depth/{name}", camera),
             scene=scene,
-            camera=f"camera {camera}",
-            pose=np.linalg.inv(camera_from_world),
+            camera=f"camera {number}",
+            pose=pose,
         )
 
 
-def colmap_lines(path):
+def colmap_images(folder):
+    """By name: the name of each image of COLMAP's images.txt, its camera's number, words (model, w,
+    h, ...) and pose. A second line of each lists points, and may be empty."""
+    cameras = {words[0]: words[1:] for words in word_lines(folder / "cameras.txt") if words}
+    images = filter(None, word_lines(folder / "images.txt")[::2])
+    for _, *numbers, camera, name in sorted(images, key=lambda words: words[-1]):
+        numbers = [float(word) for word in numbers]
+        camera_from_world = transform(numbers[:4], numbers[4:])
+        yield name, camera, cameras[camera], np.linalg.inv(camera_from_world)
+
+
+def word_lines(path):
     """The words of each line that is not a comment."""
     return [line.split() for line in read_text(path).splitlines() if not line.startswith("#")]
 
@@ -1077,50 +1088,156 @@ def load_ibims1(root, frame):
     return frame._replace(intrinsics=read_intrinsics(root / f"calib/{name}.txt"))
 
 
-# ---- your own RGB-D images
+# ---- your own RGB-D images: which photo, depth, intrinsics, pose and time belong together
+
+# what a file holds, by a word in the name of its folder, or else in its own; the first counts
+ROLES = render.each_word({
+    "intrinsics intrinsic": "intrinsics",
+    "poses pose": "pose",
+    "depth depths lidar": "depth",
+    "rgb color colour image images": "image",
+})
+WORDS = re.compile(f"(?<![a-z])({'|'.join(ROLES)})(?![a-z])", re.IGNORECASE)
+STAMP_WINDOW = 0.02  # [s] between a photo and its depth, as in TUM RGB-D's associate.py
 
 
 def frames_folder(root, split, intrinsics, depth_scale, depth_type):
     """The same in root, or in folders of root, each one a scene:
 
-    rgb/<name>.jpg, .png, ...
-    depth/<name>.png (16 bit), .tif, .npy or .npz
-    intrinsics.txt                      here or in root: fx fy cx cy, or 3 x 3
-    poses/<name>.txt                    optional: 4 x 4 camera-to-world"""
+    rgb/<name>.jpg, depth/<name>.png      or <name>.color.jpg, <name>.depth.png: see ROLES
+    intrinsics.txt, intrinsics/<name>.txt here or in root: fx fy cx cy, 3 x 3 or 4 x 4
+    poses/<name>.txt                      optional: 4 x 4 camera-to-world
+    rgb.txt, depth.txt, groundtruth.txt   or TUM RGB-D's: time and file, or pose, a line
+    [sparse/0/]{cameras,images}.txt       or COLMAP's cameras
+    transforms.json                       or all of it from nerfstudio's"""
+    given = parse_intrinsics(intrinsics) if intrinsics else None
+
     def frames(folder):
         scene = os.path.relpath(folder, root).removeprefix(".")
-        images, depths = (
-            {path.stem: path for path in listed(folder / part)}
-            for part in ("rgb", "depth")
-        )
-        places = [folder / "intrinsics.txt", root / "intrinsics.txt"]
-        places = [path for path in places if path.exists()]
-        if not (intrinsics or places):
-            raise ValueError(f"{folder}: has no intrinsics.txt. Write 'fx fy cx cy' [px] into it, "
-                             "or give --intrinsics.")
-        k = parse_intrinsics(intrinsics) if intrinsics else read_intrinsics(places[0])
-        for stem in sorted(images | depths):
-            pose = folder / f"poses/{stem}.txt"
+        shots = transforms_shots if (folder / "transforms.json").exists() else named_shots
+        for name, image, depth, camera, pose in shots(folder):
+            camera = given or camera or own_files(root)["intrinsics"].get("")
+            if camera is None:
+                raise ValueError(f"{folder}: has no intrinsics.txt. Write 'fx fy cx cy' [px] into "
+                                 "it, or give --intrinsics (COLMAP: in its text format).")
             yield Frame(
-                os.path.join(scene, stem),
-                images.get(stem, folder / f"rgb/{stem}"),
-                partial(load_folder, depths.get(stem), depth_scale, depth_type, pose),
-                k,
-                scene or None,
+                os.path.join(scene, name),
+                image,
+                partial(load_own, depth, camera, pose, depth_scale, depth_type),
+                scene=scene or None,
+                time=stamp(name),
             )
 
-    rgb = [root / "rgb"] if (root / "rgb").is_dir() else listed(root, "*/rgb/")
-    return one_by_one([path.parent for path in rgb], frames)
+    files = own_files(root)
+    single = files["image"] or files["depth"] or (root / "transforms.json").exists()
+    return one_by_one([root] if single else listed(root, "*/"), frames)
 
 
-def load_folder(depth, depth_scale, depth_type, pose, frame):
-    """A depth map of the image's size, and the pose if there is one."""
-    if depth is None or not frame.image.exists():
-        raise ValueError(f"{depth or frame.image}: has no counterpart in depth/ or rgb/.")
-    if pose.exists():
+def own_files(folder):
+    """-> by role, {name without the words of ROLES: path}."""
+    found = {role: {} for role in ROLES.values()}
+    inner = [path for path in listed(folder, "*/") if WORDS.search(path.name)]
+    for path in listed(folder) + [path for part in inner for path in listed(part)]:
+        inside = path.parent.name if path.parent != folder else ""
+        words = WORDS.findall(inside.lower()) or WORDS.findall(path.stem.lower())
+        role = next((role for word, role in ROLES.items() if word in words), None)
+        if not role and path.suffix.lower() in Image.registered_extensions():
+            role = "image"
+        if role and path.is_file() and (path.suffix == ".txt") == (role in ("pose", "intrinsics")):
+            found[role].setdefault(WORDS.sub("", path.stem).strip("._- "), path)
+    return found
+
+
+def named_shots(folder):
+    """Photos, and what has their name, or if all names are time stamps the nearest one -> name,
+    photo, depth, camera, pose, each a path (or numbers, or None)."""
+    files = own_files(folder)
+    for role, name in ("image", "rgb.txt"), ("depth", "depth.txt"):
+        if (folder / name).exists():
+            files[role] = {words[0]: folder / words[1] for words in word_lines(folder / name)}
+    if (folder / "groundtruth.txt").exists():
+        for time, *numbers in word_lines(folder / "groundtruth.txt"):
+            x, y, z, *axis, w = map(float, numbers)
+            files["pose"][time] = transform([w, *axis], [x, y, z])
+
+    images, shared = files["image"], files["intrinsics"].pop("", None)
+    depths, poses, cameras = (
+        by_time(files[role], images, folder / role) for role in ("depth", "pose", "intrinsics"))
+    for place in (listed(folder, "cameras.txt") + listed(folder, "sparse/**/cameras.txt"))[:1]:
+        # COLMAP's poses are left out: their scale is not metres
+        for name, _, camera, _ in colmap_images(place.parent):
+            cameras.setdefault(WORDS.sub("", Path(name).stem).strip("._- "), pinhole(camera, place))
+    for name in sorted(images | depths):
+        yield name, images.get(name), depths.get(name), cameras.get(name, shared), poses.get(name)
+
+
+def stamp(name):
+    """A name that is a time, such as 1305031102.175304, or digits of s, ms, us or ns -> [s]."""
+    if re.fullmatch(r"\d+\.\d+", name):
+        return float(name)
+    return int(name) / 10 ** (len(name) - 10) if re.fullmatch(r"\d{10}(\d{3}){0,3}", name) else None
+
+
+def by_time(files, images, what):
+    """{name: file} -> {name of the image: file}, if all the names are times."""
+    times, stamps = ({stamp(name): name for name in names} for names in (files, images))
+    if None in times or None in stamps or not files:
+        return files
+    pairs = nearest_in_time(list(times), stamps, STAMP_WINDOW)
+    print(f"{what}: {len(pairs)} of {len(images)} photos have one within {STAMP_WINDOW} s",
+          file=sys.stderr)
+    found = {stamps[image]: files[times[time]] for time, image in pairs.items()}
+    return found
+
+
+def pinhole(camera, path):
+    """COLMAP's model, w, h, ... -> fx, fy, cx, cy, w, h."""
+    model, w, h, *numbers = camera
+    if model not in ("PINHOLE", "SIMPLE_PINHOLE"):
+        raise ValueError(f"{path}: a lens with distortion ({model}). Undistort first: colmap "
+                         "image_undistorter.")
+    *_, fy, cx, cy = map(float, numbers)
+    return float(numbers[0]), fy, cx - 0.5, cy - 0.5, int(w), int(h)
+
+
+def transforms_shots(folder):
+    """The same from nerfstudio's transforms.json: OpenGL axes, cx and cy from the image's
+    corner."""
+    path = folder / "transforms.json"
+    shared, depths = read_json(path), own_files(folder)["depth"]
+    for shot in shared["frames"]:
+        camera, name = shared | shot, shot["file_path"]
+        lens = {key: camera[key] for key in "k1 k2 k3 k4 p1 p2".split() if camera.get(key)}
+        if lens or "FISHEYE" in camera.get("camera_model", ""):
+            raise ValueError(f"{path}: a lens with distortion ({lens or 'fisheye'}). Undistort "
+                             "first: colmap image_undistorter, and ns-process-data again.")
+        fx, cx, cy = (camera[key] for key in ("fl_x", "cx", "cy"))
+        size = [camera[key] for key in "wh" if key in camera]
+        depth = depths.get(WORDS.sub("", Path(name).stem).strip("._- "))
+        if "depth_file_path" in shot:
+            depth = folder / shot["depth_file_path"]
+        pose = matrix(shot["transform_matrix"]) @ OPENGL_TO_OPENCV
+        yield (name, folder / name, depth, (fx, camera.get("fl_y", fx), cx - 0.5, cy - 0.5, *size),
+               pose)
+
+
+def load_own(depth, camera, pose, scale, kind, frame):
+    """A depth map, of the image's size or of another, or LiDAR points (N, 3 or more) in camera
+    axes; camera and pose are numbers, or paths."""
+    if depth is None or frame.image is None or not frame.image.exists():
+        raise ValueError(f"{depth or frame.image}: has no counterpart, photo or depth.")
+    if isinstance(pose, Path):
         with naming(pose):
-            frame = frame._replace(pose=matrix(np.loadtxt(pose)))
-    return load_map(depth, depth_scale, frame)._replace(kind=depth_type)
+            pose = matrix(np.loadtxt(pose))
+    if isinstance(camera, Path):
+        camera = read_intrinsics(camera)
+    frame = frame._replace(intrinsics=camera, pose=pose)
+    with naming(depth):
+        raw = read_depth(depth)
+        if raw.ndim == 2 and 2 < raw.shape[1] < 16:  # no map is that narrow
+            points = project(raw[:, :3].astype(np.float64) / (scale or 1), camera)
+            return frame._replace(depth=points, kind="lidar", scale=scale or 1)
+        return add_depth(raw, scale, frame)._replace(kind=kind)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1360,10 +1477,11 @@ DATASETS = {
         https://rgbd.cs.princeton.edu; 6.4 GB; research use, cite the authors""",
         SUNRGBD_ZIP, raw="sunrgbd", flags="paper_labels all_images"),
     "folder": Dataset(
-        frames_folder, (0.1, 200), "train val", "rgb */rgb", """
+        frames_folder, (0.1, 200), "train val",
+        "transforms.json */transforms.json rgb */rgb *depth* */*depth*", """
         your own RGB-D images: rgb/<name>.jpg or .png, depth/<name>.png (16 bit), .tif or .npy,
         intrinsics.txt (fx fy cx cy, or 3 x 3) or --intrinsics; optional poses/<name>.txt (4 x 4
-        camera-to-world)""",
+        camera-to-world); or nerfstudio's transforms.json, COLMAP's text files, TUM RGB-D's""",
         flags="intrinsics depth_scale depth_type"),
     "toy": Dataset(
         frames_toy, (0.1, 100), "train val", flags="images light focals seed"),
@@ -1381,13 +1499,26 @@ def rng_for(seed, name):
     return np.random.default_rng(int.from_bytes(digest[:8], "little"))
 
 
-def map_labels(depth, kind, intrinsics):
-    """All pixels of a map that have a depth -> x, y, Euclidean, z, each (N,)."""
+def rescaled(i, side, other, centre=0.5):
+    """Pixels i of `side` pixels -> those of `other` pixels along the same axis that show the
+    place."""
+    return np.floor((i + centre) * (other / side)).astype(int)
+
+
+def map_labels(depth, kind, centre, intrinsics):
+    """All pixels of a map that have a depth, which may have another resolution than the image -> x,
+    y, Euclidean, z, each (N,)."""
     w, h = intrinsics[4:]
-    if depth.shape != (h, w):
-        raise ValueError(f"depth map of {depth.shape[1]} x {depth.shape[0]}, image of {w} x {h}")
-    y, x = np.nonzero(np.isfinite(depth) & (depth > 0))
-    depth = depth[y, x].astype(np.float64)
+    rows, columns = depth.shape
+    if abs(columns * h / w - rows) >= 1:
+        raise ValueError(f"depth map of {columns} x {rows}, image of {w} x {h}: not the same view. "
+                         "Crop both alike.")
+    j, i = np.nonzero(np.isfinite(depth) & (depth > 0))
+    x, y = rescaled(i, columns, w, centre), rescaled(j, rows, h, centre)
+    depth = depth[j, i].astype(np.float64)
+    if columns > w or rows > h:  # several in one pixel
+        first = np.unique(y * w + x, return_index=True)[1]
+        x, y, depth = x[first], y[first], depth[first]
     rays = ray_length(x, y, intrinsics)
     if kind == "z":
         return x, y, depth * rays, depth
@@ -1431,17 +1562,16 @@ def label_orientation(frame, size, exif):
     "upright", the image's size there, and notes."""
     told = frame.depth.shape[::-1] if frame.kind in MAPS else tuple(frame.intrinsics[4:])
     shows = exif >= 5 and size[0] != size[1]
-    if shows and told == size[::-1]:
-        return "upright", told, ()
+    if told and render.labels_are_upright(exif, size, told, None):
+        return "upright", size[::-1], ()
     notes = (("images are turned or mirrored by EXIF, and whether their depth is, too, does not "
               "show: taken as of the stored pixels", 1),)
     return "stored" if exif > 1 else None, size, () if exif == 1 or shows and told else notes
 
 
-def make_record(frame, folder, points, seed, limits, occlusion, published):
-    """Load a frame and draw its pixels -> its line of the jsonl, or "" if it has too few labels;
-    and notes. limits: (min, max) of the Euclidean depth [m]. published: what the paper's labels
-    hold, "z" or "euclidean", where they are wanted."""
+def load_labels(frame, occlusion):
+    """-> the frame loaded, with intrinsics fx, fy, cx, cy, w, h; all its labels x, y, Euclidean, z,
+    each (N,); to which pixels of the file they belong; notes."""
     frame = frame.load(frame)
     size, exif = (frame.pixels.size, 1) if frame.pixels else image_size(frame.image)
     orientation, size, notes = label_orientation(frame, size, exif)
@@ -1452,14 +1582,25 @@ def make_record(frame, folder, points, seed, limits, occlusion, published):
     if fault := render.camera_fault(intrinsics, doubt=True):
         raise Refused(fault)
 
+    notes += frame.notes
     if frame.kind in MAPS:
-        labels = map_labels(frame.depth, frame.kind, intrinsics)
+        labels = map_labels(frame.depth, frame.kind, frame.centre, intrinsics)
+        if frame.depth.shape != size[::-1]:
+            notes += ((f"depth maps of {frame.depth.shape[1]} x {frame.depth.shape[0]} px are of "
+                       f"images of {size[0]} x {size[1]}: labels are where their pixels are", 1),)
     else:
         labels = cloud_labels(frame.depth, occlusion and frame.kind == "lidar", intrinsics)
+    return frame._replace(intrinsics=intrinsics), labels, orientation, notes
+
+
+def make_record(frame, folder, points, seed, limits, occlusion, published):
+    """Load a frame and draw its pixels -> its line of the jsonl, or "" if it has too few labels;
+    and notes. limits: (min, max) of the Euclidean depth [m]. published: what the paper's labels
+    hold, "z" or "euclidean", where they are wanted."""
+    frame, labels, orientation, notes = load_labels(frame, occlusion)
     if fault := other_unit(labels[2], frame.scale, min(0.02, limits[0]), max(200, limits[1])):
         raise Refused(f"{frame.id}: {fault}, or other --min-depth, --max-depth.")
     valid = np.flatnonzero((labels[2] >= limits[0]) & (labels[2] <= limits[1]))
-    notes += frame.notes
     if len(valid) < min(MIN_POINTS, points):
         return "", notes
     drawn = rng_for(seed, frame.id).choice(len(valid), min(points, len(valid)), replace=False)
@@ -1474,7 +1615,8 @@ def make_record(frame, folder, points, seed, limits, occlusion, published):
         image = os.path.relpath(image, os.path.realpath(folder))
     record = {
         "image": image,
-        "intrinsics": [round(float(v), 4) for v in intrinsics[:4]] + list(size),
+        "intrinsics": [round(float(v), 4) for v in frame.intrinsics[:4]]
+        + list(frame.intrinsics[4:]),
         "pixel_coords": np.stack([x, y], 1).tolist(),
         # paper: it asks for the distance from the camera, but publishes z for some datasets
         "depth": np.round(z if published == "z" else euclidean, 4).tolist(),
@@ -2066,7 +2208,7 @@ def parse_args(argv=None):
 
     flag = parser.add_argument_group("files").add_argument
     flag("--root", type=file_path, help="raw data; default: data/raw/<dataset>")
-    flag("--out", type=file_path, help="output folder; default: data/<dataset>")
+    flag("--out", type=file_path, help="output folder; default: data/<dataset>, or data/<name>")
     flag("--overwrite", action="store_true", help="replace what another command wrote to --out")
     flag("--image-root", type=file_path,
          help="with --check: folder of the images; default: each jsonl's own")
@@ -2092,7 +2234,8 @@ def parse_args(argv=None):
          help="nyuv2: all 1,449 images, not the 654 test images")
 
     flag = parser.add_argument_group("--dataset folder").add_argument
-    flag("--intrinsics", metavar="FX,FY,CX,CY", help="[px]; default: from its intrinsics.txt")
+    flag("--name", type=file_path, help="the set's, for --out; default: that of --root")
+    flag("--intrinsics", metavar="FX,FY,CX,CY", help="[px]; default: from its files")
     flag("--depth-scale", type=POSITIVE,
          help="numbers per metre; default: 1000 for integers, 1 for floating-point numbers")
     flag("--depth-type", choices=("z", "euclidean"), default="z", help="what the depth maps hold")
@@ -2141,7 +2284,10 @@ def main(argv=None):
     if dataset.marks:
         root = Path(args.root or f"data/raw/{dataset.raw or args.dataset}").absolute()
         root = raw_root(args.dataset, root, args.download, args.url)
-    out = Path(args.out or f"data/{args.dataset}")
+    name = args.dataset
+    if name == "folder":
+        name = args.name or os.path.basename(os.path.abspath(args.root or name))
+    out = Path(args.out or f"data/{name}")
     i, n = args.shard
     shard = f".{i:0{len(str(n))}d}-of-{n}" if n > 1 else ""
     info = render.run_info(args)
