@@ -2058,6 +2058,201 @@ def unexplained(record, shown):
 
 
 # --------------------------------------------------------------------------------------------------
+# --verify: whether images bear out the conventions by which their depth and poses are read
+
+VERIFY_IMAGES = 40
+VERIFY_AHEAD = 6  # an image is compared with this many that follow it
+VERIFY_POINTS = 400  # of its labels, about, that are moved to each of these
+VERIFY_GAIN = 0.02  # of agreement, by which another convention has to be better
+
+
+class Seen(NamedTuple):
+    """An image and its labels, also by cells that are about as wide as the labels lie apart."""
+    frame: Frame
+    colours: np.ndarray  # (H, W, 3) of mean 0 and deviation 1
+    xy: np.ndarray  # (N, 2) [px]
+    z: np.ndarray  # (N,) [m]
+    pose: np.ndarray | None
+    intrinsics: tuple
+    cell: int  # [px]
+    grid: np.ndarray  # (rows, columns): a label in each cell, -1 where there is none
+
+
+def verify(frames):
+    """Print a table of verdicts -> how many are wrong."""
+    seen, bad = [], []
+    for frame in tqdm(frames, "verify", disable=None):
+        try:
+            seen.append(see(frame))
+        except Exception as error:  # as in naming
+            bad.append(reason(error, frame.id))
+    rows = [("files", not bad, f"{len(bad)} of {len(frames)} images not read {bad[:1]}")]
+    if seen:
+        depths = np.concatenate([one.z for one in seen])
+        fault = other_unit(depths, seen[0].frame.scale)
+        rows += [
+            ("unit", not fault, fault or f"median depth {np.median(depths):.2f} m"),
+            ("places of labels", *verify_edges(seen)),
+            ("z or Euclidean", *verify_kind(seen)),
+            ("poses", *verify_poses(list(pairs_in(seen, False)))),
+            ("poses of two cameras", *verify_poses(list(pairs_in(seen, True)))),
+        ]
+    said = {True: "right", False: "WRONG", None: "cannot tell"}
+    for what, right, why in rows:
+        print(f"{what:22}{said[right]:13}{why}")
+    return sum(right is False for _, right, _ in rows)
+
+
+def see(frame):
+    frame, (x, y, _, z), orientation, _ = load_labels(frame, occlusion=False)
+    w, h = frame.intrinsics[4:]
+    image = frame.pixels or render.open_image(frame.image, (w, h), orientation)
+    colours = np.asarray(image.filter(ImageFilter.BoxBlur(1)), np.float32)
+    colours = (colours - colours.mean()) / (colours.std() + 1e-6)
+    cell = max(1, int(math.sqrt(w * h / len(z))))
+    grid = np.full((h // cell + 1, w // cell + 1), -1)
+    grid[y // cell, x // cell] = np.arange(len(z))
+    return Seen(frame, colours, np.stack([x, y], 1), z, frame.pose, frame.intrinsics, cell, grid)
+
+
+def beyond(gains, least):
+    """Whether gains (N,) are above `least` on average, and not by chance."""
+    return len(gains) >= 3 and np.mean(gains) > max(least, 4 * standard_error(gains))
+
+
+def verify_edges(seen):
+    """Colours change where depth does, if labels are on their pixels -> right or not, why."""
+    reach = max(6, *(len(one.colours) // 40 for one in seen))
+    near, found = [], []
+    for axis, way in enumerate(("right of", "below")):
+        profiles = (edge_profile(one, axis, reach) for one in seen)
+        profiles = np.array([profile for profile in profiles if profile is not None])
+        best = int(profiles.mean(0).argmax()) if len(profiles) else 0
+        if 0 < best < 2 * reach and beyond(profiles[:, best], 0.2):
+            off = best - reach
+            shifted = beyond(profiles[:, best] - profiles[:, reach], 0.05)
+            near.append(abs(off) <= max(1, 0.3 * seen[0].cell) or (False if shifted else None))
+            found.append(f"{off:+} px {way}")
+    why = f"colour edges are {', '.join(found) or 'not to be found at'} those of depth"
+    return False if False in near else near == [True, True] or None, why
+
+
+def edge_profile(one, axis, reach):
+    """How much colours change along an axis at -reach..reach px from jumps of depth: deviations
+    from the mean, (2 reach + 1,). None if there are few jumps."""
+    change = np.abs(np.diff(one.colours.swapaxes(0, axis), axis=1)).sum(-1)
+    along, across = one.xy[:, axis], one.xy[:, 1 - axis]
+    order = np.lexsort((along, across // one.cell))
+    a, b = order[:-1], order[1:]
+    jump = (across[a] // one.cell == across[b] // one.cell) & (along[b] - along[a] <= 2 * one.cell)
+    jump &= np.abs(np.log(one.z[a] / one.z[b])) > 0.1
+    place, row = (along[a] + along[b])[jump] // 2, across[a][jump]
+    inside = (place >= reach) & (place < change.shape[1] - reach)
+    if inside.sum() < 20:
+        return None
+    found = change[row[inside, None], place[inside, None] + np.arange(-reach, reach + 1)]
+    found = found - found.mean(1, keepdims=True)
+    return (found / (found.std(1, keepdims=True) + 1e-6)).mean(0)
+
+
+def other_kind(one):
+    """Its map read as holding Euclidean depth instead of z, or the other way round."""
+    rays = ray_length(*one.xy.T, one.intrinsics)
+    return one._replace(z=one.z * rays if one.frame.kind == "euclidean" else one.z / rays)
+
+
+def verify_kind(seen):
+    """Numbers of a map lie on planes as what they are only -> right or not, why."""
+    kind = seen[0].frame.kind
+    if kind not in MAPS:
+        return None, "points, not maps"
+    held = (other_kind(one) if kind == "euclidean" else one for one in seen)
+    looks = depth_kind(
+        thinned({"pixel_coords": one.xy, "depth": one.z, "intrinsics": one.intrinsics})
+        for one in held)
+    return looks and looks == kind, f"maps look like {looks or 'either'}, and are read as {kind}"
+
+
+def pairs_in(seen, stereo):
+    """Images (a, b) of a scene, both with a pose: of two cameras at one time, or others."""
+    for i, a in enumerate(seen):
+        for b in seen[i + 1:i + 1 + VERIFY_AHEAD]:
+            same = a.frame.camera == b.frame.camera
+            if a.frame.scene == b.frame.scene and a.pose is not None and b.pose is not None:
+                gap = 0 if same or a.frame.time is None else abs(a.frame.time - b.frame.time)
+                if gap < 0.1 and stereo != (same or a.frame.time is None):
+                    yield a, b
+
+
+def posed(change):
+    return lambda one: one._replace(pose=change(one.pose))
+
+
+def divided(factor):
+    return lambda one: one._replace(z=one.z / factor)
+
+
+MISTAKES = {  # -> an image without it
+    "poses are world-to-camera": posed(np.linalg.inv),
+    "poses are transposed": posed(np.transpose),
+    "poses have OpenGL axes": posed(lambda pose: pose @ OPENGL_TO_OPENCV),
+    "poses are world-to-camera with OpenGL axes":
+        posed(lambda pose: np.linalg.inv(pose) @ OPENGL_TO_OPENCV),
+    "poses are of other images": posed(lambda pose: np.eye(4)),
+    "fx and fy are swapped":
+        lambda one: one._replace(intrinsics=[one.intrinsics[i] for i in (1, 0, 2, 3, 4, 5)]),
+    "z and Euclidean depth are confused": other_kind,
+    **{f"depth is {factor:g} x that in the unit of the poses": divided(factor)
+       for factor in (0.001, 0.01, 0.1, 0.25, 0.5, 0.8, 1.25, 2, 4, 10, 100, 1000)},
+}
+
+
+def verify_poses(pairs):
+    """Labels that are moved to another image find their depth and colour there -> right or not,
+    why. A mistake is likely if without it they agree better."""
+    if len(pairs) < 3:
+        return None, "few pairs of images with poses"
+    given = np.array([agreement(a, b) for a, b in pairs])
+    gains = {what: np.array([agreement(mend(a), mend(b)) for a, b in pairs]) - given
+             for what, mend in MISTAKES.items()}
+    likely = max(gains, key=lambda what: gains[what].mean())
+    why = f"agreement {given.mean():.2f}"
+    if beyond(gains[likely], VERIFY_GAIN):
+        return False, f"{why}, and {np.mean(given + gains[likely]):.2f} if {likely}"
+    still = gains["poses are of other images"]
+    return beyond(-still, VERIFY_GAIN) or None, f"{why}, without poses {np.mean(given + still):.2f}"
+
+
+def agreement(a, b):
+    """Of a's labels, moved to image b, with the depth and colour there: 1 if all are as there, 0 if
+    they are as unlike as others, or outside."""
+    some = np.arange(0, len(a.z), 1 + len(a.z) // VERIFY_POINTS)
+    x, y = a.xy[some].T
+    distance = a.z[some] * ray_length(x, y, a.intrinsics)
+    points = render.unproject(a.xy[some], distance, a.intrinsics)
+    points = move(np.linalg.inv(b.pose) @ a.pose, points)
+    place = project(points, b.intrinsics)
+    u, v = np.floor(place[:, :2] + 0.5).T
+    inside = (u >= 0) & (v >= 0) & (u < b.intrinsics[4]) & (v < b.intrinsics[5])
+    u, v = u[inside].astype(int), v[inside].astype(int)
+    shown = a.colours[y, x]
+    there = unlike(shown[points[:, 2] > 0][inside], place[inside, 3], b, u, v)
+    u, v = rng_for(0, "chance").permutation(b.xy)[:len(some)].T
+    chance = unlike(shown[:len(u)], a.z[some][:len(u)], b, u, v).mean()
+    return (1 - there / chance).sum() / len(some)
+
+
+def unlike(colours, z, b, u, v):
+    """0 to 1: colours and z of points (N,) against those at pixels u, v of b."""
+    off = np.abs(colours - b.colours[v, u]).mean(-1).clip(0, 1)
+    if b.frame.kind not in MAPS:  # LiDAR points are the same in all images, whatever the poses
+        return off
+    label = b.grid[v // b.cell, u // b.cell]
+    far = (10 * np.abs(np.log(z / b.z[label]))).clip(0, 1)
+    return np.where(label < 0, off, (off + far) / 2)
+
+
+# --------------------------------------------------------------------------------------------------
 # download and raw data
 
 RETRIES = 5  # attempts in a row that bring no byte
@@ -2202,6 +2397,9 @@ def parse_args(argv=None):
     flag("--check", type=file_path, nargs="+", metavar="JSONL",
          help="table and faults of jsonl files; exit code 1 if there are any")
     flag = group.add_argument
+    flag("--verify", action="store_true",
+         help="with --dataset: do its first images bear out how it is read? Exit code 1 if a "
+         "verdict is WRONG")
     flag("--split", choices=BOTH,
          help="default: all splits that the paper uses of the dataset; folder: train")
     flag("--workers", type=COUNT, default=os.cpu_count(), help="processes")
@@ -2288,6 +2486,14 @@ def main(argv=None):
     if name == "folder":
         name = args.name or os.path.basename(os.path.abspath(args.root or name))
     out = Path(args.out or f"data/{name}")
+    if args.verify:
+        first = {"limit": args.limit or VERIFY_IMAGES}
+        inputs = (split_inputs(args, split, root) | first
+                  for split in ([args.split] if args.split else wanted))
+        frames = next(filter(None, map(list_frames, inputs)), None)
+        if not frames:
+            raise missing_raw(args.dataset, root)
+        sys.exit(verify(frames) > 0)
     i, n = args.shard
     shard = f".{i:0{len(str(n))}d}-of-{n}" if n > 1 else ""
     info = render.run_info(args)
