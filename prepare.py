@@ -218,30 +218,26 @@ def read_image(path):
 NOTHING = [np.iinfo(kind).max for kind in (np.int16, np.uint16, np.int32, np.uint32)] + [65504]
 
 
-def read_depth(path):
-    """The numbers of a depth file: 16-bit grey PNG, TIFF, .npy, or .npz of one array."""
-    if path.suffix == ".exr":
-        raise ValueError(f"{path}: EXR is not read. Convert it to .npy or a TIFF of 32-bit floats.")
-    raw = np.load(path) if path.suffix in (".npy", ".npz") else read_image(path)
-    if path.suffix == ".npz":
-        (raw,) = raw.values()
-    return raw
-
-
 def load_map(path, scale, frame):
-    """-> the frame with the depth map of a file."""
+    """A depth file: 16-bit grey PNG, TIFF, .npy or .npz -> the frame with its depth."""
     with naming(path):
-        return add_depth(read_depth(path), scale, frame)
+        raw = np.load(path) if path.suffix in (".npy", ".npz") else read_image(path)
+        if path.suffix == ".npz":
+            (raw,) = raw.values()
+        return add_depth(raw, scale, frame)
 
 
 def add_depth(raw, scale, frame):
     """-> the frame with a depth map (H, W): float32 metres at `scale` numbers a metre (None: a
     floating-point file holds metres, one of integers millimetres), 0 where it says that there is
-    nothing."""
+    nothing. Of points (N, 3 or more) in camera axes: with their cloud."""
     raw = raw.squeeze() if raw.ndim > 2 else raw
     if raw.ndim != 2 or raw.dtype.kind not in "fiu" or raw.dtype.itemsize == 1:
         raise ValueError(f"has no number of 16 bits or more a pixel: {raw.shape} of {raw.dtype}. "
                          "Save depth as 16-bit PNG, TIFF of floats or .npy.")
+    if 2 < raw.shape[1] < 16:  # no map is that narrow: LiDAR points
+        points = raw[:, :3].astype(np.float64) / (scale or 1)
+        return frame._replace(depth=project(points, frame.intrinsics), kind="lidar")
     notes = frame.notes
     if scale is None:
         scale, unit = (1, "metres") if raw.dtype.kind == "f" else (1000, "millimetres")
@@ -916,26 +912,20 @@ def frames_eth3d(root, split):
 def eth3d_scene(calibration):
     folder = calibration.parent
     scene = folder.name
-    for name, number, camera, pose in colmap_images(calibration):
-        yield Frame(
-            f"{scene}/{name}",
-            folder / f"images/{name}",
-            partial(load_eth3d, folder / f"ground_truth_depth/{name}", camera),
-            scene=scene,
-            camera=f"camera {number}",
-            pose=pose,
-        )
-
-
-def colmap_images(folder):
-    """By name: the name of each image of COLMAP's images.txt, its camera's number, words (model, w,
-    h, ...) and pose. A second line of each lists points, and may be empty."""
-    cameras = {words[0]: words[1:] for words in word_lines(folder / "cameras.txt") if words}
-    images = filter(None, word_lines(folder / "images.txt")[::2])
+    cameras = {words[0]: words[1:] for words in word_lines(calibration / "cameras.txt") if words}
+    # each second line lists points, and may be empty
+    images = filter(None, word_lines(calibration / "images.txt")[::2])
     for _, *numbers, camera, name in sorted(images, key=lambda words: words[-1]):
         numbers = [float(word) for word in numbers]
         camera_from_world = transform(numbers[:4], numbers[4:])
-        yield name, camera, cameras[camera], np.linalg.inv(camera_from_world)
+        yield Frame(
+            f"{scene}/{name}",
+            folder / f"images/{name}",
+            partial(load_eth3d, folder / f"ground_truth_depth/{name}", cameras[camera]),
+            scene=scene,
+            camera=f"camera {camera}",
+            pose=np.linalg.inv(camera_from_world),
+        )
 
 
 def word_lines(path):
@@ -1107,8 +1097,8 @@ def frames_folder(root, split, intrinsics, depth_scale, depth_type):
     rgb/<name>.jpg, depth/<name>.png      or <name>.color.jpg, <name>.depth.png: see ROLES
     intrinsics.txt, intrinsics/<name>.txt here or in root: fx fy cx cy, 3 x 3 or 4 x 4
     poses/<name>.txt                      optional: 4 x 4 camera-to-world
-    rgb.txt, depth.txt, groundtruth.txt   or TUM RGB-D's: time and file, or pose, a line
-    [sparse/0/]{cameras,images}.txt       or COLMAP's cameras
+    groundtruth.txt                       or TUM RGB-D's poses: time, x y z, qx qy qz qw a line
+    cameras.txt, sparse/0/cameras.txt     or COLMAP's one camera
     transforms.json                       or all of it from nerfstudio's"""
     given = parse_intrinsics(intrinsics) if intrinsics else None
 
@@ -1144,31 +1134,42 @@ def own_files(folder):
         if not role and path.suffix.lower() in Image.registered_extensions():
             role = "image"
         if role and path.is_file() and (path.suffix == ".txt") == (role in ("pose", "intrinsics")):
-            found[role].setdefault(WORDS.sub("", path.stem).strip("._- "), path)
+            found[role].setdefault(plain_name(path), path)
     return found
+
+
+def plain_name(path):
+    return WORDS.sub("", path.stem).strip("._- ")
 
 
 def named_shots(folder):
     """Photos, and what has their name, or if all names are time stamps the nearest one -> name,
-    photo, depth, camera, pose, each a path (or numbers, or None)."""
+    photo, depth, camera, pose: paths, numbers or None."""
     files = own_files(folder)
-    for role, name in ("image", "rgb.txt"), ("depth", "depth.txt"):
-        if (folder / name).exists():
-            files[role] = {words[0]: folder / words[1] for words in word_lines(folder / name)}
     if (folder / "groundtruth.txt").exists():
         for time, *numbers in word_lines(folder / "groundtruth.txt"):
             x, y, z, *axis, w = map(float, numbers)
             files["pose"][time] = transform([w, *axis], [x, y, z])
-
-    images, shared = files["image"], files["intrinsics"].pop("", None)
+    images, cameras = files["image"], files["intrinsics"]
+    shared = cameras.pop("", None) or colmap_camera(folder)
     depths, poses, cameras = (
-        by_time(files[role], images, folder / role) for role in ("depth", "pose", "intrinsics"))
-    for place in (listed(folder, "cameras.txt") + listed(folder, "sparse/**/cameras.txt"))[:1]:
-        # COLMAP's poses are left out: their scale is not metres
-        for name, _, camera, _ in colmap_images(place.parent):
-            cameras.setdefault(WORDS.sub("", Path(name).stem).strip("._- "), pinhole(camera, place))
+        by_time(found, images) for found in (files["depth"], files["pose"], cameras))
     for name in sorted(images | depths):
         yield name, images.get(name), depths.get(name), cameras.get(name, shared), poses.get(name)
+
+
+def colmap_camera(folder):
+    """The one camera of COLMAP's cameras.txt -> fx, fy, cx, cy, w, h; None without that file. Its
+    poses are not read: their unit is not the metre."""
+    paths = listed(folder, "cameras.txt") + listed(folder, "sparse/**/cameras.txt")
+    for path in paths[:1]:
+        (_, model, w, h, fx, *numbers), *others = filter(None, word_lines(path))
+        if others or model not in ("PINHOLE", "SIMPLE_PINHOLE"):
+            raise ValueError(f"{path}: needs one camera without distortion, a PINHOLE. Undistort "
+                             "first: colmap image_undistorter.")
+        fy, cx, cy = map(float, [fx, *numbers][-3:])
+        return float(fx), fy, cx - 0.5, cy - 0.5, int(w), int(h)
+    return None
 
 
 def stamp(name):
@@ -1178,26 +1179,13 @@ def stamp(name):
     return int(name) / 10 ** (len(name) - 10) if re.fullmatch(r"\d{10}(\d{3}){0,3}", name) else None
 
 
-def by_time(files, images, what):
-    """{name: file} -> {name of the image: file}, if all the names are times."""
+def by_time(files, images):
+    """{name: file} -> {name of an image: file}, by the nearest time if all names are times."""
     times, stamps = ({stamp(name): name for name in names} for names in (files, images))
-    if None in times or None in stamps or not files:
+    if None in times or None in stamps:
         return files
     pairs = nearest_in_time(list(times), stamps, STAMP_WINDOW)
-    print(f"{what}: {len(pairs)} of {len(images)} photos have one within {STAMP_WINDOW} s",
-          file=sys.stderr)
-    found = {stamps[image]: files[times[time]] for time, image in pairs.items()}
-    return found
-
-
-def pinhole(camera, path):
-    """COLMAP's model, w, h, ... -> fx, fy, cx, cy, w, h."""
-    model, w, h, *numbers = camera
-    if model not in ("PINHOLE", "SIMPLE_PINHOLE"):
-        raise ValueError(f"{path}: a lens with distortion ({model}). Undistort first: colmap "
-                         "image_undistorter.")
-    *_, fy, cx, cy = map(float, numbers)
-    return float(numbers[0]), fy, cx - 0.5, cy - 0.5, int(w), int(h)
+    return {stamps[image]: files[times[time]] for time, image in pairs.items()}
 
 
 def transforms_shots(folder):
@@ -1213,7 +1201,7 @@ def transforms_shots(folder):
                              "first: colmap image_undistorter, and ns-process-data again.")
         fx, cx, cy = (camera[key] for key in ("fl_x", "cx", "cy"))
         size = [camera[key] for key in "wh" if key in camera]
-        depth = depths.get(WORDS.sub("", Path(name).stem).strip("._- "))
+        depth = depths.get(plain_name(Path(name)))
         if "depth_file_path" in shot:
             depth = folder / shot["depth_file_path"]
         pose = matrix(shot["transform_matrix"]) @ OPENGL_TO_OPENCV
@@ -1222,8 +1210,8 @@ def transforms_shots(folder):
 
 
 def load_own(depth, camera, pose, scale, kind, frame):
-    """A depth map, of the image's size or of another, or LiDAR points (N, 3 or more) in camera
-    axes; camera and pose are numbers, or paths."""
+    """A depth map, of the photo's size or of another, or LiDAR points (N, 3 or more) in camera
+    axes. camera and pose: numbers or paths."""
     if depth is None or frame.image is None or not frame.image.exists():
         raise ValueError(f"{depth or frame.image}: has no counterpart, photo or depth.")
     if isinstance(pose, Path):
@@ -1231,13 +1219,7 @@ def load_own(depth, camera, pose, scale, kind, frame):
             pose = matrix(np.loadtxt(pose))
     if isinstance(camera, Path):
         camera = read_intrinsics(camera)
-    frame = frame._replace(intrinsics=camera, pose=pose)
-    with naming(depth):
-        raw = read_depth(depth)
-        if raw.ndim == 2 and 2 < raw.shape[1] < 16:  # no map is that narrow
-            points = project(raw[:, :3].astype(np.float64) / (scale or 1), camera)
-            return frame._replace(depth=points, kind="lidar", scale=scale or 1)
-        return add_depth(raw, scale, frame)._replace(kind=kind)
+    return load_map(depth, scale, frame._replace(intrinsics=camera, pose=pose, kind=kind))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2107,7 +2089,7 @@ def see(frame):
     frame, (x, y, _, z), orientation, _ = load_labels(frame, occlusion=False)
     w, h = frame.intrinsics[4:]
     image = frame.pixels or render.open_image(frame.image, (w, h), orientation)
-    colours = np.asarray(image.filter(ImageFilter.BoxBlur(1)), np.float32)
+    colours = np.asarray(image, np.float32)
     colours = (colours - colours.mean()) / (colours.std() + 1e-6)
     cell = max(1, int(math.sqrt(w * h / len(z))))
     grid = np.full((h // cell + 1, w // cell + 1), -1)
@@ -2116,7 +2098,7 @@ def see(frame):
 
 
 def beyond(gains, least):
-    """Whether gains (N,) are above `least` on average, and not by chance."""
+    """Whether gains (N,) are above `least` on average, and above 0 not by chance."""
     return len(gains) >= 3 and np.mean(gains) > max(least, 4 * standard_error(gains))
 
 
@@ -2128,18 +2110,18 @@ def verify_edges(seen):
         profiles = (edge_profile(one, axis, reach) for one in seen)
         profiles = np.array([profile for profile in profiles if profile is not None])
         best = int(profiles.mean(0).argmax()) if len(profiles) else 0
-        if 0 < best < 2 * reach and beyond(profiles[:, best], 0.2):
+        if beyond(profiles[:, best], 1.5):
             off = best - reach
-            shifted = beyond(profiles[:, best] - profiles[:, reach], 0.05)
+            shifted = beyond(profiles[:, best] - profiles[:, reach], 0.2)
             near.append(abs(off) <= max(1, 0.3 * seen[0].cell) or (False if shifted else None))
             found.append(f"{off:+} px {way}")
-    why = f"colour edges are {', '.join(found) or 'not to be found at'} those of depth"
+    why = f"colour edges lie {', '.join(found)} those of depth" if found else "few clear edges"
     return False if False in near else near == [True, True] or None, why
 
 
 def edge_profile(one, axis, reach):
-    """How much colours change along an axis at -reach..reach px from jumps of depth: deviations
-    from the mean, (2 reach + 1,). None if there are few jumps."""
+    """How often, as a multiple of chance, colours along an axis change most at -reach..reach px
+    from a jump of depth (2 reach + 1,). None if there are few jumps."""
     change = np.abs(np.diff(one.colours.swapaxes(0, axis), axis=1)).sum(-1)
     along, across = one.xy[:, axis], one.xy[:, 1 - axis]
     order = np.lexsort((along, across // one.cell))
@@ -2150,9 +2132,10 @@ def edge_profile(one, axis, reach):
     inside = (place >= reach) & (place < change.shape[1] - reach)
     if inside.sum() < 20:
         return None
-    found = change[row[inside, None], place[inside, None] + np.arange(-reach, reach + 1)]
-    found = found - found.mean(1, keepdims=True)
-    return (found / (found.std(1, keepdims=True) + 1e-6)).mean(0)
+    around = change[row[inside, None], place[inside, None] + np.arange(-reach, reach + 1)]
+    shares = np.bincount(around.argmax(1), minlength=2 * reach + 1) / len(around)
+    shares[[0, -1]] = 0  # of all that changes more and more
+    return np.convolve(shares, [0.25, 0.5, 0.25], "same") * len(shares)
 
 
 def other_kind(one):
@@ -2177,10 +2160,10 @@ def pairs_in(seen, stereo):
     """Images (a, b) of a scene, both with a pose: of two cameras at one time, or others."""
     for i, a in enumerate(seen):
         for b in seen[i + 1:i + 1 + VERIFY_AHEAD]:
-            same = a.frame.camera == b.frame.camera
-            if a.frame.scene == b.frame.scene and a.pose is not None and b.pose is not None:
-                gap = 0 if same or a.frame.time is None else abs(a.frame.time - b.frame.time)
-                if gap < 0.1 and stereo != (same or a.frame.time is None):
+            same = a.frame.camera == b.frame.camera or a.frame.time is None
+            known = a.pose is not None and b.pose is not None
+            if known and a.frame.scene == b.frame.scene and stereo != same:
+                if same or abs(a.frame.time - b.frame.time) < 0.1:
                     yield a, b
 
 
@@ -2486,14 +2469,6 @@ def main(argv=None):
     if name == "folder":
         name = args.name or os.path.basename(os.path.abspath(args.root or name))
     out = Path(args.out or f"data/{name}")
-    if args.verify:
-        first = {"limit": args.limit or VERIFY_IMAGES}
-        inputs = (split_inputs(args, split, root) | first
-                  for split in ([args.split] if args.split else wanted))
-        frames = next(filter(None, map(list_frames, inputs)), None)
-        if not frames:
-            raise missing_raw(args.dataset, root)
-        sys.exit(verify(frames) > 0)
     i, n = args.shard
     shard = f".{i:0{len(str(n))}d}-of-{n}" if n > 1 else ""
     info = render.run_info(args)
@@ -2501,7 +2476,11 @@ def main(argv=None):
     for split in [args.split] if args.split else wanted:
         path = out / f"{split}{shard}.jsonl"
         inputs = split_inputs(args, split, root)
-        if prepare_split(path, inputs, info, args.workers, args.overwrite):
+        if args.verify:
+            frames = list_frames(inputs | {"limit": args.limit or VERIFY_IMAGES})
+            if frames:
+                sys.exit(verify(frames) > 0)
+        elif prepare_split(path, inputs, info, args.workers, args.overwrite):
             paths.append(path)
     if not paths:
         raise missing_raw(args.dataset, root)
