@@ -27,6 +27,7 @@ import hashlib
 import io
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -71,6 +72,7 @@ class Frame(NamedTuple):
     # x, y [px], Euclidean, z [m]: "points", or "lidar", where some hide others
     depth: np.ndarray | None = None
     scale: float = 1  # numbers of the depth file per metre
+    centre: float = 0.5  # where the place that was measured is in a pixel of a smaller depth map
     notes: tuple = ()  # (what the user should know, how often)
     pixels: Image.Image | None = None
 
@@ -231,10 +233,14 @@ def load_map(path, scale, frame):
 def add_depth(raw, scale, frame):
     """-> the frame with a depth map (H, W): float32 metres at `scale` numbers a metre (None: a
     floating-point file holds metres, one of integers millimetres), 0 where it says that there is
-    nothing."""
+    nothing. Of points (N, 3 or more) in camera axes: with their cloud."""
     raw = raw.squeeze() if raw.ndim > 2 else raw
     if raw.ndim != 2 or raw.dtype.kind not in "fiu" or raw.dtype.itemsize == 1:
-        raise ValueError(f"has no number of 16 bits or more a pixel: {raw.shape} of {raw.dtype}.")
+        raise ValueError(f"has no number of 16 bits or more a pixel: {raw.shape} of {raw.dtype}. "
+                         "Save depth as 16-bit PNG, TIFF of floats or .npy.")
+    if 2 < raw.shape[1] < 16:  # no map is that narrow: LiDAR points
+        points = raw[:, :3].astype(np.float64) / (scale or 1)
+        return frame._replace(depth=project(points, frame.intrinsics), kind="lidar")
     notes = frame.notes
     if scale is None:
         scale, unit = (1, "metres") if raw.dtype.kind == "f" else (1000, "millimetres")
@@ -331,8 +337,10 @@ def only_file(path):
 
 
 def parse_intrinsics(text):
-    """fx fy cx cy or a 3 x 3 matrix, with spaces or commas -> [fx, fy, cx, cy]."""
+    """fx fy cx cy or a matrix (3 x 3, 4 x 4), with spaces or commas -> [fx, fy, cx, cy]."""
     k = [float(word) for word in text.replace(",", " ").split()]
+    if len(k) == 16:
+        k = matrix(k)[:3, :3].ravel().tolist()
     if len(k) == 9:
         cx, cy = (k[2], k[5]) if k[2] else k[6:8]  # row by row, or column by column
         k = [k[0], k[4], cx, cy]
@@ -404,7 +412,7 @@ def argoverse2_log(folder):
         if not (camera.startswith("ring_") and camera in car_from and images.is_dir()):
             continue
         stamps = map(int, stems(images, ".jpg"))
-        for sweep, stamp in nearest_images(sweeps, stamps).items():
+        for sweep, stamp in nearest_in_time(sweeps, stamps, LIDAR_WINDOW).items():
             if stamp not in city_from_car or sweep not in city_from_car:
                 continue  # there is no way from the sweep to the image
             sweep_path = folder / f"sensors/lidar/{sweep}.feather"
@@ -427,14 +435,15 @@ def argoverse2_poses(path, key):
     return {name: transform(row[:4], row[4:]) for name, *row in zip(table[key], *columns)}
 
 
-def nearest_images(sweeps, stamps):
-    """Time of a sweep -> time of the image that is nearest to it [ns]; an image has one sweep."""
-    nearest = {}
-    for stamp in stamps if len(sweeps) else ():
-        sweep = int(sweeps[np.abs(sweeps - stamp).argmin()])
-        gap = abs(sweep - stamp)
-        if gap <= LIDAR_WINDOW and gap < abs(sweep - nearest.get(sweep, 0)):
-            nearest[sweep] = stamp
+def nearest_in_time(times, others, window):
+    """{time: that of `others` which is nearest to it}, of the pairs within a window; none is in
+    two."""
+    times, nearest = np.asarray(times), {}
+    for other in others if len(times) else ():
+        time = times[np.abs(times - other).argmin()].item()
+        gap = abs(time - other)
+        if gap <= window and gap < abs(time - nearest.get(time, math.inf)):
+            nearest[time] = other
     return nearest
 
 
@@ -713,27 +722,19 @@ def load_scannetpp(folder, info, frame):
     (fx, _, cx), (_, fy, cy), _ = info["intrinsic"]
     (w, h), _ = image_size(frame.image)
     s = w / 1920
-    intrinsics = (fx * s, fy * s, (cx + 0.5) * s - 0.5, (cy + 0.5) * s - 0.5, w, round(1440 * s))
     pose = info.get("aligned_pose", info.get("aligned_poses"))
-
-    frame = load_map(folder / f"depth/{name}.png", 1000, frame)
-    depth = frame.depth
-    j, i = np.nonzero(depth)
-    x = np.floor((i * 1920 / depth.shape[1] + 0.5) * s).astype(int)
-    y = np.floor((j * 1440 / depth.shape[0] + 0.5) * s).astype(int)
-    z = depth[j, i].astype(np.float64)
-    points = np.stack([x, y, z * ray_length(x, y, intrinsics), z], 1)
+    frame = load_map(folder / f"depth/{name}.png", 1000, frame)._replace(
+        intrinsics=(fx * s, fy * s, (cx + 0.5) * s - 0.5, (cy + 0.5) * s - 0.5, w, round(1440 * s)),
+        pose=matrix(pose) if pose else None,
+        centre=0.5 / 7.5,
+    )
     mask = folder / f"rgb_masks/{name}.png"
     if mask.exists():
         mask = read_image(mask)
-        rows, columns = mask.shape
-        points = points[mask[y * rows // h, x * columns // w] > 0]
-    return frame._replace(
-        depth=points,
-        kind="points",
-        intrinsics=intrinsics,
-        pose=matrix(pose) if pose else None,
-    )
+        rows, columns = (rescaled(np.arange(n), n, side, frame.centre)
+                         for n, side in zip(frame.depth.shape, mask.shape))
+        frame.depth[mask[np.ix_(rows, columns)] == 0] = 0
+    return frame
 
 
 # ---- Taskonomy and HM3D, both rendered by Omnidata
@@ -914,9 +915,9 @@ def frames_eth3d(root, split):
 def eth3d_scene(calibration):
     folder = calibration.parent
     scene = folder.name
-    cameras = {words[0]: words[1:] for words in colmap_lines(calibration / "cameras.txt") if words}
+    cameras = {words[0]: words[1:] for words in word_lines(calibration / "cameras.txt") if words}
     # each second line lists points, and may be empty
-    images = filter(None, colmap_lines(calibration / "images.txt")[::2])
+    images = filter(None, word_lines(calibration / "images.txt")[::2])
     for _, *numbers, camera, name in sorted(images, key=lambda words: words[-1]):
         numbers = [float(word) for word in numbers]
         camera_from_world = transform(numbers[:4], numbers[4:])
@@ -930,7 +931,7 @@ def eth3d_scene(calibration):
         )
 
 
-def colmap_lines(path):
+def word_lines(path):
     """The words of each line that is not a comment."""
     return [line.split() for line in read_text(path).splitlines() if not line.startswith("#")]
 
@@ -1080,50 +1081,148 @@ def load_ibims1(root, frame):
     return frame._replace(intrinsics=read_intrinsics(root / f"calib/{name}.txt"))
 
 
-# ---- your own RGB-D images
+# ---- your own RGB-D images: which photo, depth, intrinsics, pose and time belong together
+
+# what a file holds, by a word in the name of its folder, or else in its own; the first counts
+ROLES = render.each_word({
+    "intrinsics intrinsic": "intrinsics",
+    "poses pose": "pose",
+    "depth depths lidar": "depth",
+    "rgb color colour image images": "image",
+})
+WORDS = re.compile(f"(?<![a-z])({'|'.join(ROLES)})(?![a-z])", re.IGNORECASE)
+STAMP_WINDOW = 0.02  # [s] between a photo and its depth, as in TUM RGB-D's associate.py
 
 
 def frames_folder(root, split, intrinsics, depth_scale, depth_type):
     """The same in root, or in folders of root, each one a scene:
 
-    rgb/<name>.jpg, .png, ...
-    depth/<name>.png (16 bit), .tif, .npy or .npz
-    intrinsics.txt                      here or in root: fx fy cx cy, or 3 x 3
-    poses/<name>.txt                    optional: 4 x 4 camera-to-world"""
+    rgb/<name>.jpg, depth/<name>.png      or <name>.color.jpg, <name>.depth.png: see ROLES
+    intrinsics.txt, intrinsics/<name>.txt here or in root: fx fy cx cy, 3 x 3 or 4 x 4
+    poses/<name>.txt                      optional: 4 x 4 camera-to-world
+    groundtruth.txt                       or TUM RGB-D's poses: time, x y z, qx qy qz qw a line
+    cameras.txt, sparse/0/cameras.txt     or COLMAP's one camera
+    transforms.json                       or all of it from nerfstudio's"""
+    given = parse_intrinsics(intrinsics) if intrinsics else None
+
     def frames(folder):
         scene = os.path.relpath(folder, root).removeprefix(".")
-        images, depths = (
-            {path.stem: path for path in listed(folder / part)}
-            for part in ("rgb", "depth")
-        )
-        places = [folder / "intrinsics.txt", root / "intrinsics.txt"]
-        places = [path for path in places if path.exists()]
-        if not (intrinsics or places):
-            raise ValueError(f"{folder}: has no intrinsics.txt. Write 'fx fy cx cy' [px] into it, "
-                             "or give --intrinsics.")
-        k = parse_intrinsics(intrinsics) if intrinsics else read_intrinsics(places[0])
-        for stem in sorted(images | depths):
-            pose = folder / f"poses/{stem}.txt"
+        shots = transforms_shots if (folder / "transforms.json").exists() else named_shots
+        for name, image, depth, camera, pose in shots(folder):
+            camera = given or camera or own_files(root)["intrinsics"].get("")
+            if camera is None:
+                raise ValueError(f"{folder}: has no intrinsics.txt. Write 'fx fy cx cy' [px] into "
+                                 "it, or give --intrinsics (COLMAP: in its text format).")
             yield Frame(
-                os.path.join(scene, stem),
-                images.get(stem, folder / f"rgb/{stem}"),
-                partial(load_folder, depths.get(stem), depth_scale, depth_type, pose),
-                k,
-                scene or None,
+                os.path.join(scene, name),
+                image,
+                partial(load_own, depth, camera, pose, depth_scale, depth_type),
+                scene=scene or None,
+                time=stamp(name),
             )
 
-    rgb = [root / "rgb"] if (root / "rgb").is_dir() else listed(root, "*/rgb/")
-    return one_by_one([path.parent for path in rgb], frames)
+    files = own_files(root)
+    single = files["image"] or files["depth"] or (root / "transforms.json").exists()
+    return one_by_one([root] if single else listed(root, "*/"), frames)
 
 
-def load_folder(depth, depth_scale, depth_type, pose, frame):
-    """A depth map of the image's size, and the pose if there is one."""
-    if depth is None or not frame.image.exists():
-        raise ValueError(f"{depth or frame.image}: has no counterpart in depth/ or rgb/.")
-    if pose.exists():
+def own_files(folder):
+    """-> by role, {name without the words of ROLES: path}."""
+    found = {role: {} for role in ROLES.values()}
+    inner = [path for path in listed(folder, "*/") if WORDS.search(path.name)]
+    for path in listed(folder) + [path for part in inner for path in listed(part)]:
+        inside = path.parent.name if path.parent != folder else ""
+        words = WORDS.findall(inside.lower()) or WORDS.findall(path.stem.lower())
+        role = next((role for word, role in ROLES.items() if word in words), None)
+        if not role and path.suffix.lower() in Image.registered_extensions():
+            role = "image"
+        if role and path.is_file() and (path.suffix == ".txt") == (role in ("pose", "intrinsics")):
+            found[role].setdefault(plain_name(path), path)
+    return found
+
+
+def plain_name(path):
+    return WORDS.sub("", path.stem).strip("._- ")
+
+
+def named_shots(folder):
+    """Photos, and what has their name, or if all names are time stamps the nearest one -> name,
+    photo, depth, camera, pose: paths, numbers or None."""
+    files = own_files(folder)
+    if (folder / "groundtruth.txt").exists():
+        for time, *numbers in word_lines(folder / "groundtruth.txt"):
+            x, y, z, *axis, w = map(float, numbers)
+            files["pose"][time] = transform([w, *axis], [x, y, z])
+    images, cameras = files["image"], files["intrinsics"]
+    shared = cameras.pop("", None) or colmap_camera(folder)
+    depths, poses, cameras = (
+        by_time(found, images) for found in (files["depth"], files["pose"], cameras))
+    for name in sorted(images | depths):
+        yield name, images.get(name), depths.get(name), cameras.get(name, shared), poses.get(name)
+
+
+def colmap_camera(folder):
+    """The one camera of COLMAP's cameras.txt -> fx, fy, cx, cy, w, h; None without that file. Its
+    poses are not read: their unit is not the metre."""
+    paths = listed(folder, "cameras.txt") + listed(folder, "sparse/**/cameras.txt")
+    for path in paths[:1]:
+        (_, model, w, h, fx, *numbers), *others = filter(None, word_lines(path))
+        if others or model not in ("PINHOLE", "SIMPLE_PINHOLE"):
+            raise ValueError(f"{path}: needs one camera without distortion, a PINHOLE. Undistort "
+                             "first: colmap image_undistorter.")
+        fy, cx, cy = map(float, [fx, *numbers][-3:])
+        return float(fx), fy, cx - 0.5, cy - 0.5, int(w), int(h)
+    return None
+
+
+def stamp(name):
+    """A name that is a time, such as 1305031102.175304, or digits of s, ms, us or ns -> [s]."""
+    if re.fullmatch(r"\d+\.\d+", name):
+        return float(name)
+    return int(name) / 10 ** (len(name) - 10) if re.fullmatch(r"\d{10}(\d{3}){0,3}", name) else None
+
+
+def by_time(files, images):
+    """{name: file} -> {name of an image: file}, by the nearest time if all names are times."""
+    times, stamps = ({stamp(name): name for name in names} for names in (files, images))
+    if None in times or None in stamps:
+        return files
+    pairs = nearest_in_time(list(times), stamps, STAMP_WINDOW)
+    return {stamps[image]: files[times[time]] for time, image in pairs.items()}
+
+
+def transforms_shots(folder):
+    """The same from nerfstudio's transforms.json: OpenGL axes, cx and cy from the image's
+    corner."""
+    path = folder / "transforms.json"
+    shared, depths = read_json(path), own_files(folder)["depth"]
+    for shot in shared["frames"]:
+        camera, name = shared | shot, shot["file_path"]
+        lens = {key: camera[key] for key in "k1 k2 k3 k4 p1 p2".split() if camera.get(key)}
+        if lens or "FISHEYE" in camera.get("camera_model", ""):
+            raise ValueError(f"{path}: a lens with distortion ({lens or 'fisheye'}). Undistort "
+                             "first: colmap image_undistorter, and ns-process-data again.")
+        fx, cx, cy = (camera[key] for key in ("fl_x", "cx", "cy"))
+        size = [camera[key] for key in "wh" if key in camera]
+        depth = depths.get(plain_name(Path(name)))
+        if "depth_file_path" in shot:
+            depth = folder / shot["depth_file_path"]
+        pose = matrix(shot["transform_matrix"]) @ OPENGL_TO_OPENCV
+        yield (name, folder / name, depth, (fx, camera.get("fl_y", fx), cx - 0.5, cy - 0.5, *size),
+               pose)
+
+
+def load_own(depth, camera, pose, scale, kind, frame):
+    """A depth map, of the photo's size or of another, or LiDAR points (N, 3 or more) in camera
+    axes. camera and pose: numbers or paths."""
+    if depth is None or frame.image is None or not frame.image.exists():
+        raise ValueError(f"{depth or frame.image}: has no counterpart, photo or depth.")
+    if isinstance(pose, Path):
         with naming(pose):
-            frame = frame._replace(pose=matrix(np.loadtxt(pose)))
-    return load_map(depth, depth_scale, frame)._replace(kind=depth_type)
+            pose = matrix(np.loadtxt(pose))
+    if isinstance(camera, Path):
+        camera = read_intrinsics(camera)
+    return load_map(depth, scale, frame._replace(intrinsics=camera, pose=pose, kind=kind))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1363,10 +1462,11 @@ DATASETS = {
         https://rgbd.cs.princeton.edu; 6.4 GB; research use, cite the authors""",
         SUNRGBD_ZIP, raw="sunrgbd", flags="paper_labels all_images"),
     "folder": Dataset(
-        frames_folder, (0.1, 200), "train val", "rgb */rgb", """
+        frames_folder, (0.1, 200), "train val",
+        "transforms.json */transforms.json rgb */rgb *depth* */*depth*", """
         your own RGB-D images: rgb/<name>.jpg or .png, depth/<name>.png (16 bit), .tif or .npy,
         intrinsics.txt (fx fy cx cy, or 3 x 3) or --intrinsics; optional poses/<name>.txt (4 x 4
-        camera-to-world)""",
+        camera-to-world); or nerfstudio's transforms.json, COLMAP's text files, TUM RGB-D's""",
         flags="intrinsics depth_scale depth_type"),
     "toy": Dataset(
         frames_toy, (0.1, 100), "train val", flags="images light focals seed"),
@@ -1384,13 +1484,26 @@ def rng_for(seed, name):
     return np.random.default_rng(int.from_bytes(digest[:8], "little"))
 
 
-def map_labels(depth, kind, intrinsics):
-    """All pixels of a map that have a depth -> x, y, Euclidean, z, each (N,)."""
+def rescaled(i, side, other, centre=0.5):
+    """Pixels i of `side` pixels -> those of `other` pixels along the same axis that show the
+    place."""
+    return np.floor((i + centre) * (other / side)).astype(int)
+
+
+def map_labels(depth, kind, centre, intrinsics):
+    """All pixels of a map that have a depth, which may have another resolution than the image -> x,
+    y, Euclidean, z, each (N,)."""
     w, h = intrinsics[4:]
-    if depth.shape != (h, w):
-        raise ValueError(f"depth map of {depth.shape[1]} x {depth.shape[0]}, image of {w} x {h}")
-    y, x = np.nonzero(np.isfinite(depth) & (depth > 0))
-    depth = depth[y, x].astype(np.float64)
+    rows, columns = depth.shape
+    if abs(columns * h / w - rows) >= 1:
+        raise ValueError(f"depth map of {columns} x {rows}, image of {w} x {h}: not the same view. "
+                         "Crop both alike.")
+    j, i = np.nonzero(np.isfinite(depth) & (depth > 0))
+    x, y = rescaled(i, columns, w, centre), rescaled(j, rows, h, centre)
+    depth = depth[j, i].astype(np.float64)
+    if columns > w or rows > h:  # several in one pixel
+        first = np.unique(y * w + x, return_index=True)[1]
+        x, y, depth = x[first], y[first], depth[first]
     rays = ray_length(x, y, intrinsics)
     if kind == "z":
         return x, y, depth * rays, depth
@@ -1434,17 +1547,16 @@ def label_orientation(frame, size, exif):
     "upright", the image's size there, and notes."""
     told = frame.depth.shape[::-1] if frame.kind in MAPS else tuple(frame.intrinsics[4:])
     shows = exif >= 5 and size[0] != size[1]
-    if shows and told == size[::-1]:
-        return "upright", told, ()
+    if told and render.labels_are_upright(exif, size, told, None):
+        return "upright", size[::-1], ()
     notes = (("images are turned or mirrored by EXIF, and whether their depth is, too, does not "
               "show: taken as of the stored pixels", 1),)
     return "stored" if exif > 1 else None, size, () if exif == 1 or shows and told else notes
 
 
-def make_record(frame, folder, points, seed, limits, occlusion, published):
-    """Load a frame and draw its pixels -> its line of the jsonl, or "" if it has too few labels;
-    and notes. limits: (min, max) of the Euclidean depth [m]. published: what the paper's labels
-    hold, "z" or "euclidean", where they are wanted."""
+def load_labels(frame, occlusion):
+    """-> the frame loaded, with intrinsics fx, fy, cx, cy, w, h; all its labels x, y, Euclidean, z,
+    each (N,); to which pixels of the file they belong; notes."""
     frame = frame.load(frame)
     size, exif = (frame.pixels.size, 1) if frame.pixels else image_size(frame.image)
     orientation, size, notes = label_orientation(frame, size, exif)
@@ -1455,14 +1567,25 @@ def make_record(frame, folder, points, seed, limits, occlusion, published):
     if fault := render.camera_fault(intrinsics, doubt=True):
         raise Refused(fault)
 
+    notes += frame.notes
     if frame.kind in MAPS:
-        labels = map_labels(frame.depth, frame.kind, intrinsics)
+        labels = map_labels(frame.depth, frame.kind, frame.centre, intrinsics)
+        if frame.depth.shape != size[::-1]:
+            notes += ((f"depth maps of {frame.depth.shape[1]} x {frame.depth.shape[0]} px are of "
+                       f"images of {size[0]} x {size[1]}: labels are where their pixels are", 1),)
     else:
         labels = cloud_labels(frame.depth, occlusion and frame.kind == "lidar", intrinsics)
+    return frame._replace(intrinsics=intrinsics), labels, orientation, notes
+
+
+def make_record(frame, folder, points, seed, limits, occlusion, published):
+    """Load a frame and draw its pixels -> its line of the jsonl, or "" if it has too few labels;
+    and notes. limits: (min, max) of the Euclidean depth [m]. published: what the paper's labels
+    hold, "z" or "euclidean", where they are wanted."""
+    frame, labels, orientation, notes = load_labels(frame, occlusion)
     if fault := other_unit(labels[2], frame.scale, min(0.02, limits[0]), max(200, limits[1])):
         raise Refused(f"{frame.id}: {fault}, or other --min-depth, --max-depth.")
     valid = np.flatnonzero((labels[2] >= limits[0]) & (labels[2] <= limits[1]))
-    notes += frame.notes
     if len(valid) < min(MIN_POINTS, points):
         return "", notes
     drawn = rng_for(seed, frame.id).choice(len(valid), min(points, len(valid)), replace=False)
@@ -1477,7 +1600,8 @@ def make_record(frame, folder, points, seed, limits, occlusion, published):
         image = os.path.relpath(image, os.path.realpath(folder))
     record = {
         "image": image,
-        "intrinsics": [round(float(v), 4) for v in intrinsics[:4]] + list(size),
+        "intrinsics": [round(float(v), 4) for v in frame.intrinsics[:4]]
+        + list(frame.intrinsics[4:]),
         "pixel_coords": np.stack([x, y], 1).tolist(),
         # paper: it asks for the distance from the camera, but publishes z for some datasets
         "depth": np.round(z if published == "z" else euclidean, 4).tolist(),
@@ -1920,6 +2044,202 @@ def unexplained(record, shown):
 
 
 # --------------------------------------------------------------------------------------------------
+# --verify: whether images bear out the conventions by which their depth and poses are read
+
+VERIFY_IMAGES = 40
+VERIFY_AHEAD = 6  # an image is compared with this many that follow it
+VERIFY_POINTS = 400  # of its labels, about, that are moved to each of these
+VERIFY_GAIN = 0.02  # of agreement, by which another convention has to be better
+
+
+class Seen(NamedTuple):
+    """An image and its labels, also by cells that are about as wide as the labels lie apart."""
+    frame: Frame
+    colours: np.ndarray  # (H, W, 3) of mean 0 and deviation 1
+    xy: np.ndarray  # (N, 2) [px]
+    z: np.ndarray  # (N,) [m]
+    pose: np.ndarray | None
+    intrinsics: tuple
+    cell: int  # [px]
+    grid: np.ndarray  # (rows, columns): a label in each cell, -1 where there is none
+
+
+def verify(frames):
+    """Print a table of verdicts -> how many are wrong."""
+    seen, bad = [], []
+    for frame in tqdm(frames, "verify", disable=None):
+        try:
+            seen.append(see(frame))
+        except Exception as error:  # as in naming
+            bad.append(reason(error, frame.id))
+    rows = [("files", not bad, f"{len(bad)} of {len(frames)} images not read {bad[:1]}")]
+    if seen:
+        depths = np.concatenate([one.z for one in seen])
+        fault = other_unit(depths, seen[0].frame.scale)
+        rows += [
+            ("unit", not fault, fault or f"median depth {np.median(depths):.2f} m"),
+            ("places of labels", *verify_edges(seen)),
+            ("z or Euclidean", *verify_kind(seen)),
+            ("poses", *verify_poses(list(pairs_in(seen, False)))),
+            ("poses of two cameras", *verify_poses(list(pairs_in(seen, True)))),
+        ]
+    said = {True: "right", False: "WRONG", None: "cannot tell"}
+    for what, right, why in rows:
+        print(f"{what:22}{said[right]:13}{why}")
+    return sum(right is False for _, right, _ in rows)
+
+
+def see(frame):
+    frame, (x, y, _, z), orientation, _ = load_labels(frame, occlusion=False)
+    w, h = frame.intrinsics[4:]
+    image = frame.pixels or render.open_image(frame.image, (w, h), orientation)
+    colours = np.asarray(image, np.float32)
+    colours = (colours - colours.mean()) / (colours.std() + 1e-6)
+    cell = max(1, int(math.sqrt(w * h / len(z))))
+    grid = np.full((h // cell + 1, w // cell + 1), -1)
+    grid[y // cell, x // cell] = np.arange(len(z))
+    return Seen(frame, colours, np.stack([x, y], 1), z, frame.pose, frame.intrinsics, cell, grid)
+
+
+def beyond(gains, least):
+    """Whether gains (N,) are above `least` on average, and above 0 not by chance."""
+    return len(gains) >= 3 and np.mean(gains) > max(least, 4 * standard_error(gains))
+
+
+def verify_edges(seen):
+    """Colours change where depth does, if labels are on their pixels -> right or not, why."""
+    reach = max(6, *(len(one.colours) // 40 for one in seen))
+    near, found = [], []
+    for axis, way in enumerate(("right of", "below")):
+        profiles = (edge_profile(one, axis, reach) for one in seen)
+        profiles = np.array([profile for profile in profiles if profile is not None])
+        best = int(profiles.mean(0).argmax()) if len(profiles) else 0
+        if beyond(profiles[:, best], 1.5):
+            off = best - reach
+            shifted = beyond(profiles[:, best] - profiles[:, reach], 0.2)
+            near.append(abs(off) <= max(1, 0.3 * seen[0].cell) or (False if shifted else None))
+            found.append(f"{off:+} px {way}")
+    why = f"colour edges lie {', '.join(found)} those of depth" if found else "few clear edges"
+    return False if False in near else near == [True, True] or None, why
+
+
+def edge_profile(one, axis, reach):
+    """How often, as a multiple of chance, colours along an axis change most at -reach..reach px
+    from a jump of depth (2 reach + 1,). None if there are few jumps."""
+    change = np.abs(np.diff(one.colours.swapaxes(0, axis), axis=1)).sum(-1)
+    along, across = one.xy[:, axis], one.xy[:, 1 - axis]
+    order = np.lexsort((along, across // one.cell))
+    a, b = order[:-1], order[1:]
+    jump = (across[a] // one.cell == across[b] // one.cell) & (along[b] - along[a] <= 2 * one.cell)
+    jump &= np.abs(np.log(one.z[a] / one.z[b])) > 0.1
+    place, row = (along[a] + along[b])[jump] // 2, across[a][jump]
+    inside = (place >= reach) & (place < change.shape[1] - reach)
+    if inside.sum() < 20:
+        return None
+    around = change[row[inside, None], place[inside, None] + np.arange(-reach, reach + 1)]
+    shares = np.bincount(around.argmax(1), minlength=2 * reach + 1) / len(around)
+    shares[[0, -1]] = 0  # of all that changes more and more
+    return np.convolve(shares, [0.25, 0.5, 0.25], "same") * len(shares)
+
+
+def other_kind(one):
+    """Its map read as holding Euclidean depth instead of z, or the other way round."""
+    rays = ray_length(*one.xy.T, one.intrinsics)
+    return one._replace(z=one.z * rays if one.frame.kind == "euclidean" else one.z / rays)
+
+
+def verify_kind(seen):
+    """Numbers of a map lie on planes as what they are only -> right or not, why."""
+    kind = seen[0].frame.kind
+    if kind not in MAPS:
+        return None, "points, not maps"
+    held = (other_kind(one) if kind == "euclidean" else one for one in seen)
+    looks = depth_kind(
+        thinned({"pixel_coords": one.xy, "depth": one.z, "intrinsics": one.intrinsics})
+        for one in held)
+    return looks and looks == kind, f"maps look like {looks or 'either'}, and are read as {kind}"
+
+
+def pairs_in(seen, stereo):
+    """Images (a, b) of a scene, both with a pose: of two cameras at one time, or others."""
+    for i, a in enumerate(seen):
+        for b in seen[i + 1:i + 1 + VERIFY_AHEAD]:
+            same = a.frame.camera == b.frame.camera or a.frame.time is None
+            known = a.pose is not None and b.pose is not None
+            if known and a.frame.scene == b.frame.scene and stereo != same:
+                if same or abs(a.frame.time - b.frame.time) < 0.1:
+                    yield a, b
+
+
+def posed(change):
+    return lambda one: one._replace(pose=change(one.pose))
+
+
+def divided(factor):
+    return lambda one: one._replace(z=one.z / factor)
+
+
+MISTAKES = {  # -> an image without it
+    "poses are world-to-camera": posed(np.linalg.inv),
+    "poses are transposed": posed(np.transpose),
+    "poses have OpenGL axes": posed(lambda pose: pose @ OPENGL_TO_OPENCV),
+    "poses are world-to-camera with OpenGL axes":
+        posed(lambda pose: np.linalg.inv(pose) @ OPENGL_TO_OPENCV),
+    "poses are of other images": posed(lambda pose: np.eye(4)),
+    "fx and fy are swapped":
+        lambda one: one._replace(intrinsics=[one.intrinsics[i] for i in (1, 0, 2, 3, 4, 5)]),
+    "z and Euclidean depth are confused": other_kind,
+    **{f"depth is {factor:g} x that in the unit of the poses": divided(factor)
+       for factor in (0.001, 0.01, 0.1, 0.25, 0.5, 0.8, 1.25, 2, 4, 10, 100, 1000)},
+}
+
+
+def verify_poses(pairs):
+    """Labels that are moved to another image find their depth and colour there -> right or not,
+    why. A mistake is likely if without it they agree better."""
+    if len(pairs) < 3:
+        return None, "few pairs of images with poses"
+    given = np.array([agreement(a, b) for a, b in pairs])
+    gains = {what: np.array([agreement(mend(a), mend(b)) for a, b in pairs]) - given
+             for what, mend in MISTAKES.items()}
+    likely = max(gains, key=lambda what: gains[what].mean())
+    why = f"agreement {given.mean():.2f}"
+    if beyond(gains[likely], VERIFY_GAIN):
+        return False, f"{why}, and {np.mean(given + gains[likely]):.2f} if {likely}"
+    still = gains["poses are of other images"]
+    return beyond(-still, VERIFY_GAIN) or None, f"{why}, without poses {np.mean(given + still):.2f}"
+
+
+def agreement(a, b):
+    """Of a's labels, moved to image b, with the depth and colour there: 1 if all are as there, 0 if
+    they are as unlike as others, or outside."""
+    some = np.arange(0, len(a.z), 1 + len(a.z) // VERIFY_POINTS)
+    x, y = a.xy[some].T
+    distance = a.z[some] * ray_length(x, y, a.intrinsics)
+    points = render.unproject(a.xy[some], distance, a.intrinsics)
+    points = move(np.linalg.inv(b.pose) @ a.pose, points)
+    place = project(points, b.intrinsics)
+    u, v = np.floor(place[:, :2] + 0.5).T
+    inside = (u >= 0) & (v >= 0) & (u < b.intrinsics[4]) & (v < b.intrinsics[5])
+    u, v = u[inside].astype(int), v[inside].astype(int)
+    shown = a.colours[y, x]
+    there = unlike(shown[points[:, 2] > 0][inside], place[inside, 3], b, u, v)
+    u, v = rng_for(0, "chance").permutation(b.xy)[:len(some)].T
+    chance = unlike(shown[:len(u)], a.z[some][:len(u)], b, u, v).mean()
+    return (1 - there / chance).sum() / len(some)
+
+
+def unlike(colours, z, b, u, v):
+    """0 to 1: colours and z of points (N,) against those at pixels u, v of b."""
+    off = np.abs(colours - b.colours[v, u]).mean(-1).clip(0, 1)
+    if b.frame.kind not in MAPS:  # LiDAR points are the same in all images, whatever the poses
+        return off
+    label = b.grid[v // b.cell, u // b.cell]
+    far = (10 * np.abs(np.log(z / b.z[label]))).clip(0, 1)
+    return np.where(label < 0, off, (off + far) / 2)
+
+
+# --------------------------------------------------------------------------------------------------
 # download and raw data
 
 RETRIES = 5  # attempts in a row that bring no byte
@@ -2075,13 +2395,16 @@ def parse_args(argv=None):
     flag("--check", type=file_path, nargs="+", metavar="JSONL",
          help="table and faults of jsonl files; exit code 1 if there are any")
     flag = group.add_argument
+    flag("--verify", action="store_true",
+         help="with --dataset: do its first images bear out how it is read? Exit code 1 if a "
+         "verdict is WRONG")
     flag("--split", choices=BOTH,
          help="default: all splits that the paper uses of the dataset; folder: train")
     flag("--workers", type=COUNT, default=os.cpu_count(), help="processes")
 
     flag = parser.add_argument_group("files").add_argument
     flag("--root", type=file_path, help="raw data; default: data/raw/<dataset>")
-    flag("--out", type=file_path, help="output folder; default: data/<dataset>")
+    flag("--out", type=file_path, help="output folder; default: data/<dataset>, or data/<name>")
     flag("--overwrite", action="store_true", help="replace what another command wrote to --out")
     flag("--image-root", type=file_path,
          help="with --check: folder of the images; default: each jsonl's own")
@@ -2107,7 +2430,8 @@ def parse_args(argv=None):
          help="nyuv2: all 1,449 images, not the 654 test images")
 
     flag = parser.add_argument_group("--dataset folder").add_argument
-    flag("--intrinsics", metavar="FX,FY,CX,CY", help="[px]; default: from its intrinsics.txt")
+    flag("--name", type=file_path, help="the set's, for --out; default: that of --root")
+    flag("--intrinsics", metavar="FX,FY,CX,CY", help="[px]; default: from its files")
     flag("--depth-scale", type=POSITIVE,
          help="numbers per metre; default: 1000 for integers, 1 for floating-point numbers")
     flag("--depth-type", choices=("z", "euclidean"), default="z", help="what the depth maps hold")
@@ -2156,7 +2480,10 @@ def main(argv=None):
     if dataset.marks:
         root = Path(args.root or f"data/raw/{dataset.raw or args.dataset}").absolute()
         root = raw_root(args.dataset, root, args.download, args.url)
-    out = Path(args.out or f"data/{args.dataset}")
+    name = args.dataset
+    if name == "folder":
+        name = args.name or os.path.basename(os.path.abspath(args.root or name))
+    out = Path(args.out or f"data/{name}")
     i, n = args.shard
     shard = f".{i:0{len(str(n))}d}-of-{n}" if n > 1 else ""
     info = render.run_info(args)
@@ -2164,7 +2491,11 @@ def main(argv=None):
     for split in [args.split] if args.split else wanted:
         path = out / f"{split}{shard}.jsonl"
         inputs = split_inputs(args, split, root)
-        if prepare_split(path, inputs, info, args.workers, args.overwrite):
+        if args.verify:
+            frames = list_frames(inputs | {"limit": args.limit or VERIFY_IMAGES})
+            if frames:
+                sys.exit(verify(frames) > 0)
+        elif prepare_split(path, inputs, info, args.workers, args.overwrite):
             paths.append(path)
     if not paths:
         raise missing_raw(args.dataset, root)
