@@ -1,5 +1,5 @@
 """The scripts of runs/: the toy world's model, plain questions, two evaluations compared, the
-table of a finding."""
+table and the curves of a finding, the paper's experiments."""
 import json
 import os
 import shutil
@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import compare
+import curves
 import numpy as np
 import probe
 import pytest
@@ -18,6 +19,8 @@ from PIL import Image
 
 import evaluate
 import render
+import train_grpo
+import train_sft
 
 CPU = torch.device("cpu")
 
@@ -321,3 +324,123 @@ def test_table_of_one_seed(tmp_path):
     done = run_script("runs/findings.py", tmp_path / "table", "Finding 0", "a", "b")
     assert done.returncode == 0, done.stderr
     assert "+0.250 (+0.250 to +0.250)" in (tmp_path / "table.md").read_text()
+
+
+# --------------------------------------------------------------------------------------------------
+# curves.py
+
+
+def make_run(folder: Path, batch: int, lines: list[dict], **flags) -> Path:
+    folder.mkdir(parents=True)
+    render.write_json(folder / "run.json", {"flags": {"batch": batch, **flags}})
+    write_jsonl(folder / "log.jsonl", lines)
+    return folder
+
+
+def test_curves(tmp_path, capsys):
+    """By hand: SFT of 0.5 s a step, GRPO of 2 s, 32 samples a step; the average over two sets. SFT
+    starts where GRPO's first check was."""
+
+    def check(step, a, b):
+        return {"step": step, "val": {"a": {"delta1": a}, "b": {"delta1": b}}}
+
+    step = {"samples_per_s": 64.0}
+    sft = make_run(tmp_path / "sft", 32, [
+        {"step": 1, **step}, {"step": 2, **step}, check(2, 0.4, 0.2),
+        {"step": 3, **step}, {"step": 4, **step}, check(4, 0.6, 0.8)])
+    slow = {"rollout_s": 1.0, "update_s": 0.5, "wait_s": 0.5}
+    grpo = make_run(tmp_path / "grpo", 256, [
+        check(0, 0.1, 0.3), {"step": 1, **slow}, {"step": 2, **slow}, check(2, 0.5, 0.7)],
+        batch_of="answers", group=8)
+    curves.main([str(tmp_path / "c"), "Fig. 0", f"SFT={sft}", f"GRPO={grpo}"])
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]]
+            for line in (tmp_path / "c.md").read_text().splitlines() if line.startswith("|")]
+    sets = {"a": rows[:4], "b": rows[4:8], "average": rows[8:]}
+    assert sets["a"][0][2:6] == [f"delta1 at {n} samples" for n in (6, 13, 32, 64)]
+    assert sets["a"][0][6:10] == [f"delta1 at {t} s" for t in (0, 0, 1, 2)]
+    assert sets["a"][2][1:] == ["15.6", "0.100", "0.100", "0.100", "0.400", "0.100", "0.100",
+                                "0.400", "0.600", "0.400 (0.400-0.400)"]
+    assert sets["a"][3][:2] == ["GRPO", "62.5"] and sets["a"][3][5] == "0.500"
+    assert sets["average"][3][5] == "0.600" and sets["average"][2][9] == "0.700"
+    assert Image.open(tmp_path / "c.png").size[1] > 900
+
+    quiet = make_run(tmp_path / "quiet", 32, [{"step": 1, **step}])
+    assert "--val-every" in fails(capsys, curves, tmp_path / "d", "Fig. 0", f"SFT={quiet}")
+    other = make_run(tmp_path / "other", 32, [{"step": 1, "val": {"x": {"delta1": 0.5}}}])
+    assert "other" in fails(capsys, curves, tmp_path / "d", "0", f"X={other}", f"SFT={sft}")
+    assert "LABEL=FOLDER" in run_script("runs/curves.py", tmp_path / "d", "0", sft).stderr
+
+
+# --------------------------------------------------------------------------------------------------
+# the paper's experiments
+
+
+def paper_commands(number: int, *words) -> list[list[str]]:
+    """What finding<number>.sh --paper would run, by its --list: [out, val files, script, flags]."""
+    done = subprocess.run(["bash", ROOT / "runs" / f"finding{number}.sh", "--paper", "--list",
+                           *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [line.split() for line in done.stdout.splitlines()]
+
+
+def parse_command(command: list[str]):
+    """Its flags, as its script reads them. Recipes name each other from the root."""
+    script = {"train_sft.py": train_sft, "train_grpo.py": train_grpo}[command[2]]
+    return script.parse_args([*command[3:], "--out", command[0]])
+
+
+def test_paper_recipes(monkeypatch):
+    """The numbers of the paper, experiment by experiment."""
+    monkeypatch.chdir(ROOT)
+    found = {number: [parse_command(c) for c in paper_commands(number)] for number in (1, 2, 3, 4)}
+
+    fig2 = found[1]
+    assert [(a.data[0][0].split("/")[1], a.marker, a.prompt) for a in fig2] == [
+        (name, marker, prompt) for name in ("argoverse2", "scannetpp")
+        for marker, prompt in (("arrow", "paper"), ("cross", "paper"), ("dot", "paper"),
+                               (None, "text"))]
+    *grpo, sft = found[2]
+    assert [a.reward for a in grpo] == ["l1", "l2", "absrel", "delta1"]
+    assert {(a.samples, a.lr, a.batch, a.group) for a in grpo} == {(8000, 1e-5, 32, 8)}
+    assert sft.batch == 32 and sft.lr == pytest.approx(5.2e-5 * (32 / 1280) ** 0.5, rel=0.01)
+    assert {tuple(a.val) for a in found[2]} == {
+        ("data/argoverse2/val.jsonl", "data/nuscenes/val.jsonl")}
+    assert {a.data[0][0] for a in found[2]} == {"data/argoverse2/train.jsonl"}
+    assert [a.camera for a in found[3][:4]] == ["unify", "none", "prompt", "ray"]
+    assert {a.samples for a in found[3]} == {500_000} and {a.data for a in found[3]} == {None}
+    assert 1000 not in [a.focal for a in found[3][4:]] and found[3][0].focal == 1000
+    assert all(len(c[1].split(",")) == 8 for c in paper_commands(3))
+    assert [(a.samples, a.points_per_image) for a in found[4]] == [
+        (80_000, 1), (80_000, 10), (80_000, 100)]
+    models = {a.model for args in found.values() for a in args}
+    assert models == {"Qwen/Qwen2.5-VL-3B-Instruct"}
+
+    tasks = train_sft.parse_args(["@runs/tasks_7b.args"])
+    assert tasks.samples == 40_000_000 and "7B" in tasks.model and tasks.lr == 1e-4
+    assert {name: weight for name, (weight, _) in tasks.tasks} == dict.fromkeys(render.TASKS, 1)
+    assert [only for _, (_, only) in tasks.tasks] == [[], [], [], [], [], ["argoverse2"]]
+    assert len(train_sft.parse_args(["@runs/fig4c.args"]).val) == 8
+    seeds = paper_commands(4, "--seeds", "2", "--", "--lr", "1")
+    assert [parse_command(c).seed for c in seeds] == [1, 2] * 3 and parse_command(seeds[0]).lr == 1
+
+
+def test_paper_dry_run(tmp_path, tiny):
+    """Fig. 5 from end to end, with a tiny model and small files: trainings, evaluations, table."""
+    for name in ("evaluate.py", "render.py", "train_sft.py"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    shutil.copytree(ROOT / "runs", tmp_path / "runs", ignore=shutil.ignore_patterns("logs"))
+    data = make_world(tmp_path / "data" / "argoverse2", images=8)
+    data.with_name("train.jsonl").write_text(13 * data.read_text())  # 104 images
+    small = f"--model {tiny} --crop 28 56 28 56 --focal 40 --batch 50 --micro-batch 50 --workers 0"
+    done = subprocess.run(
+        ["bash", tmp_path / "runs" / "finding4.sh", "--paper", "--samples", "100", "--",
+         *small.split()], capture_output=True, text=True,
+        env={**os.environ, "LAUNCH": sys.executable,
+             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    out = tmp_path / "out" / "finding4-paper"
+    assert {p.name for p in out.iterdir()} == {
+        "points-1-1", "points-10-1", "points-100-1", "points.md", "points.png", "log.txt"}
+    flags = render.read_json(out / "points-10-1" / "run.json")["flags"]
+    assert flags["samples"] == 100 and flags["lr"] == 5.2e-5
+    assert "| points-100 |" in (out / "points.md").read_text()
