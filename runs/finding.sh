@@ -20,9 +20,9 @@ while (($#)); do
   esac
   shift || break
 done
-if ! [[ $name =~ ^finding[1-4]$ && $seeds =~ ^[1-9][0-9]*$ && ${samples:-1} =~ ^[1-9][0-9]*$ &&
+if ! [[ $name =~ ^finding[1-4](_[a-z]+)?$ && $seeds =~ ^[1-9][0-9]*$ && ${samples:-1} =~ ^[1-9][0-9]*$ &&
         "$gpu$paper" != 11 ]]; then
-  echo "usage: bash runs/finding{1,2,3,4}.sh [--gpu | --paper] [--seeds N] [--samples N] [--list] [-- FLAG ...]" >&2
+  echo "usage: bash runs/findingN.sh [--gpu | --paper] [--seeds N] [--samples N] [--list] [-- FLAG ...]" >&2
   exit 2
 fi
 

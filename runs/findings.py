@@ -35,10 +35,13 @@ def read_variant(out: Path, label: str) -> list[Path]:
     return found
 
 
-def score(folder: Path) -> dict:
-    """Of the one dataset, or the average of several -> "delta1", "constant", and of one also its
+def score(folder: Path, only: str | None) -> dict:
+    """Of one dataset, or the average of several -> "delta1", "constant", and of one also its
     interval "ci"."""
-    datasets = list(render.read_json(folder / "metrics.json")["datasets"].values())
+    found = render.read_json(folder / "metrics.json")["datasets"]
+    datasets = [scores for name, scores in found.items() if only in (None, name)]
+    if not datasets:
+        raise ValueError(f"{folder}/metrics.json: has no dataset {only}, but {', '.join(found)}.")
     means = {"delta1": statistics.mean(d["delta1"] for d in datasets),
              "constant": statistics.mean(d["best_constant"]["delta1"] for d in datasets)}
     return {**means, "ci": datasets[0].get("delta1_ci") if len(datasets) == 1 else None}
@@ -51,18 +54,19 @@ def over_seeds(values: list[float]) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
-def over_images(first: Path, second: Path) -> tuple[float, float, float] | None:
+def over_images(first: Path, second: Path, only: str | None) -> tuple[float, float, float] | None:
     """-> how far the first evaluation is above the second one, ends of the 95 % interval; None
     where one training cannot say."""
-    scores = score(first), score(second)
-    if not all(s["ci"] for s in scores):
+    if not all(score(folder, only)["ci"] for folder in (first, second)):
         return None
-    found = compare(*(evaluate.read_predictions(folder / "predictions.jsonl")
-                      for folder in (first, second)))
+    lines = [evaluate.read_predictions(folder / "predictions.jsonl") for folder in (first, second)]
+    if only:
+        lines = [[line for line in group if line["dataset"] == only] for group in lines]
+    found = compare(*lines)
     return found["difference"], *found["ci"]
 
 
-def summarize(out: Path, labels: tuple[str, ...]) -> dict[str, dict]:
+def summarize(out: Path, labels: list[str], only: str | None = None) -> dict[str, dict]:
     """-> label -> delta1 of each seed, its mean, the interval "ci", and "less": (the first variant
     minus it, low, high)."""
     folders, rows = {label: read_variant(out, label) for label in labels}, {}
@@ -74,14 +78,14 @@ def summarize(out: Path, labels: tuple[str, ...]) -> dict[str, dict]:
         if len(seeds) != number:
             raise ValueError(f"{out}: not all variants have the same seeds. Give the finding's "
                              "command again.")
-        scores = [score(folder) for folder in seeds]
+        scores = [score(folder, only) for folder in seeds]
         delta1 = [s["delta1"] for s in scores]
         mean, ci = delta1[0], scores[0]["ci"]
         if len(seeds) > 1:
             mean, *ci = over_seeds(delta1)
-            less = over_seeds([score(a)["delta1"] - d for a, d in zip(first, delta1)])
+            less = over_seeds([score(a, only)["delta1"] - d for a, d in zip(first, delta1)])
         else:
-            less = over_images(first[0], seeds[0])
+            less = over_images(first[0], seeds[0], only)
         rows[label] = {"delta1": delta1, "mean": mean, "ci": ci,
                        "less": None if label == labels[0] else less,
                        "constant": scores[0]["constant"]}
@@ -135,8 +139,9 @@ def main(argv=None) -> None:
          "the finding's folder")
     flag("title", help="of both")
     flag("variants", nargs="+", help="what is before -<seed> in the names of their folders")
+    flag("--dataset", metavar="NAME", help="of this dataset alone; default: the average of all")
     args = parser.parse_args(argv)
-    rows = summarize(Path(args.name).parent, args.variants)
+    rows = summarize(Path(args.name).parent, args.variants, args.dataset)
     text = f"{args.title}\n\n{table(rows)}\n"
     render.write_text(f"{args.name}.md", text)
     with render.replacing(f"{args.name}.png") as temporary:

@@ -425,22 +425,21 @@ def test_paper_recipes(monkeypatch):
 
 
 def test_paper_dry_run(tmp_path, tiny):
-    """Fig. 5 from end to end, with a tiny model and small files: trainings, evaluations, table."""
+    """One of Fig. 5's variants as the script would run it, with a tiny model and small files."""
     for name in ("evaluate.py", "render.py", "train_sft.py"):
         (tmp_path / name).symlink_to(ROOT / name)
     shutil.copytree(ROOT / "runs", tmp_path / "runs", ignore=shutil.ignore_patterns("logs"))
     data = make_world(tmp_path / "data" / "argoverse2", images=8)
-    data.with_name("train.jsonl").write_text(13 * data.read_text())  # 104 images
-    small = f"--model {tiny} --crop 28 56 28 56 --focal 40 --batch 50 --micro-batch 50 --workers 0"
+    shutil.copy(data, data.with_name("train.jsonl"))
+    small = f"--model {tiny} --crop 28 56 28 56 --focal 40 --batch 4 --micro-batch 4 --workers 0"
+    command = paper_commands(4, "--samples", "8", "--", *small.split())[0]
     done = subprocess.run(
-        ["bash", tmp_path / "runs" / "finding4.sh", "--paper", "--samples", "100", "--",
-         *small.split()], capture_output=True, text=True,
-        env={**os.environ, "LAUNCH": sys.executable,
+        ["bash", "runs/variant.sh", *command], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "LAUNCH": sys.executable, "EVALUATE": "--workers 0",
              "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"})
     assert done.returncode == 0, done.stdout + done.stderr
-    out = tmp_path / "out" / "finding4-paper"
-    assert {p.name for p in out.iterdir()} == {
-        "points-1-1", "points-10-1", "points-100-1", "points.md", "points.png", "log.txt"}
-    flags = render.read_json(out / "points-10-1" / "run.json")["flags"]
-    assert flags["samples"] == 100 and flags["lr"] == 5.2e-5
-    assert "| points-100 |" in (out / "points.md").read_text()
+    assert all(line.startswith("points-1-1: ") for line in done.stdout.splitlines())
+    out = tmp_path / "out" / "finding4-paper" / "points-1-1"
+    flags = render.read_json(out / "run.json")["flags"]
+    assert (flags["samples"], flags["points_per_image"], flags["lr"]) == (8, 1, 5.2e-5)
+    assert render.read_json(out / "eval" / "metrics.json")["datasets"]["argoverse2"]["n"] == 64
