@@ -9,6 +9,7 @@ from pathlib import Path
 
 import compare
 import curves
+import findings
 import numpy as np
 import probe
 import pytest
@@ -324,6 +325,23 @@ def test_table_of_one_seed(tmp_path):
     done = run_script("runs/findings.py", tmp_path / "table", "Finding 0", "a", "b")
     assert done.returncode == 0, done.stderr
     assert "+0.250 (+0.250 to +0.250)" in (tmp_path / "table.md").read_text()
+
+
+def test_table_over_datasets(tmp_path):
+    """The average of several has no interval of one training; --dataset is one alone."""
+    for label, pairs in (("a", (OURS, THEIRS)), ("b", (THEIRS, THEIRS))):
+        lines = [{**line, "dataset": name} for name, group in zip("xy", pairs) for line in group]
+        path = write_jsonl(tmp_path / f"{label}-1" / "eval" / "predictions.jsonl", lines)
+        result = evaluate.summarize(evaluate.read_predictions(path))
+        (path.parent / "metrics.json").write_text(json.dumps(result))
+    for words, rows in (((), ["| a | 0.625 |  | 0.625 |  |", "| b | 0.500 |  | 0.500 |  |"]),
+                        (("--dataset", "x"), ["+0.250 (+0.250 to +0.250) |"]),
+                        (("--dataset", "y"), ["+0.000 (+0.000 to +0.000) |"])):
+        findings.main([str(tmp_path / "table"), "Finding 0", "a", "b", *words])
+        text = (tmp_path / "table.md").read_text()
+        assert all(row in text for row in rows), text
+    with pytest.raises(SystemExit):
+        findings.main([str(tmp_path / "table"), "Finding 0", "a", "b", "--dataset", "z"])
 
 
 # --------------------------------------------------------------------------------------------------
