@@ -2114,8 +2114,8 @@ def parse_args(argv=None):
     flag("--focals", type=POSITIVE, nargs="+", help="these focal lengths [px] in "
          "images of one size; default: one field of view in images of four sizes")
     flag("--lenses", type=POSITIVE, nargs=2, metavar=("LOW", "HIGH"), help="each room has a camera "
-         "of its own: fx between these [px], fy up to a third unlike it, the centre off the middle; "
-         "default: --focals")
+         "of its own: fx between these [px], fy up to a third unlike it, its centre off the "
+         "middle; default: --focals")
     flag("--drive", action="store_true", help="the views of a room are those of a cart that drives "
          "straight ahead, instead of a walk")
     return parser.parse_args(argv)

@@ -19,6 +19,7 @@ from conftest import ROOT, make_world, run_script, stock, write_jsonl
 from PIL import Image
 
 import evaluate
+import prepare
 import render
 import train_grpo
 import train_sft
@@ -286,7 +287,7 @@ def test_compare_evaluations(tmp_path, capsys):
 # findings.py
 
 
-def test_table_of_a_finding(tmp_path):
+def test_table_of_a_finding(tmp_path, capsys):
     """Three seeds by hand: mean 0.6, standard error 0.1 / sqrt(3), t of two degrees of freedom."""
 
     def write(label, seed, delta1):
@@ -299,10 +300,8 @@ def test_table_of_a_finding(tmp_path):
         write("a", seed, delta1)
         write("b", seed, delta1 - 0.1)
         write("a-wide", seed, 0.9)
-    command = [sys.executable, ROOT / "runs" / "findings.py", tmp_path / "table", "Finding 0",
-               "a", "b"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    command = [str(tmp_path / "table"), "Finding 0", "a", "b"]
+    findings.main(command)
     half = 4.303 * 0.1 / 3 ** 0.5
     rows = [[cell.strip() for cell in line.split("|")]
             for line in (tmp_path / "table.md").read_text().splitlines() if "|" in line]
@@ -312,8 +311,8 @@ def test_table_of_a_finding(tmp_path):
     assert rows[4][2] == "0.400"
     assert Image.open(tmp_path / "table.png").size[0] > 500
     shutil.rmtree(tmp_path / "b-2")  # a variant that did not end is not one with fewer seeds
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode and "same seeds" in done.stderr
+    assert "same seeds" in fails(capsys, findings, *command)
+    assert "shell script" in fails(capsys, findings, *command[:-1], "c")
 
 
 def test_table_of_one_seed(tmp_path):
@@ -322,12 +321,11 @@ def test_table_of_one_seed(tmp_path):
         path = write_jsonl(tmp_path / f"{label}-0" / "eval" / "predictions.jsonl", lines)
         result = evaluate.summarize(evaluate.read_predictions(path))
         (path.parent / "metrics.json").write_text(json.dumps(result))
-    done = run_script("runs/findings.py", tmp_path / "table", "Finding 0", "a", "b")
-    assert done.returncode == 0, done.stderr
+    findings.main([str(tmp_path / "table"), "Finding 0", "a", "b"])
     assert "+0.250 (+0.250 to +0.250)" in (tmp_path / "table.md").read_text()
 
 
-def test_table_over_datasets(tmp_path):
+def test_table_over_datasets(tmp_path, capsys):
     """The average of several has no interval of one training; --dataset is one alone."""
     for label, pairs in (("a", (OURS, THEIRS)), ("b", (THEIRS, THEIRS))):
         lines = [{**line, "dataset": name} for name, group in zip("xy", pairs) for line in group]
@@ -340,8 +338,8 @@ def test_table_over_datasets(tmp_path):
         findings.main([str(tmp_path / "table"), "Finding 0", "a", "b", *words])
         text = (tmp_path / "table.md").read_text()
         assert all(row in text for row in rows), text
-    with pytest.raises(SystemExit):
-        findings.main([str(tmp_path / "table"), "Finding 0", "a", "b", "--dataset", "z"])
+    assert "has no dataset z, but x, y" in fails(capsys, findings, tmp_path / "table", "Finding 0",
+                                                 "a", "b", "--dataset", "z")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -461,3 +459,53 @@ def test_paper_dry_run(tmp_path, tiny):
     flags = render.read_json(out / "run.json")["flags"]
     assert (flags["samples"], flags["points_per_image"], flags["lr"]) == (8, 1, 5.2e-5)
     assert render.read_json(out / "eval" / "metrics.json")["datasets"]["argoverse2"]["n"] == 64
+
+
+# --------------------------------------------------------------------------------------------------
+# the toy worlds that the recipes make
+
+
+def toy_world(out: Path, *words) -> list[dict]:
+    prepare.main(["--dataset", "toy", "--split", "val", "--val-images", "20", "--workers", "1",
+                  "--out", str(out), *words])
+    return lines_of(out / "val.jsonl")
+
+
+def test_toy_drive(tmp_path, capsys):
+    """The views of a room look along one line and lie on it, so that what is straight ahead comes
+    nearer by as much as the cart has moved."""
+    records = toy_world(tmp_path, "--drive")
+    poses = np.array([record["pose"] for record in records]).reshape(4, 5, 4, 4)
+    assert np.allclose(poses[:, :, :3, :3], poses[:, :1, :3, :3])
+    moved = poses[:, :, :3, 3] - poses[:, :1, :3, 3]
+    ahead = poses[:, 0, :3, 2]
+    along = np.einsum("rvk,rk->rv", moved, ahead)
+    assert np.allclose(moved, along[..., None] * ahead[:, None])
+    steps = np.diff(along)
+    assert (steps >= 0.3 - 1e-6).all() and (steps <= 1.2).all() and not poses[:, :, 2, 2].any()
+    points, scores = render.Records(tmp_path / "val.jsonl"), []
+    for i in range(20):
+        query = render.make_query("motion", points, i, np.random.default_rng(i))
+        scores.append(query.value)
+    assert min(scores) > 0.29 and max(scores) > 1.2
+    assert "no kinds of fault" in capsys.readouterr().out
+
+
+def test_toy_lenses(tmp_path, capsys):
+    """A camera for each room: fx in the range, fy unlike it, the centre off the middle, and labels
+    as right as with any other: box tops and floors are level."""
+    records = toy_world(tmp_path, "--lenses", "80", "160", "--light", "ambient")
+    cameras = np.array([record["intrinsics"] for record in records]).reshape(4, 5, 6)
+    assert (cameras == cameras[:, :1]).all() and len(np.unique(cameras[..., 0])) == 4
+    fx, fy, cx, cy, w, h = cameras[:, 0].T
+    assert ((80 <= fx) & (fx <= 160)).all() and ((w == 112) & (h == 112)).all()
+    assert (np.abs(fy / fx - 1) > 0.01).any() and ((0.75 <= fy / fx) & (fy / fx <= 1.33)).all()
+    assert np.abs(np.stack([cx, cy]) / 112 - 0.5).max() > 0.1
+    heights = []
+    for record in records:
+        xyz = render.unproject(np.array(record["pixel_coords"], float), np.array(record["depth"]),
+                               record["intrinsics"])
+        pose = np.array(record["pose"]).reshape(4, 4)
+        heights += list((xyz @ pose[:3, :3].T + pose[:3, 3])[:, 2])
+    heights = np.array(heights)
+    assert heights.min() > -0.02 and (np.abs(heights) < 0.02).mean() > 0.1  # the floor
