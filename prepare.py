@@ -1145,6 +1145,8 @@ def frames_toy(root, split, images, light, focals, lenses, drive, seed):
         rng = rng_for(seed, f"toy room {scene}")
         boxes = toy_room(rng)
         colours = TOY_COLOURS * rng.uniform(0.99, 1.01, TOY_COLOURS.shape)
+        if drive:  # red is one mixture of green and blue: above it is a red marker, below a blue one
+            colours[:, 0] = colours @ (0, 0.4, 0.5)
         intrinsics = toy_camera(focals, lenses, rng)
         poses = toy_poses(boxes, light, drive, rng)
         for view, pose in enumerate(poses[:images - number * TOY_VIEWS]):

@@ -3,7 +3,7 @@
 # the centre off the middle, as in a crop; evaluated on new cameras within the range of focal lengths trained on, and beyond
 # it. In daylight, on whole images of one size, as finding3.sh. From two models that can see and answer: one knows numbers
 # only from its own answers, the other was also trained on chat about numbers (which is larger, what is half), so that
-# numbers as text mean something to it before one names a camera. Tables: plain_within.md, plain_beyond.md, chat_within.md,
+# numbers as text mean something to it before one names a camera. They get twice the samples of a variant. Tables: plain_within.md, plain_beyond.md, chat_within.md,
 # chat_beyond.md.
 cd "$(dirname "$0")/.." && . runs/finding.sh
 [ -z "$paper" ] || { echo "error: $0 has no --paper: Fig. 4a is finding3.sh" >&2; exit 2; }
@@ -24,8 +24,8 @@ if ! [ "$list" ]; then
   tail -n 200 "$chat" > "$chat.unseen"
 fi
 train="train_sft.py @runs/toy.args $size $length --val-every 0"
-start start-plain data/toy $train --data data/toy/train.jsonl --camera none
-start start-chat data/toy $train --data data/toy/train.jsonl --camera none --mix "$chat.train:0.3"
+start start-plain data/toy $train --samples $((2 * samples)) --data data/toy/train.jsonl --camera none
+start start-chat data/toy $train --samples $((2 * samples)) --data data/toy/train.jsonl --camera none --mix "$chat.train:0.3"
 run_variants
 [ "$list" ] || python runs/probe.py "out/$name/start-chat-0" --questions "$chat.unseen"
 for from in plain chat; do
