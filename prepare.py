@@ -1240,15 +1240,17 @@ TOY_COLOURS = np.array([[0.63, 0.90, blue] for blue in (0.30, 0.98, 0.78, 0.54, 
 TOY_DAYLIGHT = np.array([0.75, 0.95, 0.65, 0.85, 0.7, 0.9])
 
 
-def frames_toy(root, split, images, light, focals, seed):
+def frames_toy(root, split, images, light, focals, lenses, drive, seed):
     """A room is made from (seed, split, number) alone, so that train and val share none."""
     for number in range(math.ceil(images / TOY_VIEWS)):
         scene = f"{split}_{number:05d}"
         rng = rng_for(seed, f"toy room {scene}")
         boxes = toy_room(rng)
         colours = TOY_COLOURS * rng.uniform(0.99, 1.01, TOY_COLOURS.shape)
-        intrinsics = toy_camera(focals, rng)
-        poses = toy_poses(boxes, light, rng)
+        if drive:  # red is one mixture of green and blue: above it is a red marker, below a blue one
+            colours[:, 0] = colours @ (0, 0.4, 0.5)
+        intrinsics = toy_camera(focals, lenses, rng)
+        poses = toy_poses(boxes, light, drive, rng)
         for view, pose in enumerate(poses[:images - number * TOY_VIEWS]):
             yield Frame(
                 f"{scene}/{view}",
@@ -1276,7 +1278,11 @@ def toy_room(rng):
     return np.array(boxes)
 
 
-def toy_camera(focals, rng):
+def toy_camera(focals, lenses, rng):
+    if lenses:  # no two cameras are alike: fx unlike fy, a centre off the middle, as in a crop
+        focal = rng.uniform(*lenses) * np.array([1, rng.uniform(0.75, 1.33)])
+        centre = TOY_SIDE * rng.uniform(0.3, 0.7, 2)
+        return *(round(float(v), 4) for v in (*focal, *centre)), TOY_SIDE, TOY_SIDE
     shape = TOY_SHAPES[rng.integers(len(TOY_SHAPES))]
     lens = rng.integers(len(focals or TOY_SCALES))
     if focals:
@@ -1288,19 +1294,22 @@ def toy_camera(focals, rng):
     return *(round(float(v), 4) for v in focal + centre), *size
 
 
-def toy_poses(boxes, light, rng):
-    """A short walk through the room: TOY_VIEWS poses, a few decimetres to a metre apart."""
+def toy_poses(boxes, light, drive, rng):
+    """A short walk through the room: TOY_VIEWS poses, a few decimetres to a metre apart; on a drive
+    up to a few metres, and all look straight ahead."""
     for _ in range(1000):
         start = rng.uniform(*boxes[0])
         # in daylight the height is the metric cue
         start[2] = 1.5 if light == "ambient" else rng.uniform(1.1, 1.8)
         walk = rng.uniform(0, 2 * math.pi)
-        steps = np.cumsum([0, *rng.uniform(0.1, 0.45, TOY_VIEWS - 1)])
+        shortest, longest = (0.3, 1.2) if drive else (0.1, 0.45)
+        steps = np.cumsum([0, *rng.uniform(shortest, longest, TOY_VIEWS - 1)])
         path = start + steps[:, None] * (math.cos(walk), math.sin(walk), 0)
         if all(toy_is_free(point, boxes) for point in path):
             break
-    else:  # a crowded room: stand still in its middle
+    else:  # a crowded room: stand still in its middle, and look around
         path = np.repeat([boxes[0].mean(0)], TOY_VIEWS, 0)
+        drive = False
 
     # look into the room rather than at a wall
     target = boxes[0, 0] + rng.uniform(0.25, 0.75, 3) * boxes[0, 1]
@@ -1309,6 +1318,8 @@ def toy_poses(boxes, light, rng):
     for point in path:
         yaw = math.atan2(y, x) + rng.normal(0, 0.2)
         pitch = rng.uniform(-0.40, 0.05)
+        if drive:
+            yaw, pitch = walk, 0.0
         level = np.array([math.cos(yaw), math.sin(yaw), 0])
         forward = level * math.cos(pitch) + (0, 0, math.sin(pitch))
         right = np.array([math.sin(yaw), -math.cos(yaw), 0])
@@ -1469,7 +1480,7 @@ DATASETS = {
         camera-to-world); or nerfstudio's transforms.json, COLMAP's text files, TUM RGB-D's""",
         flags="intrinsics depth_scale depth_type"),
     "toy": Dataset(
-        frames_toy, (0.1, 100), "train val", flags="images light focals seed"),
+        frames_toy, (0.1, 100), "train val", flags="images light focals lenses drive seed"),
 }
 
 
@@ -2443,6 +2454,11 @@ def parse_args(argv=None):
          help="a lamp on the camera, or daylight")
     flag("--focals", type=POSITIVE, nargs="+", help="these focal lengths [px] in "
          "images of one size; default: one field of view in images of four sizes")
+    flag("--lenses", type=POSITIVE, nargs=2, metavar=("LOW", "HIGH"), help="each room has a camera "
+         "of its own: fx between these [px], fy up to a third unlike it, its centre off the "
+         "middle; default: --focals")
+    flag("--drive", action="store_true", help="the views of a room are those of a cart that drives "
+         "straight ahead, instead of a walk")
     return parser.parse_args(argv)
 
 

@@ -1,12 +1,20 @@
 #!/usr/bin/env bash
 # Finding 1 (Sec. 3.1, Fig. 2): models understand a marker on the image better than coordinates in the text.
 cd "$(dirname "$0")/.." && . runs/finding.sh
-[ -f data/toy/val.jsonl ] || python prepare.py --dataset toy
-# whole images, as in evaluation: coordinates that no crop has would be new to it
-train="train_sft.py @runs/toy.args $size --data data/toy/train.jsonl --samples $samples --val-every 0 --crop 112 112 112 112"
-variant arrow data/toy $train --marker arrow
-variant cross data/toy $train --marker cross
-variant dot data/toy $train --marker dot
-variant text data/toy $train --prompt text
+if [ "$paper" ]; then
+  sets="argoverse2 scannetpp" train="train_sft.py @runs/fig2.args"
+else
+  # whole images, as in evaluation: coordinates that no crop has would be new to it
+  sets=toy train="train_sft.py @runs/toy.args $size --val-every 0 --crop 112 112 112 112"
+  world data/toy
+fi
+for set in $sets; do
+  for marker in arrow cross dot; do
+    variant $set-$marker data/$set $train --data data/$set/train.jsonl $length --marker $marker
+  done
+  variant $set-text data/$set $train --data data/$set/train.jsonl $length --prompt text
+done
 run_variants
-python runs/findings.py "out/$name/table" "Finding 1: how the pixel is named" arrow cross dot text
+for set in $sets; do
+  table $set "Finding 1, $set: how the pixel is named" $set-arrow $set-cross $set-dot $set-text
+done

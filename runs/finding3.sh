@@ -4,14 +4,29 @@
 # the size of an image does not give its camera away; whole images, for a crop of so few pixels hides the geometry. As in
 # the paper all go on from a model that can see and answer: it was trained in rooms with the lamp, where brightness tells
 # the distance, on images of many focal lengths as they are, so it favours no strategy. (a) four focal lengths, (b) three
-# unified ones, (c) 41 focal lengths in training and 40 others in evaluation.
+# unified ones, (c) 41 focal lengths in training and 40 others in evaluation. finding3_lenses.sh has more cameras.
+# --paper: 500K samples of the mixture, all sets in evaluation.
 cd "$(dirname "$0")/.." && . runs/finding.sh
-few=data/toy_focals_few many=data/toy_focals_many prepare="python prepare.py --dataset toy --light ambient --seed 1"
-[ -f data/toy/val.jsonl ] || python prepare.py --dataset toy
-[ -f $few/val.jsonl ] || $prepare --focals 80 100 133.3333 200 --out $few
-[ -f $many/train.jsonl ] || $prepare --split train --focals $(seq 80 3 200) --out $many
-[ -f $many/val.jsonl ] || $prepare --split val --focals $(seq 81 3 199) --out $many
-train="train_sft.py @runs/toy.args $size --samples $samples --val-every 0"
+if [ "$paper" ]; then
+  sets=$(printf 'data/%s,' argoverse2 ddad nuscenes eth3d scannetpp sunrgbd ibims1 nyuv2)
+  for camera in unify none prompt ray; do
+    variant $camera "${sets%,}" train_sft.py @runs/fig4.args $length --camera $camera
+  done
+  for focal in 500 750 1250 1500; do  # paper: Fig. 4b's are in the picture alone
+    variant focal-$focal "${sets%,}" train_sft.py @runs/fig4.args $length --focal $focal
+  done
+  for seed in $(seq "$seeds"); do [ "$list" ] || ln -sfn "unify-$seed" "out/$name/focal-1000-$seed"; done
+  run_variants
+  table strategies "Finding 3a: camera strategies" unify none prompt ray
+  table focal "Finding 3b: unified focal length" focal-1000 focal-500 focal-750 focal-1250 focal-1500
+  exit
+fi
+few=data/toy_focals_few many=data/toy_focals_many
+world data/toy
+world $few --light ambient --seed 1 --focals 80 100 133.3333 200
+[ -f $many/train.jsonl ] || world $many --light ambient --seed 1 --split train --focals $(seq 80 3 200)
+world $many --light ambient --seed 1 --split val --focals $(seq 81 3 199)
+train="train_sft.py @runs/toy.args $size $length --val-every 0"
 start start data/toy $train --data data/toy/train.jsonl --camera none
 run_variants
 train="$train --model out/$name/start-0 --lr 1e-3 --crop 280 280 280 280"
@@ -25,7 +40,7 @@ for camera in unify none prompt; do
   variant many-$camera $many $train --data $many/train.jsonl --camera $camera
 done
 run_variants
-python runs/findings.py "out/$name/strategies" "Finding 3a: camera strategies" unify none prompt ray
-for seed in $(seq "$seeds"); do ln -sfn "unify-$seed" "out/$name/focal-100-$seed"; done
-python runs/findings.py "out/$name/focal" "Finding 3b: unified focal length" focal-100 focal-50 focal-150
-python runs/findings.py "out/$name/many" "Finding 3c: 41 cameras, 40 others in evaluation" many-unify many-none many-prompt
+table strategies "Finding 3a: camera strategies" unify none prompt ray
+for seed in $(seq "$seeds"); do [ "$list" ] || ln -sfn "unify-$seed" "out/$name/focal-100-$seed"; done
+table focal "Finding 3b: unified focal length" focal-100 focal-50 focal-150
+table many "Finding 3c: 41 cameras, 40 others in evaluation" many-unify many-none many-prompt

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The quick start, on a CPU in about five minutes: rooms, a tiny model trained from scratch, its score
-# on unseen rooms, a point cloud. Two processes of one thread each are faster on two cores than one
+# The quick start, on two CPU cores in about three minutes: rooms, a tiny model trained from scratch in
+# two of them, its score on unseen rooms, a point cloud. Two processes of one thread each are faster on two cores than one
 # process of two. --gpu: one process a GPU, in bfloat16, in which packed attention is one kernel; not
 # yet run. An interrupted run resumes when the command is given again.
 set -euo pipefail

@@ -121,7 +121,8 @@ def test_recipes_parse():
 def test_shell_recipes_are_valid():
     """bash can read them, and the flags that they pass are flags of our scripts, of finding.sh or
     of torchrun."""
-    known = {"--gpu", "--seeds", "--samples", "--standalone", "--nproc-per-node"}
+    known = {"--gpu", "--paper", "--list", "--seeds", "--samples", "--standalone",
+             "--nproc-per-node"}
     for path in [*ROOT.glob("*.py"), *(ROOT / "runs").glob("*.py")]:
         known |= flags_of(path.relative_to(ROOT))
     for path in sorted((ROOT / "runs").glob("*.sh")):

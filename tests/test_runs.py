@@ -1,5 +1,5 @@
 """The scripts of runs/: the toy world's model, plain questions, two evaluations compared, the
-table of a finding."""
+table and the curves of a finding, the paper's experiments."""
 import json
 import os
 import shutil
@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import compare
+import curves
+import findings
 import numpy as np
 import probe
 import pytest
@@ -17,7 +19,10 @@ from conftest import ROOT, make_world, run_script, stock, write_jsonl
 from PIL import Image
 
 import evaluate
+import prepare
 import render
+import train_grpo
+import train_sft
 
 CPU = torch.device("cpu")
 
@@ -282,7 +287,7 @@ def test_compare_evaluations(tmp_path, capsys):
 # findings.py
 
 
-def test_table_of_a_finding(tmp_path):
+def test_table_of_a_finding(tmp_path, capsys):
     """Three seeds by hand: mean 0.6, standard error 0.1 / sqrt(3), t of two degrees of freedom."""
 
     def write(label, seed, delta1):
@@ -295,10 +300,8 @@ def test_table_of_a_finding(tmp_path):
         write("a", seed, delta1)
         write("b", seed, delta1 - 0.1)
         write("a-wide", seed, 0.9)
-    command = [sys.executable, ROOT / "runs" / "findings.py", tmp_path / "table", "Finding 0",
-               "a", "b"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    command = [str(tmp_path / "table"), "Finding 0", "a", "b"]
+    findings.main(command)
     half = 4.303 * 0.1 / 3 ** 0.5
     rows = [[cell.strip() for cell in line.split("|")]
             for line in (tmp_path / "table.md").read_text().splitlines() if "|" in line]
@@ -308,8 +311,8 @@ def test_table_of_a_finding(tmp_path):
     assert rows[4][2] == "0.400"
     assert Image.open(tmp_path / "table.png").size[0] > 500
     shutil.rmtree(tmp_path / "b-2")  # a variant that did not end is not one with fewer seeds
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode and "same seeds" in done.stderr
+    assert "same seeds" in fails(capsys, findings, *command)
+    assert "shell script" in fails(capsys, findings, *command[:-1], "c")
 
 
 def test_table_of_one_seed(tmp_path):
@@ -318,6 +321,191 @@ def test_table_of_one_seed(tmp_path):
         path = write_jsonl(tmp_path / f"{label}-0" / "eval" / "predictions.jsonl", lines)
         result = evaluate.summarize(evaluate.read_predictions(path))
         (path.parent / "metrics.json").write_text(json.dumps(result))
-    done = run_script("runs/findings.py", tmp_path / "table", "Finding 0", "a", "b")
-    assert done.returncode == 0, done.stderr
+    findings.main([str(tmp_path / "table"), "Finding 0", "a", "b"])
     assert "+0.250 (+0.250 to +0.250)" in (tmp_path / "table.md").read_text()
+
+
+def test_table_over_datasets(tmp_path, capsys):
+    """The average of several has no interval of one training; --dataset is one alone."""
+    for label, pairs in (("a", (OURS, THEIRS)), ("b", (THEIRS, THEIRS))):
+        lines = [{**line, "dataset": name} for name, group in zip("xy", pairs) for line in group]
+        path = write_jsonl(tmp_path / f"{label}-1" / "eval" / "predictions.jsonl", lines)
+        result = evaluate.summarize(evaluate.read_predictions(path))
+        (path.parent / "metrics.json").write_text(json.dumps(result))
+    for words, rows in (((), ["| a | 0.625 |  | 0.625 |  |", "| b | 0.500 |  | 0.500 |  |"]),
+                        (("--dataset", "x"), ["+0.250 (+0.250 to +0.250) |"]),
+                        (("--dataset", "y"), ["+0.000 (+0.000 to +0.000) |"])):
+        findings.main([str(tmp_path / "table"), "Finding 0", "a", "b", *words])
+        text = (tmp_path / "table.md").read_text()
+        assert all(row in text for row in rows), text
+    assert "has no dataset z, but x, y" in fails(capsys, findings, tmp_path / "table", "Finding 0",
+                                                 "a", "b", "--dataset", "z")
+
+
+# --------------------------------------------------------------------------------------------------
+# curves.py
+
+
+def make_run(folder: Path, batch: int, lines: list[dict], **flags) -> Path:
+    folder.mkdir(parents=True)
+    render.write_json(folder / "run.json", {"flags": {"batch": batch, **flags}})
+    write_jsonl(folder / "log.jsonl", lines)
+    return folder
+
+
+def test_curves(tmp_path, capsys):
+    """By hand: SFT of 0.5 s a step, GRPO of 2 s, 32 samples a step; the average over two sets. SFT
+    starts where GRPO's first check was."""
+
+    def check(step, a, b):
+        return {"step": step, "val": {"a": {"delta1": a}, "b": {"delta1": b}}}
+
+    step = {"samples_per_s": 64.0}
+    sft = make_run(tmp_path / "sft", 32, [
+        {"step": 1, **step}, {"step": 2, **step}, check(2, 0.4, 0.2),
+        {"step": 3, **step}, {"step": 4, **step}, check(4, 0.6, 0.8)])
+    slow = {"rollout_s": 1.0, "update_s": 0.5, "wait_s": 0.5}
+    grpo = make_run(tmp_path / "grpo", 256, [
+        check(0, 0.1, 0.3), {"step": 1, **slow}, {"step": 2, **slow}, check(2, 0.5, 0.7)],
+        batch_of="answers", group=8)
+    curves.main([str(tmp_path / "c"), "Fig. 0", f"SFT={sft}", f"GRPO={grpo}"])
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]]
+            for line in (tmp_path / "c.md").read_text().splitlines() if line.startswith("|")]
+    sets = {"a": rows[:4], "b": rows[4:8], "average": rows[8:]}
+    assert sets["a"][0][2:6] == [f"delta1 at {n} samples" for n in (6, 13, 32, 64)]
+    assert sets["a"][0][6:10] == [f"delta1 at {t} s" for t in (0, 0, 1, 2)]
+    assert sets["a"][2][1:] == ["15.6", "0.100", "0.100", "0.100", "0.400", "0.100", "0.100",
+                                "0.400", "0.600", "0.400 (0.400-0.400)"]
+    assert sets["a"][3][:2] == ["GRPO", "62.5"] and sets["a"][3][5] == "0.500"
+    assert sets["average"][3][5] == "0.600" and sets["average"][2][9] == "0.700"
+    assert Image.open(tmp_path / "c.png").size[1] > 900
+
+    quiet = make_run(tmp_path / "quiet", 32, [{"step": 1, **step}])
+    assert "--val-every" in fails(capsys, curves, tmp_path / "d", "Fig. 0", f"SFT={quiet}")
+    other = make_run(tmp_path / "other", 32, [{"step": 1, "val": {"x": {"delta1": 0.5}}}])
+    assert "other" in fails(capsys, curves, tmp_path / "d", "0", f"X={other}", f"SFT={sft}")
+    assert "LABEL=FOLDER" in run_script("runs/curves.py", tmp_path / "d", "0", sft).stderr
+
+
+# --------------------------------------------------------------------------------------------------
+# the paper's experiments
+
+
+def paper_commands(number: int, *words) -> list[list[str]]:
+    """What finding<number>.sh --paper would run, by its --list: [out, val files, script, flags]."""
+    done = subprocess.run(["bash", ROOT / "runs" / f"finding{number}.sh", "--paper", "--list",
+                           *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [line.split() for line in done.stdout.splitlines()]
+
+
+def parse_command(command: list[str]):
+    """Its flags, as its script reads them. Recipes name each other from the root."""
+    script = {"train_sft.py": train_sft, "train_grpo.py": train_grpo}[command[2]]
+    return script.parse_args([*command[3:], "--out", command[0]])
+
+
+def test_paper_recipes(monkeypatch):
+    """The numbers of the paper, experiment by experiment."""
+    monkeypatch.chdir(ROOT)
+    found = {number: [parse_command(c) for c in paper_commands(number)] for number in (1, 2, 3, 4)}
+
+    fig2 = found[1]
+    assert [(a.data[0][0].split("/")[1], a.marker, a.prompt) for a in fig2] == [
+        (name, marker, prompt) for name in ("argoverse2", "scannetpp")
+        for marker, prompt in (("arrow", "paper"), ("cross", "paper"), ("dot", "paper"),
+                               (None, "text"))]
+    *grpo, sft = found[2]
+    assert [a.reward for a in grpo] == ["l1", "l2", "absrel", "delta1"]
+    assert {(a.samples, a.lr, a.batch, a.group) for a in grpo} == {(8000, 1e-5, 32, 8)}
+    assert sft.batch == 32 and sft.lr == pytest.approx(5.2e-5 * (32 / 1280) ** 0.5, rel=0.01)
+    assert {tuple(a.val) for a in found[2]} == {
+        ("data/argoverse2/val.jsonl", "data/nuscenes/val.jsonl")}
+    assert {a.data[0][0] for a in found[2]} == {"data/argoverse2/train.jsonl"}
+    assert [a.camera for a in found[3][:4]] == ["unify", "none", "prompt", "ray"]
+    assert {a.samples for a in found[3]} == {500_000} and {a.data for a in found[3]} == {None}
+    assert 1000 not in [a.focal for a in found[3][4:]] and found[3][0].focal == 1000
+    assert all(len(c[1].split(",")) == 8 for c in paper_commands(3))
+    assert [(a.samples, a.points_per_image) for a in found[4]] == [
+        (80_000, 1), (80_000, 10), (80_000, 100)]
+    models = {a.model for args in found.values() for a in args}
+    assert models == {"Qwen/Qwen2.5-VL-3B-Instruct"}
+
+    tasks = train_sft.parse_args(["@runs/tasks_7b.args"])
+    assert tasks.samples == 40_000_000 and "7B" in tasks.model and tasks.lr == 1e-4
+    assert {name: weight for name, (weight, _) in tasks.tasks} == dict.fromkeys(render.TASKS, 1)
+    assert [only for _, (_, only) in tasks.tasks] == [[], [], [], [], [], ["argoverse2"]]
+    assert len(train_sft.parse_args(["@runs/fig4c.args"]).val) == 8
+    seeds = paper_commands(4, "--seeds", "2", "--", "--lr", "1")
+    assert [parse_command(c).seed for c in seeds] == [1, 2] * 3 and parse_command(seeds[0]).lr == 1
+
+
+def test_paper_dry_run(tmp_path, tiny):
+    """One of Fig. 5's variants as the script would run it, with a tiny model and small files."""
+    for name in ("evaluate.py", "render.py", "train_sft.py"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    shutil.copytree(ROOT / "runs", tmp_path / "runs", ignore=shutil.ignore_patterns("logs"))
+    data = make_world(tmp_path / "data" / "argoverse2", images=8)
+    shutil.copy(data, data.with_name("train.jsonl"))
+    small = f"--model {tiny} --crop 28 56 28 56 --focal 40 --batch 4 --micro-batch 4 --workers 0"
+    command = paper_commands(4, "--samples", "8", "--", *small.split())[0]
+    done = subprocess.run(
+        ["bash", "runs/variant.sh", *command], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "LAUNCH": sys.executable, "EVALUATE": "--workers 0",
+             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert all(line.startswith("points-1-1: ") for line in done.stdout.splitlines())
+    out = tmp_path / "out" / "finding4-paper" / "points-1-1"
+    flags = render.read_json(out / "run.json")["flags"]
+    assert (flags["samples"], flags["points_per_image"], flags["lr"]) == (8, 1, 5.2e-5)
+    assert render.read_json(out / "eval" / "metrics.json")["datasets"]["argoverse2"]["n"] == 64
+
+
+# --------------------------------------------------------------------------------------------------
+# the toy worlds that the recipes make
+
+
+def toy_world(out: Path, *words) -> list[dict]:
+    prepare.main(["--dataset", "toy", "--split", "val", "--val-images", "20", "--workers", "1",
+                  "--out", str(out), *words])
+    return lines_of(out / "val.jsonl")
+
+
+def test_toy_drive(tmp_path, capsys):
+    """The views of a room look along one line and lie on it, so that what is straight ahead comes
+    nearer by as much as the cart has moved."""
+    records = toy_world(tmp_path, "--drive")
+    poses = np.array([record["pose"] for record in records]).reshape(4, 5, 4, 4)
+    assert np.allclose(poses[:, :, :3, :3], poses[:, :1, :3, :3])
+    moved = poses[:, :, :3, 3] - poses[:, :1, :3, 3]
+    ahead = poses[:, 0, :3, 2]
+    along = np.einsum("rvk,rk->rv", moved, ahead)
+    assert np.allclose(moved, along[..., None] * ahead[:, None])
+    steps = np.diff(along)
+    assert (steps >= 0.3 - 1e-6).all() and (steps <= 1.2).all() and not poses[:, :, 2, 2].any()
+    points, scores = render.Records(tmp_path / "val.jsonl"), []
+    for i in range(20):
+        query = render.make_query("motion", points, i, np.random.default_rng(i))
+        scores.append(query.value)
+    assert min(scores) > 0.29 and max(scores) > 1.2
+    assert "no kinds of fault" in capsys.readouterr().out
+
+
+def test_toy_lenses(tmp_path, capsys):
+    """A camera for each room: fx in the range, fy unlike it, the centre off the middle, and labels
+    as right as with any other: box tops and floors are level."""
+    records = toy_world(tmp_path, "--lenses", "80", "160", "--light", "ambient")
+    cameras = np.array([record["intrinsics"] for record in records]).reshape(4, 5, 6)
+    assert (cameras == cameras[:, :1]).all() and len(np.unique(cameras[..., 0])) == 4
+    fx, fy, cx, cy, w, h = cameras[:, 0].T
+    assert ((80 <= fx) & (fx <= 160)).all() and ((w == 112) & (h == 112)).all()
+    assert (np.abs(fy / fx - 1) > 0.01).any() and ((0.75 <= fy / fx) & (fy / fx <= 1.33)).all()
+    assert np.abs(np.stack([cx, cy]) / 112 - 0.5).max() > 0.1
+    heights = []
+    for record in records:
+        xyz = render.unproject(np.array(record["pixel_coords"], float), np.array(record["depth"]),
+                               record["intrinsics"])
+        pose = np.array(record["pose"]).reshape(4, 4)
+        heights += list((xyz @ pose[:3, :3].T + pose[:3, 3])[:, 2])
+    heights = np.array(heights)
+    assert heights.min() > -0.02 and (np.abs(heights) < 0.02).mean() > 0.1  # the floor
