@@ -468,7 +468,7 @@ def test_a_reader_that_has_enough(bench):
     """`| head -1` ends quietly."""
     world = bench[0] / "world" / "val.jsonl"
     for command in (["prepare.py", "--check", world],
-                    ["evaluate.py", "--constant", 2, "--data", world, "--out", bench[0] / "head"]):
+                    ["render.py", world, "--focal", 60, "--out", bench[0] / "sheet.png"]):
         line = " ".join(map(str, [sys.executable, ROOT / command[0], *command[1:]]))
         done = subprocess.run(f"{line} | true", shell=True, capture_output=True, text=True)
         assert done.stderr == "" and done.returncode == 0
@@ -581,7 +581,9 @@ def mutate_words(data: bytes, rng) -> tuple[str, bytes]:
 
 def mutate_place(path: Path, rng) -> str:
     """Something else than a file of its own is there."""
-    kind = str(rng.choice(["nothing", "folder", "loop", "itself", "pipe", "locked"]))
+    kind = str(rng.choice(["nothing", "folder", "loop", "itself", "pipe"]))
+    if kind == "pipe" and path.suffix == ".args":  # of the shell: @<(command)
+        kind = "nothing"
     path.unlink()
     if kind == "folder":
         path.mkdir()
