@@ -77,6 +77,22 @@ def test_metrics_by_hand():
     assert (got["n"], got["unparsed"], got["nonpositive"]) == (8, 1, 2)
 
 
+def test_half_is_as_wrong_as_twice():
+    """The ratio counts both ways: 1 m for 2 m is as wrong as 2 m for 1 m."""
+    pred, true = np.array([1.0, 2.0, 2.0, 2.4]), np.array([2.0, 1.0, 2.4, 2.0])
+    assert evaluate.within(pred, true, 1.25).tolist() == [False, False, True, True]
+
+
+def test_what_a_task_draws_is_of_the_pair(world):
+    """Speeds and second points differ from query to query, whatever else is queried."""
+    records = render.Records(world)
+    pairs = [(i, k) for i in range(6) for k in range(8)]
+    given = [evaluate.query_of(records, "speed", pair).given for pair in pairs]
+    assert len({*given}) > 10
+    assert given[::-1] == [evaluate.query_of(records, "speed", pair).given for pair in pairs[::-1]]
+    assert given != [evaluate.query_of(records, "speed", pair, seed=1).given for pair in pairs]
+
+
 def test_a_truth_that_is_not_positive():
     """Counts no answer right, whatever it is: 1 m for -1 m and 0 m for 0 m are no distances."""
     true = np.array([-1.0, -2.0, 0.0, 0.0, np.nan, 1.0])

@@ -125,6 +125,15 @@ def test_zero_valid_points_at_all(tmp_path, capfd):
     assert "depth" in (message + capfd.readouterr().err).lower()
 
 
+def test_the_nearest_point_of_a_pixel():
+    """Of several points at one pixel the nearest is the label, whatever their order."""
+    near, far, other = [3.2, 4.1, 5.0, 4.9], [2.9, 3.8, 9.0, 8.9], [7.0, 1.0, 6.0, 5.5]
+    for cloud in ([near, far, other], [far, other, near]):
+        x, y, euclidean, z = prepare.cloud_labels(np.array(cloud), False, (9, 9, 4, 3, 9, 7))
+        found = sorted(zip(x.tolist(), y.tolist(), euclidean.tolist(), z.tolist()))
+        assert found == [(3, 4, 5.0, 4.9), (7, 1, 6.0, 5.5)]
+
+
 def test_occlusion(tmp_path):
     """Points 25 m behind a near patch go with --occlusion; the patch itself and the far points
     beside it stay."""

@@ -952,7 +952,7 @@ def test_two_markers(tmp_path, crop):
         (view,), question, _ = render.render(query, {**SETTINGS, "marker": "dot"}, 4, crop,
                                              np.random.default_rng(seed))
         assert question.index("red") < question.index("blue")
-        for point, color in zip(query.points, render.COLORS.values()):
+        for point, color in zip(query.points, [(255, 0, 0), (0, 0, 255)]):
             y, x = np.argwhere((view.pixels == color).all(2)).mean(0)
             assert (x, y) == pytest.approx(view.move(*point), abs=0.51)
 
