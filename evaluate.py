@@ -1024,20 +1024,13 @@ def paper_table(result: dict) -> str:
     those that a row has; vs ours: of that, relative to our average over the same sets (Table 2)."""
     ours = {name: scores["delta1"] for name, scores in result["datasets"].items()
             if name in PAPER_CONSTANT}
-    if not ours:
-        raise ValueError(f"--paper-rows: the sets are called {', '.join(PAPER_CONSTANT)} there, "
-                         f"here {', '.join(result['datasets'])}.")
     rows = [["delta1", *ours, "average", "vs ours"]]
-    for title, methods in {"Here": {"ours": ours}, **render.read_json(PAPER)}.items():
-        rows.append([title] + [""] * (len(ours) + 2))
-        for method, published in methods.items():
-            both = [name for name in ours if name in published]
-            if not both:
-                continue
-            mean, mine = (sum(scores[name] for name in both) / len(both)
-                          for scores in (published, ours))
-            versus = f"{mean / mine - 1:+.1%}" if mine and published is not ours else ""
-            rows.append([method, *(show(published.get(name)) for name in ours), show(mean), versus])
+    for method, theirs in {"ours": ours, **render.read_json(PAPER)}.items():
+        both = [name for name in ours if name in theirs]
+        if both:
+            mean, mine = (sum(row[name] for name in both) / len(both) for row in (theirs, ours))
+            rows.append([method, *(show(theirs.get(name)) for name in ours), show(mean),
+                         f"{mean / max(mine, 1e-9) - 1:+.1%}"])
     return render.text_table(rows)
 
 
@@ -1163,43 +1156,38 @@ def check_prediction(line: dict, depth_type: str) -> None:
     line |= {"pred": None, **numbers}
 
 
-def find_map(folder: Path, name: str, records: Records, image: str) -> Path:
-    """The depth map of an image: <folder>/<dataset>/<path of the image>.npy or .png, without the
-    dataset, or by its name alone."""
-    relative = Path(os.path.relpath(image, records.image_root))
-    for place in (Path(name) / relative, relative, Path(relative.name)):
+def find_map(folder: Path, image: str, root: Path) -> Path:
+    """The depth map of an image: at the image's path below its root, or by its name alone."""
+    relative = Path(os.path.relpath(image, root))
+    for place in (relative, relative.name):
         for ending in (".npy", ".png"):
-            if (folder / place.with_suffix(ending)).is_file():
-                return folder / place.with_suffix(ending)
+            path = (folder / place).with_suffix(ending)
+            if path.is_file():
+                return path
     raise ValueError(f"{folder}: has no {relative.with_suffix('.npy')} (or .png) for {image}.")
 
 
 @lru_cache(maxsize=2)
-def read_map(path: Path) -> np.ndarray:
-    """(H, W), as stored."""
+def read_map(path: Path) -> Image.Image:
     if path.suffix == ".npy":
-        with render.blaming(path):
-            stored = np.load(path, allow_pickle=False)
-    else:
-        with render.image_file(path) as file:
-            stored = np.asarray(file)
-    if stored.squeeze().ndim != 2:
-        raise ValueError(f"{path}: has the shape {stored.shape}, a depth map is (height, width).")
-    return stored.squeeze()
+        with render.blaming(path, "A map is (height, width)."):
+            return Image.fromarray(np.load(path).squeeze().astype(np.float32))
+    with render.image_file(path) as file:
+        if len(file.getbands()) > 1:
+            raise ValueError("in colour, a map has one channel")
+        return file.copy()
 
 
 def mapped_depth(path: Path, query: Query, scale: float, depth_type: str) -> float:
     """Euclidean distance [m] of a query's point by a depth map of any resolution: the pixel of the
     map in which the point lies, so that no value between two objects is made up."""
-    record, (x, y) = query.records[0], query.points[0]
-    depth, (width, height) = read_map(path), record["intrinsics"][4:]
-    if abs(depth.shape[1] / width * height / depth.shape[0] - 1) > 0.01:
-        raise ValueError(f"{path}: {depth.shape[1]} x {depth.shape[0]} px are not of an image of "
-                         f"{width:g} x {height:g} px.")
-    column, row = (min(max(int((at + 0.5) * size / full), 0), size - 1) for at, size, full in
-                   ((x, depth.shape[1], width), (y, depth.shape[0], height)))
-    ray = float(render.ray_length(x, y, record["intrinsics"])) if depth_type == "z" else 1.0
-    return float(depth[row, column]) / scale * ray
+    (x, y), intrinsics = query.points[0], query.records[0]["intrinsics"]
+    depth = read_map(path)
+    _, sx, sy = render.match_size(depth, intrinsics, path)
+    column = min(int(sx * (x + 0.5)), depth.width - 1)
+    row = min(int(sy * (y + 0.5)), depth.height - 1)
+    ray = float(render.ray_length(x, y, intrinsics)) if depth_type == "z" else 1.0
+    return depth.getpixel((column, row)) / scale * ray
 
 
 def default_data() -> list[str]:
@@ -1321,7 +1309,7 @@ def parse_args(argv=None) -> argparse.Namespace:
          help="always this answer (Tables 1 and 3: 2.0)")
     flag("--predictions", type=file_path, metavar="FILE", help="score these answers")
     flag("--depth-maps", type=file_path, metavar="DIR", help="score dense depth, a .npy or 16-bit "
-         ".png an image: DIR/[DATASET/]PATH, or its name alone (Table 2)")
+         ".png an image, by its path or name (Table 2)")
     flag("--depth-scale", type=POSITIVE, default=1.0, help="of the maps: a metre in their unit")
     flag("--depth-type", choices=("euclidean", "z"), default="euclidean",
          help="what those numbers are, where a line does not say: z is converted by its ray")
@@ -1414,8 +1402,8 @@ def query_model(args, checkpoint: Checkpoint, groups: list, out: Path, rank: int
 
 def answer_alone(args, groups: list, out: Path) -> None:
     """--constant, --depth-maps: answers without a model of ours -> predictions.jsonl."""
-    source = {key: getattr(args, key) for key in ("constant", "depth_maps", "depth_type",
-                                                  "depth_scale")}
+    source = {"constant": args.constant, "depth_maps": args.depth_maps,
+              "depth_scale": args.depth_scale, "depth_type": args.depth_type}
     claim(out, args, identity(args, {}, groups, **source), ("predictions*.jsonl",))
     lines, images = [], {}
     for name, records, task, pairs in groups:
@@ -1423,7 +1411,7 @@ def answer_alone(args, groups: list, out: Path) -> None:
             query, value = query_of(records, task, pair, args.seed), args.constant
             if args.depth_maps:
                 image = query.records[0]["image"]
-                path = find_map(Path(args.depth_maps), name, records, image)
+                path = find_map(Path(args.depth_maps), image, records.image_root)
                 if images.setdefault(path, image) != image:
                     raise ValueError(f"{path}: would be of {images[path]} and of {image}. Put the "
                                      "maps in folders like those of the images.")

@@ -78,12 +78,13 @@ class Rollout:
 def banned_tokens(model, checkpoint: Checkpoint) -> torch.Tensor:
     """Ids that an answer never holds: the update's forward would look for an image behind them."""
     ids = {checkpoint.image_id, getattr(model.config, "video_token_id", None)}
-    return torch.tensor(sorted(i for i in ids if i is not None), device=model.compute_device)
+    return torch.tensor(sorted(i for i in ids if i is not None), device=model.device)
 
 
 def log_policy(logits: torch.Tensor, temperature: float, banned: torch.Tensor) -> torch.Tensor:
     """The distribution that answers are drawn from and scored under: (..., V) logits -> log
     probabilities, float32."""
+    banned = banned.to(logits.device)  # with --offload it was the CPU's
     return (logits.float() / temperature).index_fill(-1, banned, -math.inf).log_softmax(-1)
 
 

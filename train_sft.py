@@ -919,12 +919,9 @@ def start_run(args: argparse.Namespace, rank: int, world: int, device: torch.dev
               optimizer, steps, first, last, bad)
     if rank == 0:
         trim_log(out / "log.jsonl", first or -1)
-        counts = [sum(p.numel() for p in group) / 1e6 for group in (model.parameters(), trained)]
+        parameters = sum(p.numel() for p in trained)
         images = sum(len(records) for records, _ in datasets)
-        parameters = f"{counts[0]:.2f} M parameters"
-        if counts[1] < counts[0]:
-            parameters += f" ({counts[1]:.2f} M trained)"
-        print(f"{parameters}, {world} x {device.type} "
+        print(f"{parameters / 1e6:.2f} M trained parameters, {world} x {device.type} "
               f"{str(dtype).removeprefix('torch.')}, {steps} steps of {batch} {what}, "
               f"{len(datasets)} file(s) with {images} images, from step {first}", flush=True)
     if state and first >= last:  # its model may have been lost since
@@ -962,11 +959,10 @@ def save_run(run: Run, step: int) -> None:
 
 def say_finished(run: Run) -> None:
     if run.rank == 0:
-        command = ["python", Path(sys.argv[0]).with_name("evaluate.py"), run.out]
+        command = ["python", "evaluate.py", str(run.out)]
         if run.validation:
             command += ["--data", *(records.path for _, records, _ in run.validation)]
-        print(f"{run.out}: step {run.last} of {run.steps}. Score it: "
-              f"{shlex.join(map(str, command))}")
+        print(f"{run.out}: step {run.last} of {run.steps}. Score it: {shlex.join(command)}")
 
 
 @contextmanager

@@ -684,10 +684,12 @@ RECIPES = [("3b", 1, 2, 2, True, False, False), ("3b", 1, 4, 2, True, False, Fal
            ("pixtral", 128, 1, 2, False, True, False)]
 ADAPTERS = {"lora": 16, "freeze": "vision"}
 OFFLOADED = {**ADAPTERS, "offload": True}
-# on one GPU, what else is given to train_sft.py
-ONE_GPU = [(size, 1, 1, 2, True, True, False, trained) for size in ("3b", "7b", "pixtral")
-           for trained in (OFFLOADED, ADAPTERS, {"lora": 16}, {"offload": True})]
-ONE_GPU += [(size, 1, 1, 2, False, True, False, ADAPTERS) for size in ("3b", "7b")]
+# on one GPU, what else is given to train_sft.py; checkpointing
+ONE_GPU = [(size, 1, 1, 2, checkpointing, True, False, trained) for size, trained, checkpointing in (
+    ("3b", ADAPTERS, True), ("3b", ADAPTERS, False), ("3b", {"offload": True}, True),
+    ("7b", OFFLOADED, True), ("7b", ADAPTERS, True), ("7b", ADAPTERS, False),
+    ("7b", {"offload": True}, True), ("7b", {"freeze": "vision"}, True),
+    ("pixtral", OFFLOADED, True), ("pixtral", ADAPTERS, True))]
 # GB as cards are called: GiB, less 2 for context, NCCL and workspaces
 CARDS = {16: 13.6, 24: 21.5, 48: 42.4, 80: 77.1, 141: 137.8}
 

@@ -277,7 +277,7 @@ def test_published_rows():
     as far as its own rounding goes, when the answers are as right as DepthLM's (7B)."""
     published = json.loads(evaluate.PAPER.read_text())
     scores = {name: {"delta1": value}
-              for name, value in published["Table 1"]["DepthLM (7B)"].items()}
+              for name, value in published["DepthLM (7B)"].items()}
     rows = {cells[0]: cells[1:] for cells in
             (re.split("  +", line) for line in evaluate.paper_table(
                 {"datasets": {**scores, "toy": {"delta1": 1.0}}}).splitlines())}
@@ -291,8 +291,9 @@ def test_published_rows():
                          "Metric3Dv2": -3.8}.items():
         assert float(rows[name][-1].rstrip("%")) == pytest.approx(versus, abs=0.11), name
     assert rows["Metric3D"][:3] == ["-", "-", "0.723"]  # not on Argoverse2 and DDAD
-    with pytest.raises(ValueError, match="--paper-rows: the sets are called argoverse2"):
-        evaluate.paper_table({"datasets": {"toy": {"delta1": 1.0}}})
+    assert rows["ours"][-1] == "+0.0%" and len(rows) == 1 + 1 + len(published)
+    few = {"datasets": {"nyuv2": {"delta1": 0.0}, "toy": {"delta1": 1.0}}}
+    assert "ZoeDepth" not in evaluate.paper_table(few)  # not on NYUv2
 
 
 @pytest.mark.parametrize("scale, ending, kind", [(1, "npy", "euclidean"), (3, "npy", "z"),
@@ -315,13 +316,14 @@ def test_depth_maps(tmp_path, scale, ending, kind):
             for x, y in record["pixel_coords"]]
         column, row = ((np.arange(n) + 0.5) / scale for n in size)
         depth = blocks[(row[:, None] // 4).astype(int), (column // 4).astype(int)]
-        path = maps / "set" / record["image"].replace("png", ending)
+        record["image"] = f"set/{record['image']}"
+        path = maps / record["image"].replace("png", ending)
         path.parent.mkdir(parents=True, exist_ok=True)
         if ending == "npy":
             np.save(path, depth[None])
         else:
             Image.fromarray((depth * 1000).astype(np.uint16)).save(path)
-    write_jsonl(data, records)
+    data = write_jsonl(tmp_path / "val.jsonl", records)
     unit = ["--depth-scale", "1000"] if ending == "png" else []
 
     def scored(folder, *more) -> dict:
@@ -331,7 +333,9 @@ def test_depth_maps(tmp_path, scale, ending, kind):
 
     right = scored(maps, *unit, "--depth-type", kind)
     assert right["delta1"] == 1 and right["abs_rel"] < 1e-3
-    assert scored(maps / "set", *unit, "--depth-type", kind) == right  # by the images' own paths
+    for path in (maps / "set").glob("*.*"):  # by the images' names
+        path.rename(maps / path.name)
+    assert scored(maps, *unit, "--depth-type", kind) == right
     if kind == "z":
         assert scored(maps, *unit)["abs_rel"] > 0.01
     assert scored(maps, "--depth-scale", 2000, "--depth-type", kind)["delta1"] == 0
@@ -350,9 +354,12 @@ def test_depth_maps_that_do_not_fit(tmp_path, capsys):
 
     assert "has no 000.npy (or .png) for" in said()
     np.save(maps / "000.npy", np.ones((90, 120, 3)))
-    assert "000.npy: has the shape (90, 120, 3)" in said()
+    assert "000.npy: " in (line := said()) and "A map is (height, width)" in line
+    shutil.copy(tmp_path / "set" / "000.png", maps)
+    (maps / "000.npy").unlink()
+    assert "in colour, a map has one channel" in said()
     np.save(maps / "000.npy", np.ones((120, 90)))
-    assert "90 x 120 px are not of an image of 120 x 90 px" in said()
+    assert "000.npy: the image is 90 x 120, its intrinsics say 120 x 90" in said()
     assert "answers the task distance alone" in said("--tasks", "axis")
     assert not (tmp_path / "out" / "predictions.jsonl").exists()
     # two images of one name, one map
