@@ -1045,7 +1045,7 @@ def error_picture(lines: list[dict], datasets: dict[str, dict], query: Callable)
             found = replace(query(line), task="distance")  # whatever was asked, it is not shown
             views, *_ = render.render(found, {**render.DEFAULTS, "camera": "none"}, 1)
             tiles.append(render.query_tile(found, views, caption, 220))
-        except ValueError as e:
+        except (ValueError, TypeError, OverflowError) as e:  # anyone's lines are drawn
             blank = Image.new("RGB", (300, 220), render.PALE)
             tiles.append(render.captioned(blank, f"{caption}\n{e}"))
     return render.sheet(tiles, width)
