@@ -1,5 +1,5 @@
 """
-Score a checkpoint: jsonl files of labelled points -> predictions.jsonl, metrics.json, one table.
+Score a checkpoint: jsonl files of labelled points -> predictions.jsonl, metrics.json, errors.png.
 
     python evaluate.py ckpt/toy --data data/toy/val.jsonl          # CPU or one GPU
     torchrun --nproc-per-node 8 evaluate.py ckpt/sft_3b            # every data/*/val.jsonl
@@ -1045,7 +1045,7 @@ def charts(groups: dict[str, list[dict]], datasets: dict[str, dict]) -> list[Ima
     often an answer is right by the confidence in it (a dot's area: the share of the answers)."""
     _, true = arrays([line for lines in groups.values() for line in lines])
     ends = np.array([true.min(), true.max()])
-    both = render.Axes("predicted by true, and a factor of 1.25", ends, ends, (True, True))
+    both = render.Axes("predicted by true; outer lines: 1.25 times", ends, ends, (True, True))
     binned = {key: render.Axes(f"{key} by true", ends, (0, 1), (True, False))
               for key in ("delta1", "abs_rel")}
     sure = render.Axes("delta1 by confidence; calibrated: the line", (0, 1), (0, 1))
@@ -1060,6 +1060,8 @@ def charts(groups: dict[str, list[dict]], datasets: dict[str, dict]) -> list[Ima
                     axes.line([*map(int, span.split("-"))], [scores[key]] * 2, hue, 4)
         confidence = np.array([line.get("confidence", np.nan) for line in lines])
         hits, tenths = within(pred, true, 1.25), np.floor(confidence * 9.999)
+        if "in_10_90" in datasets[name]:
+            sure.name(k, f"{datasets[name]['in_10_90']:.0%} of truths in the 10-90 % intervals")
         for here in (tenths == k for k in range(10)):
             if here.any():
                 sure.points([confidence[here].mean()], [hits[here].mean()], hue,
@@ -1100,7 +1102,7 @@ def error_picture(lines: list[dict], datasets: dict[str, dict], query: Callable)
             found = replace(query(line), task="distance")  # whatever was asked, it is not shown
             views, *_ = render.render(found, {**render.DEFAULTS, "camera": "none"}, 1)
             tiles.append(render.query_tile(found, views, caption, 220))
-        except ValueError as e:
+        except (ValueError, TypeError, OverflowError) as e:  # anyone's lines are drawn
             blank = Image.new("RGB", (300, 220), render.PALE)
             tiles.append(render.captioned(blank, f"{caption}\n{e}"))
     return render.sheet(tiles, width)

@@ -8,8 +8,8 @@ Supervised fine-tuning of a VLM on distances as text (Sec. 3.4): jsonl files + m
         train_sft.py @runs/sft_7b.args
 
 Reads jsonl files and a model folder (or hub name). Writes run.json (flags, versions), log.jsonl,
-a Hugging Face model folder with depthlm.json (what it was trained to see), and resume/: the same
-command resumes.
+log.png, a Hugging Face model folder with depthlm.json (what it was trained to see), and resume/:
+the same command resumes.
 
 One code path from one CPU process to many nodes: FSDP2, bf16 compute over fp32 master weights,
 packed samples, logits and loss on the answer only. Sample i is a pure function of (seed, i), so a
@@ -700,8 +700,8 @@ def draw_log(path: Path) -> None:
         values = [value for points in series.values() for _, value in points]
         if not values:
             continue
-        log = key == "loss" and min(values) > 0
-        axes = render.Axes(f"{key} by step", (0, line["step"]), values, (False, log))
+        log, span = key == "loss" and min(values) > 0, (0, 1) if key == "delta1" else values
+        axes = render.Axes(f"{key} by step", (0, line["step"]), span, (False, log))
         for k, (name, points) in enumerate(series.items()):
             # at most 200 means, so that a long run is a line and no cloud
             parts = np.array_split(points, min(200, len(points)))

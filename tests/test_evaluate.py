@@ -166,6 +166,7 @@ def test_error_picture(world, tmp_path, monkeypatch, source):
     monkeypatch.setattr(render, "captioned", caption_of)
     if source == "predictions":
         lines[5]["pred"] = 99.0
+        lines[6] |= {"pred": 70.0, "pixel": None}
         lines[7] |= {"pred": None, "text": "no idea", "image": "none.png"}
         argv = ["--predictions", write_jsonl(tmp_path / "p.jsonl", lines)]
     evaluate.main(list(map(str, [*argv, "--out", out])))
@@ -175,7 +176,8 @@ def test_error_picture(world, tmp_path, monkeypatch, source):
         assert "'no idea'" in found[0] and "none.png: no such image" in found[0]
         assert "answered 99\n" in found[1] and lines[5]["image"] in found[1]
         assert str(lines[5]["pixel"]) in found[1]
-        del tiles[found[0]]
+        assert "answered 70\n" in found[2] and "NoneType" in found[2]
+        del tiles[found[0]], tiles[found[2]]
     else:
         largest = max(abs(math.log(1.3 / line["true"])) for line in lines)
         true = float(found[0].split()[1].rstrip(","))

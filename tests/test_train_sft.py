@@ -747,7 +747,7 @@ def test_log_is_drawn(tmp_path, monkeypatch):
     """Loss, reward and delta1 by step, at most 200 points a curve; a validation set that came later
     has a curve of its own; what a kill left of a line does not matter."""
     drawn = []
-    monkeypatch.setattr(render.Axes, "line", lambda axes, x, y, color: drawn.append(
+    monkeypatch.setattr(render.Axes, "line", lambda axes, x, y, color, width=2: drawn.append(
         (list(x), list(y), color)))
     path = tmp_path / "log.jsonl"
     lines = [{"step": k, "loss": 1 / k, "reward": k - 600.0} for k in range(1, 601)]
@@ -755,6 +755,7 @@ def test_log_is_drawn(tmp_path, monkeypatch):
     lines.append({"step": 600, "val": {"a": {"delta1": 0.75}, "b": {"delta1": 0.5}}})
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 601, "lo')
     train_sft.draw_log(path)
+    drawn = [curve for curve in drawn if curve[2] != render.PALE]  # without the grid
     (steps, loss, _), (_, reward, _), *scores = drawn
     assert steps == list(range(2, 600, 3)) and reward == [k - 600 for k in steps]
     assert loss[0] == pytest.approx((1 + 1 / 2 + 1 / 3) / 3)
