@@ -395,7 +395,7 @@ def with_interval(found: dict) -> str:
 
 
 def print_answers(photo: Photo, lines: list[dict]) -> None:
-    """--at: Euclidean distance and z of each pixel, the length between two."""
+    """For --at: Euclidean distance and z of each pixel, the length between two."""
     for line in lines:
         x, y = line["pixel"]
         if line["pred"] is None:
@@ -547,14 +547,13 @@ def z_millimetres(photo: Photo, cloud: Cloud) -> Image.Image:
 
 
 def page_data(photo: Photo, cloud: Cloud, note: str) -> dict:
-    """A cloud as viewer.html takes it."""
+    """A cloud as viewer.html takes it, arrays in base64."""
     def coded(values: np.ndarray) -> str:
         return base64.b64encode(values.tobytes()).decode()
 
-    confidence = cloud.intervals.get("confidence")
-    return {"xyz": coded(cloud.xyz), "colors": coded(cloud.colors), "note": note,
-            "confidence": None if confidence is None else coded(confidence),
-            "spacing": cell_side(photo, cloud)}
+    data = {"xyz": cloud.xyz, "colors": cloud.colors, **cloud.intervals}
+    return {"note": note, "spacing": cell_side(photo, cloud),
+            **{key: coded(values) for key, values in data.items()}}
 
 
 def cell_side(photo: Photo, cloud: Cloud) -> float:
@@ -791,7 +790,7 @@ def make_server(reader: Reader, port: int) -> ThreadingHTTPServer:
             try:
                 for found in action(self.rfile.read(length), **dict(parse_qsl(url.query))):
                     self.wfile.write(render.json_text(found).encode())
-            except BrokenPipeError:  # the page is closed
+            except ConnectionError:  # the page was closed
                 pass
             except Exception as e:  # it says so, and the next request is answered
                 self.wfile.write(render.json_text({"error": str(e)}).encode())
@@ -999,7 +998,8 @@ def main(argv=None) -> None:
                         args.workers, **render.settings_from_flags(args))
     if args.serve is not None:
         with make_server(reader, args.serve) as server, suppress(KeyboardInterrupt):
-            print(f"open http://127.0.0.1:{server.server_port}/ ; Ctrl-C ends it", flush=True)
+            print(f"open http://127.0.0.1:{server.server_port}/ (the model is on "
+                  f"{reader.model.device}; Ctrl-C ends it)", flush=True)
             return server.serve_forever()
     for path in readable:
         out = Path(args.out or "out")
