@@ -706,7 +706,7 @@ def save_turn(file, photo: Photo, cloud: Cloud, frames: int = 36) -> None:
     size = [max(round(n * TURN / max(w, h)), 100) for n in (w, h)]
     side = 1.8 * cloud.xyz[:, 2] * cell_side(photo, cloud)
     center = np.median(cloud.xyz, 0)
-    frame = np.quantile(np.abs(cloud.xyz - center)[:, :2], 0.98, 0) * 1.15
+    frame = 1.3 * np.quantile(np.abs(cloud.xyz - center)[:, :2], 0.98, 0)
     turn = 2 * np.pi * np.arange(frames) / frames
     images = [draw_cloud(cloud.xyz - center, cloud.colors, side, size, yaw, pitch, frame)
               for yaw, pitch in zip(35 * np.sin(turn), 14 - 10 * np.cos(turn))]
