@@ -399,7 +399,7 @@ def with_interval(found: dict) -> str:
 
 
 def print_answers(photo: Photo, lines: list[dict]) -> None:
-    """--at: Euclidean distance and z of each pixel, the length between two."""
+    """For --at: Euclidean distance and z of each pixel, the length between two."""
     for line in lines:
         x, y = line["pixel"]
         if line["pred"] is None:
@@ -556,14 +556,13 @@ def z_millimetres(photo: Photo, cloud: Cloud) -> Image.Image:
 
 
 def page_data(photo: Photo, cloud: Cloud, note: str) -> dict:
-    """A cloud as viewer.html takes it."""
+    """A cloud as viewer.html takes it, arrays in base64."""
     def coded(values: np.ndarray) -> str:
         return base64.b64encode(values.tobytes()).decode()
 
-    confidence = cloud.intervals.get("confidence")
-    return {"xyz": coded(cloud.xyz), "colors": coded(cloud.colors), "note": note,
-            "confidence": None if confidence is None else coded(confidence),
-            "spacing": cell_side(photo, cloud)}
+    data = {"xyz": cloud.xyz, "colors": cloud.colors, **cloud.intervals}
+    return {"note": note, "spacing": cell_side(photo, cloud),
+            **{key: coded(values) for key, values in data.items()}}
 
 
 def cell_side(photo: Photo, cloud: Cloud) -> float:
@@ -729,7 +728,7 @@ def save_turn(file, photo: Photo, cloud: Cloud, frames: int = 36) -> None:
     size = [max(round(n * TURN / max(photo.image.size)), 100) for n in photo.image.size]
     xyz, colors = fill_in(photo, cloud, size)
     xyz = xyz - np.median(xyz, 0)
-    frame = np.quantile(np.abs(xyz[:, :2]), 0.98, 0) * 1.15
+    frame = 1.3 * np.quantile(np.abs(xyz[:, :2]), 0.98, 0)
     turn = 2 * np.pi * np.arange(frames) / frames
     images = [draw_cloud(xyz, colors, size, yaw, pitch, frame)
               for yaw, pitch in zip(35 * np.sin(turn), 14 - 10 * np.cos(turn))]
@@ -813,7 +812,7 @@ def make_server(reader: Reader, port: int) -> ThreadingHTTPServer:
             try:
                 for found in action(self.rfile.read(length), **dict(parse_qsl(url.query))):
                     self.wfile.write(render.json_text(found).encode())
-            except BrokenPipeError:  # the page is closed
+            except ConnectionError:  # the page was closed
                 pass
             except Exception as e:  # it says so, and the next request is answered
                 self.wfile.write(render.json_text({"error": str(e)}).encode())
@@ -1021,7 +1020,8 @@ def main(argv=None) -> None:
                         args.workers, **render.settings_from_flags(args))
     if args.serve is not None:
         with make_server(reader, args.serve) as server, suppress(KeyboardInterrupt):
-            print(f"open http://127.0.0.1:{server.server_port}/ ; Ctrl-C ends it", flush=True)
+            print(f"open http://127.0.0.1:{server.server_port}/ (the model is on "
+                  f"{reader.model.device}; Ctrl-C ends it)", flush=True)
             return server.serve_forever()
     for path in readable:
         out = Path(args.out or "out")

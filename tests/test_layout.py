@@ -69,7 +69,9 @@ def test_requirements_are_the_six_packages():
 def commands(text: str) -> list[list[str]]:
     """The commands of a text's code blocks that run a script of ours, joined over continued
     lines: [path of the script, words ...]."""
-    blocks = "\n".join(re.findall(r"```(?:bash|sh)?\n(.*?)```", text, re.S)).replace("\\\n", " ")
+    blocks = re.findall(r"```(\w*)\n(.*?)```", text, re.S)
+    blocks = "\n".join(block for language, block in blocks if language in ("", "bash", "sh"))
+    blocks = blocks.replace("\\\n", " ")
     found = []
     for line in blocks.splitlines():
         words = line.split("#")[0].split()
