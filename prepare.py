@@ -2134,7 +2134,7 @@ def edge_profile(one, axis, reach):
     a, b = order[:-1], order[1:]
     jump = (across[a] // one.cell == across[b] // one.cell) & (along[b] - along[a] <= 2 * one.cell)
     jump &= np.abs(np.log(one.z[a] / one.z[b])) > 0.1
-    place, row = (along[a] + along[b])[jump] // 2, across[a][jump]
+    place, row = (along[a] + along[b] - 1)[jump] // 2, across[a][jump]
     inside = (place >= reach) & (place < change.shape[1] - reach)
     if inside.sum() < 20:
         return None
