@@ -1803,7 +1803,7 @@ def test_verify_real_ddad(capfd):
 # ---- the README's "Your own data", on a synthetic scan ----
 
 
-def transforms_room(root, seed, count=60):
+def transforms_room(root, seed, count):
     """What a phone's app writes: photos, depth of half their side, transforms.json."""
     (root / "images").mkdir(parents=True)
     (root / "depth").mkdir()
@@ -1824,7 +1824,7 @@ def transforms_room(root, seed, count=60):
 
 def readme_commands():
     """The commands of the README's section, line by line, and the flags for a CPU."""
-    section = (ROOT / "README.md").read_text().split("### Your own data")[1].split("\n### ")[0]
+    section = re.split(r"\n##+ ", (ROOT / "README.md").read_text().split("### Your own data")[1])[0]
     lines = section.split("```bash\n")[1].split("```")[0].splitlines()
     compare, cpu = re.findall(r"`(python runs/compare.py [^`]+|--model [^`]+)`", section)
     return [shlex.split(line, comments=True) for line in (*lines, compare)], shlex.split(cpu)
@@ -1833,7 +1833,7 @@ def readme_commands():
 def test_readme_scan_fine_tune_compare(tmp_path, tiny, monkeypatch, capfd):
     """Five commands and the comparison, as they stand there with the flags for a CPU, from a tiny
     model that knows nothing: the loss falls, and the two evaluations are compared."""
-    transforms_room(tmp_path / "scans/kitchen", 0)
+    transforms_room(tmp_path / "scans/kitchen", 0, 40)
     transforms_room(tmp_path / "scans/office", 1, 10)
     monkeypatch.chdir(tmp_path)
     words, cpu = readme_commands()
