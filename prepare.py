@@ -5,7 +5,8 @@ Raw dataset -> one jsonl of labelled pixels, the only form of data that the othe
     python prepare.py --dataset ibims1 --download    # fetch, unpack, prepare
     python prepare.py --dataset nuscenes --root /data/nuscenes --workers 16
     python prepare.py --dataset hm3d --root /data/omnidata --shard 3/8  # machine 3 of 8
-    python prepare.py --dataset folder --root my_rgbd --intrinsics 610,610,319.5,239.5
+    python prepare.py --dataset folder --root my_room --name home     # README, "Your own data"
+    python prepare.py --dataset folder --root my_room --verify        # are depth and poses right?
     python prepare.py --check data/*/*.jsonl         # table and faults
 
 Reads a dataset as its authors distribute it (--root), or nothing at all (--dataset toy).
@@ -1157,7 +1158,12 @@ def named_shots(folder):
     shared = cameras.pop("", None) or colmap_camera(folder)
     depths, poses, cameras = (
         by_time(found, images) for found in (files["depth"], files["pose"], cameras))
-    for name in sorted(images | depths):
+    names = images | depths
+    if images and None not in map(stamp, images):  # 30 photos a second, and perhaps 15 maps
+        names = images.keys() & depths
+        print(f"{folder}: {len(names)} of {len(images)} photos have depth within {STAMP_WINDOW} s",
+              file=sys.stderr)
+    for name in sorted(names):
         yield name, images.get(name), depths.get(name), cameras.get(name, shared), poses.get(name)
 
 
@@ -1506,7 +1512,7 @@ def map_labels(depth, kind, centre, intrinsics):
     y, Euclidean, z, each (N,)."""
     w, h = intrinsics[4:]
     rows, columns = depth.shape
-    if abs(columns * h / w - rows) >= 1:
+    if abs(columns * h - rows * w) >= max(columns, w):  # more than rounding
         raise ValueError(f"depth map of {columns} x {rows}, image of {w} x {h}: not the same view. "
                          "Crop both alike.")
     j, i = np.nonzero(np.isfinite(depth) & (depth > 0))
@@ -2125,7 +2131,7 @@ def verify_edges(seen):
         profiles = (edge_profile(one, axis, reach) for one in seen)
         profiles = np.array([profile for profile in profiles if profile is not None])
         best = int(profiles.mean(0).argmax()) if len(profiles) else 0
-        if beyond(profiles[:, best], 1.5):
+        if len(profiles) and beyond(profiles[:, best], 1.5):
             off = best - reach
             shifted = beyond(profiles[:, best] - profiles[:, reach], 0.2)
             near.append(abs(off) <= max(1, 0.3 * seen[0].cell) or (False if shifted else None))
@@ -2143,7 +2149,7 @@ def edge_profile(one, axis, reach):
     a, b = order[:-1], order[1:]
     jump = (across[a] // one.cell == across[b] // one.cell) & (along[b] - along[a] <= 2 * one.cell)
     jump &= np.abs(np.log(one.z[a] / one.z[b])) > 0.1
-    place, row = (along[a] + along[b])[jump] // 2, across[a][jump]
+    place, row = (along[a] + along[b] - 1)[jump] // 2, across[a][jump]
     inside = (place >= reach) & (place < change.shape[1] - reach)
     if inside.sum() < 20:
         return None
@@ -2235,8 +2241,8 @@ def agreement(a, b):
     u, v = u[inside].astype(int), v[inside].astype(int)
     shown = a.colours[y, x]
     there = unlike(shown[points[:, 2] > 0][inside], place[inside, 3], b, u, v)
-    u, v = rng_for(0, "chance").permutation(b.xy)[:len(some)].T
-    chance = unlike(shown[:len(u)], a.z[some][:len(u)], b, u, v).mean()
+    u, v = b.xy[rng_for(0, "chance").integers(0, len(b.xy), len(some))].T
+    chance = unlike(shown, a.z[some], b, u, v).mean()
     return (1 - there / chance).sum() / len(some)
 
 

@@ -2,11 +2,13 @@
 input, toy."""
 
 import http.server
+import importlib
 import inspect
 import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -14,6 +16,7 @@ import sys
 import threading
 import time
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -1628,6 +1631,243 @@ def test_check_finds_z_declared_euclidean(tmp_path, capfd, case):
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     code, said = checked(capfd, path)
     assert code != 0 and re.search(r"\bz\b.*euclid", said.lower()), said
+
+
+# ---- --verify: wrong conventions, planted ----
+
+VERIFIED = (100.0, 130.0, 63.5, 47.5, 128, 96)  # fx unlike fy
+
+
+@pytest.fixture(scope="module")
+def rooms():
+    """Toy rooms as a user's z maps would be: 20 frames of 4 rooms, in daylight."""
+    views = prepare.frames_toy("", "train", 20, "ambient", None, 0)
+    views = [v._replace(intrinsics=VERIFIED) for v in views]
+    return [as_map(v.load(v)) for v in views]
+
+
+def as_map(frame, kind="z"):
+    rays = render.ray_length(*np.mgrid[:128, :96], VERIFIED).T
+    depth = frame.depth / rays if (kind, frame.kind) == ("z", "euclidean") else frame.depth
+    return frame._replace(load=lambda frame: frame, depth=depth, kind=kind)
+
+
+def verified(capfd, frames):
+    """-> {what: (verdict, why)}; the number of wrong ones is what is returned."""
+    capfd.readouterr()
+    wrong = prepare.verify(frames)
+    lines = capfd.readouterr().out.splitlines()
+    rows = {line[:22].strip(): (line[22:35].strip(), line[35:]) for line in lines}
+    assert wrong == sum(verdict == "WRONG" for verdict, _ in rows.values())
+    return rows
+
+
+def moved_pose(change):
+    return lambda frame: frame._replace(pose=change(frame.pose))
+
+
+def farther(factor):
+    def change(pose):
+        return pose * np.where(np.arange(4) < 3, 1, np.array([[factor]] * 3 + [[1]]))
+
+    return moved_pose(change)
+
+
+OPENGL = np.diag([1.0, -1, -1, 1])
+PLANTED = {
+    "labels 2 px right": (lambda f: f._replace(depth=np.roll(f.depth, 2, 1)),
+                          {"places of labels": "lie -2 px right of, +0 px below"}),
+    "labels 4 px up": (lambda f: f._replace(depth=np.roll(f.depth, -4, 0)),
+                       {"places of labels": "lie +0 px right of, +4 px below"}),
+    "inverse poses": (moved_pose(np.linalg.inv), {"poses": "if poses are world-to-camera"}),
+    "transposed poses": (moved_pose(np.transpose), {"poses": "if poses are transposed"}),
+    "OpenGL": (moved_pose(lambda pose: pose @ OPENGL), {"poses": "if poses have OpenGL axes"}),
+    "inverse OpenGL": (moved_pose(lambda pose: np.linalg.inv(pose @ OPENGL)),
+                       {"poses": "if poses are world-to-camera with OpenGL axes"}),
+    "poses in mm": (farther(1000), {"poses": "if depth is 0.001 x"}),
+    "poses half": (farther(0.5), {"poses": "if depth is 2 x"}),
+    "depth 0.8 x": (lambda f: f._replace(depth=0.8 * f.depth), {"poses": "if depth is 0.8 x"}),
+    "depth in mm": (lambda f: f._replace(depth=1000 * f.depth),
+                    {"unit": "millimetres? Give --depth-scale 1000", "poses": "depth is 1000 x"}),
+    "fx, fy": (lambda f: f._replace(intrinsics=(130.0, 100.0, *VERIFIED[2:])),
+               {"poses": "if fx and fy are swapped"}),
+    "Euclidean as z": (lambda f: as_map(f._replace(kind=""), "z")._replace(
+        depth=f.depth * render.ray_length(*np.mgrid[:128, :96], VERIFIED).T),
+        {"z or Euclidean": "look like euclidean, and are read as z", "poses": "are confused"}),
+    "z as Euclidean": (lambda f: f._replace(kind="euclidean"),
+                       {"z or Euclidean": "look like z, and are read as eu", "poses": "confused"}),
+    "cx of another image": (lambda f: f._replace(intrinsics=(100, 130, 6350, 47.5, 128, 96)),
+                            {"files": "20 of 20 images not read"}),
+}
+
+
+def test_verify_right_rooms(rooms, capfd):
+    """Nothing is wrong, and all that there is can be told; Euclidean maps, too."""
+    for frames in (rooms, [f._replace(kind="euclidean", depth=f.depth * render.ray_length(
+            *np.mgrid[:128, :96], VERIFIED).T) for f in rooms]):
+        rows = verified(capfd, frames)
+        assert [verdict for verdict, _ in rows.values()] == ["right"] * 5 + ["cannot tell"], rows
+        assert "+0 px right of, +0 px below" in rows["places of labels"][1]
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_verify_finds(rooms, capfd, name):
+    """Each wrong convention is found by the check that it concerns, by its name, and by no other.
+    """
+    change, expected = PLANTED[name]
+    rows = verified(capfd, [change(frame) for frame in rooms])
+    for what, (verdict, why) in rows.items():
+        assert (verdict == "WRONG") == (what in expected), rows
+        assert expected.get(what, "") in why, rows
+
+
+def test_verify_poses_of_the_next_image(rooms, capfd):
+    """Shifted by one: no convention mends it, and it is worse than no pose."""
+    poses = [frame.pose for frame in rooms]
+    frames = [f._replace(pose=pose) for f, pose in zip(rooms, poses[1:] + poses[:1])]
+    assert verified(capfd, frames)["poses"][0] == "WRONG"
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_verify_stereo(rooms, capfd, swap):
+    """Two cameras at one time, 0.4 m apart: right, and with left and right swapped wrong."""
+    frames = []
+    for number, view in enumerate(prepare.frames_toy("", "train", 16, "ambient", None, 1)):
+        side = np.eye(4)
+        side[0, 3] = 0.4
+        poses = [view.pose, view.pose @ side]
+        for n, camera in enumerate(("left", "right")):
+            made = view._replace(pose=poses[n], camera=camera, intrinsics=VERIFIED)
+            made = as_map(made.load(made))
+            frames.append(made._replace(pose=poses[1 - n if swap else n], scene=str(number)))
+    rows = verified(capfd, frames)
+    assert rows["poses of two cameras"][0] == ("WRONG" if swap else "right"), rows
+    assert rows["poses"][0] == "cannot tell" and rows["places of labels"][0] == "right"
+
+
+@pytest.mark.parametrize("centre", [0.5, 0.0])
+def test_verify_small_depth_maps(capfd, centre):
+    """A phone: depth of a quarter of the photo's side, and the ScanNet++ mistake, labels half a
+    depth pixel away."""
+    frames = []
+    for view in prepare.frames_toy("", "train", 15, "ambient", None, 0):
+        large = view._replace(intrinsics=(200.0, 260.0, 127.5, 95.5, 256, 192))
+        small = view._replace(intrinsics=(50.0, 65.0, 31.5, 23.5, 64, 48))
+        depth = small.load(small).depth
+        z = depth / render.ray_length(*np.mgrid[:64, :48], small.intrinsics).T
+        frames.append(large._replace(load=lambda frame: frame, pixels=large.load(large).pixels,
+                                     depth=z, kind="z", centre=centre))
+    rows = verified(capfd, frames)
+    assert rows["places of labels"][0] == ("right" if centre else "WRONG"), rows
+    assert rows["poses"][0] == "right"
+
+
+def test_verify_says_when_it_cannot_tell(capfd):
+    """One image, one without poses, one that never moved: no verdict on poses, no wrong one."""
+    views = [v.load(v) for v in prepare.frames_toy("", "train", 10, "ambient", None, 0)]
+    views = [view._replace(load=lambda frame: frame) for view in views]
+    for frames in (views[:1], [view._replace(pose=None) for view in views], views[:1] * 8):
+        rows = verified(capfd, frames)
+        assert "WRONG" not in [verdict for verdict, _ in rows.values()], rows
+        assert rows["poses"][0] == "cannot tell"
+
+
+def test_verify_command(tmp_path, capfd):
+    """Through the reader, without writing anything; the exit code counts; a broken file is
+    named."""
+    cluttered(tmp_path / "raw", 12)
+    flags = ("--dataset", "folder", "--root", tmp_path / "raw", "--out", tmp_path / "out")
+    code, said = outcome(capfd, *flags, "--verify")
+    assert code == 0 and re.search(r"places of labels\s+right", said), said
+    shift_depth(tmp_path / "raw", 5)
+    code, said = outcome(capfd, *flags, "--verify")
+    assert code == 1 and "colour edges lie -5 px right of" in said, said
+    cut_file(tmp_path / "raw/rgb/0003.png")
+    code, said = outcome(capfd, *flags, "--verify", "--limit", 6)
+    assert code == 1 and "1 of 6 images not read" in said and "0003.png" in said, said
+    assert not (tmp_path / "out").exists()
+    code, said = outcome(capfd, "--dataset", "nuscenes", "--root", tmp_path / "raw", "--verify")
+    assert code == 2 and "has no raw data of nuscenes" in said
+
+
+def shift_depth(raw, columns):
+    for path in (raw / "depth").iterdir():
+        save_depth(np.roll(np.asarray(Image.open(path)), columns, 1), path)
+
+
+def test_verify_real_nyuv2(capfd):
+    """Three real frames: the maps look like z. Edges of a Kinect's depth are some px off; three
+    images prove no shift."""
+    root = sample("nyuv2", "metric3d_demo")
+    code, said = outcome(capfd, "--dataset", "nyuv2", "--root", root, "--verify")
+    assert code == 0 and re.search(r"z or Euclidean\s+right", said), said
+
+
+def test_verify_real_ddad(capfd):
+    """Three real cameras with a little overlap: labels find their colour in the other image."""
+    code, said = outcome(capfd, "--dataset", "ddad", "--root", sample("ddad"), "--verify")
+    assert code == 0 and re.search(r"poses of two cameras\s+right", said), said
+
+
+# ---- the README's "Your own data", on a synthetic scan ----
+
+
+def transforms_room(root, seed, count):
+    """What a phone's app writes: photos, depth of half their side, transforms.json."""
+    (root / "images").mkdir(parents=True)
+    (root / "depth").mkdir()
+    shots = []
+    for n, view in enumerate(prepare.frames_toy("", "train", count, "lamp", [100.0], seed)):
+        fx, fy, cx, cy, w, h = view.intrinsics
+        small = view._replace(
+            intrinsics=(fx / 2, fy / 2, cx / 2 - 0.25, cy / 2 - 0.25, w // 2, h // 2))
+        view.load(view).pixels.save(root / f"images/{n:04d}.png")
+        rays = render.ray_length(*np.mgrid[:w // 2, :h // 2], small.intrinsics).T
+        save_depth(np.round(1000 * small.load(small).depth / rays), root / f"depth/{n:04d}.png")
+        shots.append({
+            "file_path": f"images/{n:04d}.png", "depth_file_path": f"depth/{n:04d}.png",
+            "fl_x": fx, "fl_y": fy, "cx": cx + 0.5, "cy": cy + 0.5, "w": w, "h": h,
+            "transform_matrix": (view.pose @ OPENGL).tolist()})
+    (root / "transforms.json").write_text(json.dumps({"frames": shots}))
+
+
+def readme_commands():
+    """The commands of the README's section, line by line, and the flags for a CPU."""
+    section = re.split(r"\n##+ ", (ROOT / "README.md").read_text().split("### Your own data")[1])[0]
+    lines = section.split("```bash\n")[1].split("```")[0].splitlines()
+    compare, cpu = re.findall(r"`(python runs/compare.py [^`]+|--model [^`]+)`", section)
+    return [shlex.split(line, comments=True) for line in (*lines, compare)], shlex.split(cpu)
+
+
+def test_readme_scan_fine_tune_compare(tmp_path, tiny, monkeypatch, capfd):
+    """Five commands and the comparison, as they stand there with the flags for a CPU, from a tiny
+    model that knows nothing: the loss falls, and the two evaluations are compared."""
+    transforms_room(tmp_path / "scans/kitchen", 0, 40)
+    transforms_room(tmp_path / "scans/office", 1, 10)
+    monkeypatch.chdir(tmp_path)
+    words, cpu = readme_commands()
+    assert [word[1] for word in words] == [
+        "prepare.py", "prepare.py", "evaluate.py", "train_sft.py", "evaluate.py",
+        "runs/compare.py"]
+    code, said = outcome(capfd, *words[0][2:], "--verify")
+    assert code == 0 and re.search(r"poses\s+right", said), said
+
+    for _, script, *flags in words:
+        flags = [str(tiny) if word == "Qwen/Qwen2.5-VL-3B-Instruct" else word for word in flags]
+        if script == "train_sft.py":
+            flags += [*cpu, "--model", str(tiny), "--samples", "640", "--log-every", "4"]
+        if script == "evaluate.py":
+            flags[flags.index("--all")] = "--queries=64"
+        if script == "evaluate.py" and str(tiny) in flags:
+            flags += ["--focal", "100"]
+        flags += ["--workers", "0" if script != "prepare.py" else "1"] * ("runs" not in script)
+        module = importlib.import_module(Path(script).stem)
+        with suppress(SystemExit):
+            assert not module.main(flags)
+    said = capfd.readouterr().out
+    assert "home" in said and re.search(r"delta1 \d\.\d+, of out/before", said), said
+    losses = [json.loads(line)["loss"] for line in open("ckpt/home/log.jsonl")]
+    assert losses[-1] < 0.8 * losses[0]
 
 
 # ---- --download, from a server on loopback ----

@@ -1816,3 +1816,294 @@ def test_far_depth_is_no_other_unit(tmp_path):
     assert run(*folder_of(tmp_path), "--overwrite")[0] == 2
     rows = prepared(tmp_path, "folder", tmp_path / "raw", "--max-depth", 900, "--overwrite")
     assert np.median(rows[0]["depth"]) > 400
+
+
+# ---- your own data, as it is in life ----
+
+
+def pose_of(n):
+    return rigid(rotation([1, 2, 3], 0.3 + n), [1.5, n, -2])
+
+
+def is_own(tmp_path, rows, expected, poses=None):
+    """All frames, each with its own photo (red is depth), depth and pose."""
+    assert len(rows) == len(expected)
+    for n, row in enumerate(rows):
+        z, exact = expected[n]
+        is_dense(tmp_path / "out", row, exact, OWN_CAMERA, z)
+        if poses:
+            is_pose(row, poses(n))
+
+
+LAYOUTS = {  # where photo, depth, pose and intrinsics of number n are
+    "folders": ("rgb/{n}.png", "depth/{n}.png", "poses/{n}.txt", "intrinsics.txt"),
+    "7-Scenes": ("frame-{n}.color.png", "frame-{n}.depth.png", "frame-{n}.pose.txt",
+                 "intrinsics.txt"),
+    "ScanNet": ("color/{n}.png", "depth/{n}.png", "pose/{n}.txt", "intrinsic/intrinsic_color.txt"),
+    "prefixes": ("rgb_{n}.png", "depth_{n}.png", "pose_{n}.txt", "intrinsics.txt"),
+    "no separator": ("image{n}.png", "depth{n}.png", "pose{n}.txt", "intrinsics.txt"),
+    "plain photos": ("{n}.png", "{n}_depth.png", "{n}_pose.txt", "intrinsics.txt"),
+    "words": ("color_images/image_{n}.png", "depth_images/depth_{n}.png", "poses/pose_{n}.txt",
+              "intrinsics.txt"),
+    "each its own camera": ("rgb/{n}.png", "depth/{n}.png", "poses/{n}.txt", "intrinsics/{n}.txt"),
+}
+
+
+def relaid(root, layout, expected):
+    """An own folder in another layout."""
+    image, depth, pose, camera = LAYOUTS[layout]
+    moved = root.with_name("moved")
+    for n in range(len(expected)):
+        for old, new in (f"rgb/{n:04d}.png", image), (f"depth/{n:04d}.png", depth):
+            to = moved / new.format(n=f"{n:04d}")
+            to.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(root / old, to)
+        fx, fy, cx, cy = OWN_CAMERA[:4]
+        k = np.array([[fx, 0, cx, 0], [0, fy, cy, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+        for name, numbers in (pose, pose_of(n)), (camera, k):
+            to = moved / name.format(n=f"{n:04d}")
+            to.parent.mkdir(parents=True, exist_ok=True)
+            np.savetxt(to, numbers)
+    shutil.rmtree(root)
+    moved.rename(root)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("scenes", [False, True], ids=["one", "scenes"])
+def test_own_layouts(tmp_path, layout, scenes):
+    """The common namings, of one scan or of one in a folder of scans."""
+    room = tmp_path / "raw" / ("room" * scenes)
+    expected = own_folder(room)
+    relaid(room, layout, expected)
+    rows = prepared(tmp_path, "folder", tmp_path / "raw", "--points", 100)
+    is_own(tmp_path, rows, expected, pose_of)
+    assert {row.get("scene") for row in rows} == {"room" if scenes else None}
+
+
+def test_own_camera_of_each_photo(tmp_path):
+    """intrinsics/<name>.txt goes before intrinsics.txt, --intrinsics before both."""
+    own_folder(tmp_path / "raw")
+    (tmp_path / "raw/intrinsics").mkdir()
+    (tmp_path / "raw/intrinsics/0001.txt").write_text("75 76 40 30")
+    cameras = [row["intrinsics"][:4] for row in prepared(tmp_path, "folder", tmp_path / "raw")]
+    assert cameras == [OWN_CAMERA[:4], [75, 76, 40, 30], OWN_CAMERA[:4]]
+    rows = prepared(tmp_path, "folder", tmp_path / "raw", "--intrinsics", "65,66,40,30", out="2")
+    assert {tuple(row["intrinsics"][:4]) for row in rows} == {(65, 66, 40, 30)}
+
+
+@pytest.mark.parametrize("size", [(320, 240), (100, 75), (40, 30), (30, 22)])
+@pytest.mark.parametrize("kind", ["z", "euclidean"])
+def test_own_depth_of_another_resolution(tmp_path, capfd, size, kind):
+    """A phone's depth is smaller than its photo; a photo may have been shrunk. A depth pixel's
+    centre lies on the same ray as the photo's pixel that is labelled, within half of one."""
+    w, h = size
+    camera = [0.9 * w, 0.9 * w, (w - 1) / 2, (h - 1) / 2, w, h]
+    own_folder(tmp_path / "raw", hole=False, kind=kind, camera=[72, 72, 39.5, 29.5, 80, 60])
+    (tmp_path / "raw/intrinsics.txt").write_text(" ".join(map(str, camera[:4])))
+    for path in (tmp_path / "raw/rgb").iterdir():
+        Image.open(path).resize(size).save(path)
+    for n, row in enumerate(prepared(tmp_path, "folder", tmp_path / "raw", "--depth-type", kind,
+                                     "--points", 9999)):
+        assert len(row["depth"]) == min(80 * 60, w * h)
+        stored = np.asarray(Image.open(tmp_path / f"raw/depth/{n:04d}.png")) / 1000
+        x, y = np.array(row["pixel_coords"]).T
+        d = np.array(row["depth"])
+        if kind == "z":
+            d = d / np.sqrt(1 + ((x - camera[2]) / camera[0]) ** 2 +
+                            ((y - camera[3]) / camera[1]) ** 2)
+        near = np.full(len(d), np.inf)
+        for i in (-1, 0, 1):  # among the depth pixels whose centre is that near
+            for j in (-1, 0, 1):
+                u = np.round((x + 0.5) * 80 / w - 0.5).astype(int) + i
+                v = np.round((y + 0.5) * 60 / h - 0.5).astype(int) + j
+                far = np.maximum(np.abs((u + 0.5) * w / 80 - 0.5 - x),
+                                 np.abs((v + 0.5) * h / 60 - 0.5 - y))
+                fits = (far <= 0.5 + 1e-9) & (u >= 0) & (v >= 0) & (u < 80) & (v < 60)
+                off = np.abs(stored[v.clip(0, 59), u.clip(0, 79)] - d)
+                near = np.where(fits, np.minimum(near, off), near)
+        assert near.max() < 2e-4
+    assert f"depth maps of 80 x 60 px are of images of {w} x {h}" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("size", [(80, 58), (120, 80), (60, 80)])
+def test_own_depth_of_another_view(tmp_path, capfd, size):
+    """Cropped, or turned: refused, and told."""
+    own_folder(tmp_path / "raw")
+    for path in (tmp_path / "raw/rgb").iterdir():
+        Image.open(path).resize(size).save(path)
+    code, _ = run(*folder_of(tmp_path), "--intrinsics",
+                  f"70,70,{(size[0] - 1) / 2},{(size[1] - 1) / 2}")
+    said = capfd.readouterr().err
+    assert code == 2 and "depth map of 80 x 60, image of" in said and "Crop both alike" in said
+
+
+def test_own_phone_photo_stored_sideways(tmp_path):
+    """A portrait photo, stored in landscape and turned by EXIF; its depth is upright and small."""
+    w, h = 120, 160
+    (tmp_path / "raw/rgb").mkdir(parents=True)
+    (tmp_path / "raw/depth").mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    z = ramp(30, 40, base=2)
+    photo = painted(z).resize((w, h), Image.Resampling.NEAREST)
+    photo.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "raw/rgb/a.png", exif=exif)
+    save_depth(np.round(z * 1000), tmp_path / "raw/depth/a.png")
+    code, message = run(*folder_of(tmp_path), "--intrinsics", "130,130,59.5,79.5")
+    assert code == 0, message
+    (row,) = records(tmp_path / "out")
+    assert row["orientation"] == "upright" and row["intrinsics"][4:] == [w, h]
+    x, y = np.array(row["pixel_coords"]).T
+    rays = np.sqrt(1 + ((x - 59.5) / 130) ** 2 + ((y - 79.5) / 130) ** 2)
+    assert np.abs(z[y // 4, x // 4] - row["depth"] / rays).max() < 1e-3
+
+
+def test_own_lidar(tmp_path):
+    """Points (N, 3) or (N, 4) in camera axes, in metres: labels where they are seen, and the nearer
+    one of two."""
+    own_folder(tmp_path / "raw", count=2)
+    fx, fy, cx, cy, w, h = OWN_CAMERA
+    rng, clouds = np.random.default_rng(0), []
+    for n, columns in enumerate((3, 4)):
+        (tmp_path / f"raw/depth/{n:04d}.png").unlink()
+        points = rng.uniform((-3, -2, -5, 0), (3, 2, 12, 1), (900, 4))
+        points[0] = 0, 0, 0, np.nan
+        np.save(tmp_path / f"raw/depth/{n:04d}.npy", points[:, :columns])
+        clouds.append(points[points[:, 2] > 0, :3])
+    rows = prepared(tmp_path, "folder", tmp_path / "raw", "--points", 500)
+    for cloud, row in zip(clouds, rows):
+        place = np.round(cloud[:, :2] / cloud[:, 2:] * (fx, fy) + (cx, cy))
+        far = np.linalg.norm(cloud, axis=1)
+        for (x, y), d in zip(row["pixel_coords"], row["depth"]):
+            assert d == pytest.approx(far[(place == (x, y)).all(1)].min(), abs=1e-4)
+        assert len(row["depth"]) > 100
+
+
+@pytest.mark.parametrize("form", ["{:.6f}", "{:.0f}", "ms", "us", "ns"])
+def test_own_time_stamps(tmp_path, capfd, form):
+    """Photos at 30 Hz, depth at 15 Hz and some ms late, poses at 100 Hz: each photo has the depth
+    and pose nearest to it, and one that has no depth within 20 ms is left out, not a fault."""
+    raw, start = tmp_path / "raw", 1305031102
+    step = 1 if form == "{:.0f}" else 1 / 30
+    expected = own_folder(tmp_path / "own", count=6)
+
+    def name(time):
+        digits = {"ms": 1e3, "us": 1e6, "ns": 1e9}
+        return f"{round(time * digits[form])}" if form in digits else form.format(time)
+
+    for part in ("rgb", "depth"):
+        (raw / part).mkdir(parents=True)
+    shutil.copy(tmp_path / "own/intrinsics.txt", raw)
+    late = 0 if step == 1 else 0.012
+    for n in range(6):
+        shutil.copy(tmp_path / f"own/rgb/{n:04d}.png", raw / f"rgb/{name(start + n * step)}.png")
+        if n % 2 == 0:
+            shutil.copy(tmp_path / f"own/depth/{n:04d}.png",
+                        raw / f"depth/{name(start + n * step + late)}.png")
+    lines = ["# timestamp tx ty tz qx qy qz qw"]
+    for n in range(6):
+        w, x, y, z = quaternion(pose_of(n / 10))
+        for shift in (0.004, 0.015):  # the nearer one is right
+            t = pose_of(n / 10)[:3, 3] + (shift > 0.01)
+            lines.append(f"{start + n * step + shift:.6f} {t[0]} {t[1]} {t[2]} {x} {y} {z} {w}")
+    (raw / "groundtruth.txt").write_text("\n".join(lines))
+    rows = prepared(tmp_path, "folder", raw)
+    is_own(tmp_path, rows, expected[::2], lambda n: pose_of(2 * n / 10))
+    assert [row["time"] for row in rows] == pytest.approx(
+        [start + n * step for n in (0, 2, 4)], abs=6e-4)
+    said = capfd.readouterr()
+    assert "3 of 6 photos have depth within 0.02 s" in said.err and "WARNING" not in said.err
+
+
+def test_own_frame_numbers_are_no_times(tmp_path):
+    """Number 7 never takes the depth of number 8."""
+    own_folder(tmp_path / "raw", count=4)
+    (tmp_path / "raw/depth/0002.png").rename(tmp_path / "raw/depth/0009.png")
+    assert len(prepared(tmp_path, "folder", tmp_path / "raw")) == 3
+
+
+def transforms_scan(root, change=lambda content: None):
+    """nerfstudio's form of an own folder: OpenGL poses, cx and cy from the image's corner."""
+    expected = own_folder(root)
+    fx, fy, cx, cy, w, h = OWN_CAMERA
+    (root / "intrinsics.txt").unlink()
+    (root / "rgb").rename(root / "images")
+    (root / "depth").rename(root / "maps")
+    content = {"camera_model": "OPENCV", "k1": 0.0, "k2": 0, "p1": 0.0, "fl_x": fx, "fl_y": fy,
+               "cx": cx + 0.5, "cy": cy + 0.5, "w": w, "h": h, "frames": [
+                   {"file_path": f"images/{n:04d}.png", "depth_file_path": f"maps/{n:04d}.png",
+                    "transform_matrix": (pose_of(n) @ np.diag([1, -1, -1, 1])).tolist()}
+                   for n in (2, 0, 1)]}
+    change(content)
+    (root / "transforms.json").write_text(json.dumps(content))
+    return [expected[n] for n in (2, 0, 1)]
+
+
+def per_frame(content):
+    for frame in content["frames"]:
+        frame |= {key: content[key] for key in "fl_x fl_y cx cy w h".split()}
+    content |= {"fl_x": 1, "cx": 1}
+
+
+def by_name(content):
+    """Depth beside the photos, in a folder that is named so."""
+    for frame in content["frames"]:
+        frame.pop("depth_file_path")
+
+
+@pytest.mark.parametrize("change", [lambda content: None, per_frame, by_name,
+                                    lambda content: [content.pop(key) for key in "wh"]])
+@pytest.mark.parametrize("scenes", [False, True], ids=["one", "scenes"])
+def test_transforms_json(tmp_path, change, scenes):
+    root = tmp_path / "raw" / ("room" * scenes)
+    expected = transforms_scan(root, change)
+    if change is by_name:
+        (root / "maps").rename(root / "depth")
+    rows = prepared(tmp_path, "folder", tmp_path / "raw")
+    is_own(tmp_path, rows, expected, lambda n: pose_of((2, 0, 1)[n]))
+
+
+@pytest.mark.parametrize("lens", [{"k1": 0.01}, {"p2": -1e-3}, {"k4": 0.2},
+                                  {"camera_model": "OPENCV_FISHEYE"}])
+@pytest.mark.parametrize("each", [False, True])
+def test_distortion_is_refused(tmp_path, capfd, lens, each):
+    def change(content):
+        (content["frames"][1] if each else content).update(lens)
+
+    transforms_scan(tmp_path / "raw", change)
+    code, _ = run(*folder_of(tmp_path))
+    said = capfd.readouterr().err
+    assert "transforms.json: a lens with distortion" in said and "Undistort first" in said
+    assert code == (0 if each else 2)  # the photos before the one that says so are prepared
+
+
+@pytest.mark.parametrize("cameras, works", [
+    ("1 PINHOLE 80 60 70 71 40 30", True), ("1 SIMPLE_PINHOLE 80 60 70 40 30", True),
+    ("1 SIMPLE_RADIAL 80 60 70 40 30 0.1", False), ("1 OPENCV 80 60 70 71 40 30 0 0 0 0", False),
+    ("1 PINHOLE 80 60 70 71 40 30\n2 PINHOLE 80 60 70 71 40 30", False)])
+@pytest.mark.parametrize("place", ["", "sparse/0"])
+def test_colmap_camera(tmp_path, capfd, cameras, works, place):
+    """One camera for all photos, from its text; cx and cy from the corner."""
+    own_folder(tmp_path / "raw")
+    (tmp_path / "raw/intrinsics.txt").unlink()
+    (tmp_path / "raw" / place).mkdir(parents=True, exist_ok=True)
+    (tmp_path / "raw" / place / "cameras.txt").write_text(f"# Camera list\n#\n{cameras}\n\n")
+    code, _ = run(*folder_of(tmp_path))
+    said = capfd.readouterr().err
+    assert code == (0 if works else 2), said
+    if works:
+        fy = 70 if "SIMPLE" in cameras else 71
+        assert records(tmp_path / "out")[0]["intrinsics"] == [70, fy, 39.5, 29.5, 80, 60]
+    else:
+        assert "one camera without distortion" in said and "Undistort first" in said
+
+
+def test_name_of_the_set(tmp_path, monkeypatch):
+    """data/<root's name>, or --name."""
+    own_folder(tmp_path / "scans/kitchen")
+    monkeypatch.chdir(tmp_path)
+    for flags, name in (("scans/kitchen", ), "kitchen"), (("scans/kitchen", "--name", "a"), "a"):
+        assert run("--dataset", "folder", "--root", *flags)[0] == 0
+        assert len(records(f"data/{name}", "train")) == 3
+    monkeypatch.chdir(tmp_path / "scans/kitchen")
+    assert run("--dataset", "folder", "--root", ".")[0] == 0
+    assert len(records("data/kitchen", "train")) == 3
