@@ -1253,7 +1253,7 @@ def frames_toy(root, split, images, light, focals, lenses, drive, seed):
         rng = rng_for(seed, f"toy room {scene}")
         boxes = toy_room(rng)
         colours = TOY_COLOURS * rng.uniform(0.99, 1.01, TOY_COLOURS.shape)
-        if drive:  # red is one mixture of green and blue: above it is a red marker, below a blue one
+        if drive:  # red is one mixture of the others; above it is a red marker, below a blue one
             colours[:, 0] = colours @ (0, 0.4, 0.5)
         intrinsics = toy_camera(focals, lenses, rng)
         poses = toy_poses(boxes, light, drive, rng)
@@ -1287,7 +1287,7 @@ def toy_room(rng):
 def toy_camera(focals, lenses, rng):
     if lenses:  # no two cameras are alike: fx unlike fy, a centre off the middle, as in a crop
         focal = rng.uniform(*lenses) * np.array([1, rng.uniform(0.75, 1.33)])
-        centre = TOY_SIDE * rng.uniform(0.3, 0.7, 2)
+        centre = TOY_SIDE * rng.uniform(0.4, 0.6, 2)
         return *(round(float(v), 4) for v in (*focal, *centre)), TOY_SIDE, TOY_SIDE
     shape = TOY_SHAPES[rng.integers(len(TOY_SHAPES))]
     lens = rng.integers(len(focals or TOY_SCALES))

@@ -5,7 +5,7 @@
 # is far better than the first have the images been used up. Tables: unseen.md, trained.md.
 cd "$(dirname "$0")/.." && . runs/finding.sh
 [ -z "$paper" ] || { echo "error: $0 has no --paper: Fig. 5 is finding4.sh" >&2; exit 2; }
-ambient=data/toy_ambient numbers="2600 160 20" from=ckpt/toy
+ambient=data/toy_daylight numbers="2600 160 20" from=ckpt/toy
 world data/toy
 world $ambient --light ambient --seed 1
 train="train_sft.py @runs/toy.args $size --samples $samples --val-every 0"
@@ -18,15 +18,15 @@ elif ! [ -f $from/eval/metrics.json ] && ! [ "$list" ]; then
 fi
 labels=
 for n in $numbers; do
-  few=data/toy_ambient_$n/trained labels="$labels images-$n"
+  few=data/toy_daylight_$n/trained labels="$labels images-$n"
   if ! [ "$list" ]; then  # spread over the file, for neighbours are views of one room
     mkdir -p $few
     awk -v every=$((2600 / n)) -v n=$n '(NR - 1) % every == 0 && k++ < n' $ambient/train.jsonl |
-      sed 's|"rgb/|"../../toy_ambient/rgb/|' > $few/val.jsonl
+      sed 's|"rgb/|"../../toy_daylight/rgb/|' > $few/val.jsonl
   fi
   variant images-$n $ambient,$few $train --data $few/val.jsonl \
     --model "$from" --lr 1e-3 --crop 112 112 112 112
 done
 run_variants
-table unseen "Finding 4, unseen rooms: all points of so many images" $labels --dataset toy_ambient
+table unseen "Finding 4, unseen rooms: all points of so many images" $labels --dataset toy_daylight
 table trained "Finding 4, the images trained on" $labels --dataset trained
