@@ -888,11 +888,11 @@ def parse_args(argv=None) -> argparse.Namespace:
     render.add_settings_flags(parser)
     render.add_decoding_flags(parser.add_argument_group("decoding, system").add_argument)
     parser.set_defaults(decode="median")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # photos may follow flags
     if args.min_confidence is not None and args.decode != "median":
         parser.error("--min-confidence: needs --decode median; greedy answers have no confidence")
     if bool(args.photo) == (args.serve is not None):
-        parser.error("give photos, or --serve and none")
+        parser.error("give photos, or --serve without any")
     jsonl = [path for path in args.photo if path.endswith(".jsonl")]
     if args.record is None and jsonl:
         parser.error(f"{jsonl[0]}: say which of its records, with --record N (0 is the first)")

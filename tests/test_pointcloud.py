@@ -926,6 +926,13 @@ def test_several_photos(tmp_path, tiny, exact, capsys, monkeypatch):
     assert "empty: holds no photo" in error_of(capsys, tiny, "empty")
 
 
+def test_flags_may_stand_between_photos():
+    for words in ("c --fov 65 a.jpg b.jpg", "c a.jpg --fov 65 b.jpg", "--fov 65 c a.jpg b.jpg"):
+        args = pointcloud.parse_args(words.split())
+        assert (args.checkpoint, args.photo, args.fov) == ("c", ["a.jpg", "b.jpg"], 65)
+    assert pointcloud.parse_args(["c", "--serve"]).serve == 8000
+
+
 def test_known_distances_scale(tmp_path, tiny, photo, exact, no_model, capsys):
     """All numbers are those of the model times the median ratio; the answers on disk are the
     model's, and only the known pixels are queried anew."""
@@ -1318,7 +1325,7 @@ def test_page_in_a_browser(tmp_path, tiny, exact, server, browser):
     (("--photo-focal", 80, "--known", "3,72=2"), "the pixel 3,72 is outside of it"),
     (("--photo-focal", 80, "--known", "3,72"), "argument --known: invalid X,Y=METRES value"),
     (("--photo-focal", 80, "--known", "3,7=0"), "argument --known: 0 is not greater than 0"),
-    (("--photo-focal", 80, "--serve"), "give photos, or --serve and none"),
+    (("--photo-focal", 80, "--serve"), "give photos, or --serve without any"),
     (("--photo-focal", 80, "--points", 0), "argument --points: 0 is not 1 or more"),
     (("--photo-focal", 80, "--batch-size", 0), "argument --batch-size: 0 is not 1 or more"),
     (("--photo-focal", 80, "--edge-filter", -1), "argument --edge-filter: -1 is not greater"),
