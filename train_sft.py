@@ -523,8 +523,11 @@ def load_resume(model, optimizer, out: Path) -> dict | None:
         return None
     named = render.read_json(path)
     with render.blaming(path, "Start again in another --out, or bring the folder back."):
+        stated = named["folder"]
         named = {"step": named["step"], "bad": NATURAL(str(named["bad"]))}
         folder = out / "resume" / f"step_{named['step']:08d}"
+        if stated != folder.name:
+            raise ValueError(f"step {named['step']} is not in {stated!r}")
         with open(folder / ".metadata", "rb") as file:
             MetadataUnpickler(file).load()
         state = training_state(model, optimizer)
