@@ -88,7 +88,8 @@ def parse_json(data: bytes):
     def unique(pairs: list[tuple]) -> dict:
         value = dict(pairs)
         if len(value) < len(pairs):
-            raise ValueError(f"one of the keys {sorted(value)} stands twice")
+            keys = [key for key, _ in pairs]
+            raise ValueError(f"the key {max(keys, key=keys.count)!r} stands twice")
         return value
 
     def finite(text: str) -> float:
@@ -300,6 +301,8 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
             return read_files(words)
 
     parser._read_args_from_files = read
+    error = parser.error
+    parser.error = lambda message: error(printable(message))
     return parser
 
 

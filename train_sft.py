@@ -528,6 +528,8 @@ def load_resume(model, optimizer, out: Path) -> dict | None:
         folder = out / "resume" / f"step_{named['step']:08d}"
         if stated != folder.name:
             raise ValueError(f"step {named['step']} is not in {stated!r}")
+        if not all(path.is_file() for path in folder.iterdir()):
+            raise ValueError(f"{folder.name} holds something that is no file")
         with open(folder / ".metadata", "rb") as file:
             MetadataUnpickler(file).load()
         state = training_state(model, optimizer)

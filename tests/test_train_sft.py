@@ -259,6 +259,15 @@ def test_samples_are_a_pure_function_of_seed_and_number(tiny, distances):
                    for i in range(4))
 
 
+def test_an_answer_is_trained_with_its_end(tiny, distances):
+    checkpoint, samples = samples_of(tiny, distances)
+    for i in range(4):
+        *answer, end = samples[i]["input_ids"][samples[i]["prompt_length"]:].tolist()
+        assert end == checkpoint.end_id
+        assert render.parse_answer(checkpoint.text(answer)) == pytest.approx(
+            samples[i]["value"], abs=0.0051)
+
+
 def test_the_seed_decides_on_points_and_crops(tiny, tmp_path):
     """Of one image, whose turn it always is."""
     path = make_world(tmp_path, images=1)
