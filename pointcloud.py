@@ -71,7 +71,6 @@ GLTF = """{"asset": {"version": "2.0"}, "scene": 0, "scenes": [{"nodes": [0]}],
  "extensionsUsed": ["KHR_materials_unlit"],
  "textures": [{"source": 0}], "images": [{"bufferView": 3, "mimeType": "image/jpeg"}]}"""
 MOST_BYTES = 1 << 26  # of a photo that is posted
-TURN = 480  # px, longer side of the GIF
 PANEL = 480  # px, longer side of each image of the picture
 NEAR_TO_FAR = np.array([(128, 8, 32), (228, 60, 36), (252, 164, 52), (200, 228, 72),
                         (64, 200, 140), (44, 124, 216), (48, 36, 120)], float)  # by log distance
@@ -556,20 +555,16 @@ def z_millimetres(photo: Photo, cloud: Cloud) -> Image.Image:
 
 
 def page_data(photo: Photo, cloud: Cloud, note: str) -> dict:
-    """A cloud as viewer.html takes it, arrays in base64."""
+    """A cloud as viewer.html takes it, arrays in base64. spacing: of neighbours, as a share of z."""
+    fx, fy, _, _, w, h = photo.intrinsics
+    rows, columns = cloud.keep.shape
+
     def coded(values: np.ndarray) -> str:
         return base64.b64encode(values.tobytes()).decode()
 
     data = {"xyz": cloud.xyz, "colors": cloud.colors, **cloud.intervals}
-    return {"note": note, "spacing": cell_side(photo, cloud),
+    return {"note": note, "spacing": max(w / columns / fx, h / rows / fy),
             **{key: coded(values) for key, values in data.items()}}
-
-
-def cell_side(photo: Photo, cloud: Cloud) -> float:
-    """The longer side of the grid's cells, as a share of z."""
-    fx, fy, _, _, w, h = photo.intrinsics
-    rows, columns = cloud.keep.shape
-    return max(w / columns / fx, h / rows / fy)
 
 
 def page_text(data: dict) -> str:
@@ -725,8 +720,8 @@ def draw_picture(photo: Photo, cloud: Cloud, note: str) -> Image.Image:
 
 def save_turn(file, photo: Photo, cloud: Cloud, frames: int = 36) -> None:
     """A GIF of a view that circles around that of the camera, behind which nothing is known."""
-    size = [max(round(n * TURN / max(photo.image.size)), 100) for n in photo.image.size]
-    xyz, colors = fill_in(photo, cloud, size)
+    size = [max(round(n * PANEL / max(photo.image.size)), 100) for n in photo.image.size]
+    xyz, colors = fill_in(photo, cloud, np.floor_divide(size, 2))
     xyz = xyz - np.median(xyz, 0)
     frame = 1.3 * np.quantile(np.abs(xyz[:, :2]), 0.98, 0)
     turn = 2 * np.pi * np.arange(frames) / frames

@@ -945,7 +945,9 @@ def load_eth3d(depth, camera, frame):
         image = render.stored_pixels(file).convert("RGB")
     w, h = image.size
     inner = slice(ETH3D_BORDER, -ETH3D_BORDER)
-    frame = add_depth(np.fromfile(depth, "<f4").reshape(h, w)[inner, inner], 1, frame)
+    with naming(depth):
+        raw = np.fromfile(depth, "<f4").reshape(h, w)[inner, inner]
+    frame = add_depth(raw, 1, frame)
     j, i = np.nonzero(frame.depth)
     z = frame.depth[j, i].astype(np.float64)
     x, y = i + ETH3D_BORDER + 0.5, j + ETH3D_BORDER + 0.5

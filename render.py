@@ -89,7 +89,8 @@ def parse_json(data: bytes, nan: bool = False):
     def unique(pairs: list[tuple]) -> dict:
         value = dict(pairs)
         if len(value) < len(pairs):
-            raise ValueError(f"one of the keys {sorted(value)} stands twice")
+            keys = [key for key, _ in pairs]
+            raise ValueError(f"the key {max(keys, key=keys.count)!r} stands twice")
         return value
 
     def finite(text: str) -> float:

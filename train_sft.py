@@ -627,6 +627,8 @@ def load_resume(model, optimizer, out: Path) -> dict | None:
         whole = all(type(n) is int and n >= 0 for n in counts.values())
         if not whole or named["folder"] != folder.name:
             raise ValueError(f"{named} names no state")
+        if not all(path.is_file() for path in folder.iterdir()):
+            raise ValueError(f"{folder.name} holds something that is no file")
         with open(folder / ".metadata", "rb") as file:
             MetadataUnpickler(file).load()
         state = training_state(model, optimizer)

@@ -776,6 +776,12 @@ def rgbd_folder(folder: Path, ending: str) -> None:
             image_of((1000 * depth).astype(np.uint16)).save(path)
 
 
+def start_kind(run: Case, here: Path, seconds: float = 30) -> Outcome:
+    argv = [str(word).replace("HERE", str(here)).replace("OUT", str(here / "out"))
+            for word in run.argv]
+    return forked(run.script, argv, here.with_suffix(".log"), run.before, seconds)
+
+
 def trial(kind: Kind, run: Case, rng=None) -> tuple[str, Outcome, dict, set]:
     """Mutate one file of a copy of the folder, and run -> how it was mutated, the end, the files,
     what was said, without numbers."""
@@ -788,9 +794,7 @@ def trial(kind: Kind, run: Case, rng=None) -> tuple[str, Outcome, dict, set]:
         path = files[rng.integers(len(files))]
         name = str(path.relative_to(here))
         mutated = f"{name}: {mutate(path, rng)}"
-    out = here / "out"
-    argv = [str(word).replace("HERE", str(here)).replace("OUT", str(out)) for word in run.argv]
-    outcome = forked(run.script, argv, here.with_suffix(".log"), run.before, 30)
+    outcome, out = start_kind(run, here), here / "out"
     said = {re.sub(r"[-\d.]+", "", line) for line in outcome.said.splitlines()}
     place = out if "OUT" in " ".join(map(str, run.argv)) else here
     files = {}
@@ -855,3 +859,53 @@ def test_damaged_files(kinds):
                 for name, row in [*table.items(), ("all", total)]]
         print("\n" + render.text_table([["kind of file", *VERDICTS], *rows]))
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("name", ["jsonl", "png", "depth npy", "intrinsics.txt", "config.json",
+                                  "model.safetensors", "predictions", "run state.json"])
+def test_pipes(kinds, name):
+    """A pipe in place of a file, which nobody writes into, is waited for by nobody."""
+    kind = kinds[name]
+    here = kind.folder.with_name("here")
+    shutil.rmtree(here, ignore_errors=True)
+    shutil.copytree(kind.folder, here)
+    path = sorted(here.glob(kind.files))[0]
+    path.unlink()
+    os.mkfifo(path)
+    code, said = start_kind(kind.runs[0], here, seconds=20)
+    assert code in (0, 2) and "Traceback" not in said, (code, said)
+    assert path.name in said or name == "run state.json" or "weights" in said, said
+
+
+# --------------------------------------------------------------------------------------------------
+# memory
+
+
+@pytest.mark.skipif(not LONG, reason="FAULTS=long")
+@pytest.mark.parametrize("name, more, first, last", [
+    ("evaluate", ["--all", "--batch-size", 32, "--max-new-tokens", 2, "--overwrite"], 2000, 20_000),
+    ("train_sft", ["--samples", 4000, "--save-every", 10_000, "--val-every", 0], 200, 2000)])
+def test_memory_is_flat(bench, tmp_path, name, more, first, last):
+    """From the first queries or steps on, a process grows by less than 5 %."""
+    evaluate, train_sft = map(importlib.import_module, ("evaluate", "train_sft"))
+    data = make_world(tmp_path / "world", images=200, points=100)
+    number = [0]
+
+    def memory():
+        number[0] += 1
+        if number[0] in (first, last):
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            print(f"memory {number[0]} {pages}", flush=True)
+
+    def before():
+        prediction, log_line = evaluate.prediction, train_sft.log_line
+        evaluate.prediction = lambda *args, **more: (memory(), prediction(*args, **more))[1]
+        train_sft.log_line = lambda *args, **more: (memory(), log_line(*args, **more))[1]
+
+    case = bench[1][name]
+    argv = [*case.argv, *more, "--data", data, "--out", tmp_path / "out"]
+    code, said = forked(case.script, argv, tmp_path / "log", before, 3000)
+    assert code == 0, said[-2000:]
+    start, end = (int(m[1]) for m in re.finditer(r"memory \d+ (\d+)", said))
+    print(f"\n{name}: {start * 4 // 1024} MiB after {first}, {end * 4 // 1024} MiB after {last}")
+    assert end < 1.05 * start

@@ -533,6 +533,15 @@ def test_no_advantage_no_gradient(update):
     assert all((gradient == 0).all() for gradient in gradients)
 
 
+def test_kl_by_hand():
+    """q/p - log(q/p) - 1 of each token of an answer, q the reference's probability."""
+    logps, reference = torch.tensor([[[0.5, 0.25, 0.9]]]).log(), torch.tensor([[[0.25] * 3]]).log()
+    mask, advantages = torch.tensor([[[True, True, False]]]), torch.tensor([[2.0]])
+    loss, k3 = train_grpo.grpo_loss(logps, mask, advantages, reference, 0.1)
+    assert k3.item() == pytest.approx(0.5 - math.log(0.5) - 1)
+    assert loss.item() == pytest.approx(-2 * math.log(0.5 * 0.25) + 0.1 * k3.item())
+
+
 def test_kl_to_the_reference_model(update, monkeypatch):
     """No divergence from itself, and a gradient back to it once it differs."""
     models, shard_model, factor = [], train_sft.shard_model, [1.0]

@@ -1,6 +1,7 @@
 """train_sft.py: samples, loss, schedule, sharding, the model folder, resuming after a kill at any
 moment, flags, and what it says when something is wrong."""
 import argparse
+import itertools
 import json
 import math
 import os
@@ -258,6 +259,43 @@ def test_samples_are_a_pure_function_of_seed_and_number(tiny, distances):
     _, others = samples_of(tiny, distances, seed=1)
     assert not all(np.array_equal(samples[i]["input_ids"], others[i]["input_ids"])
                    for i in range(4))
+
+
+def test_an_answer_is_trained_with_its_end(tiny, distances):
+    checkpoint, samples = samples_of(tiny, distances)
+    for i in range(4):
+        *answer, end = samples[i]["input_ids"][samples[i]["prompt_length"]:].tolist()
+        assert end == checkpoint.end_id
+        assert render.parse_answer(checkpoint.text(answer)) == pytest.approx(
+            samples[i]["value"], abs=0.0051)
+
+
+def test_the_seed_decides_on_points_and_crops(tiny, tmp_path):
+    """Of one image, whose turn it always is."""
+    path = make_world(tmp_path, images=1)
+    answers = [[samples_of(tiny, path, seed)[1][i]["value"] for i in range(12)]
+               for seed in (0, 1)]
+    assert answers[0] != answers[1] and {*answers[0]} | {*answers[1]} <= {
+        *render.Records(path)[0]["depth"]}
+
+
+def test_gradients_are_clipped_to_their_norm():
+    model = torch.nn.Linear(2, 1, bias=False)
+    model.weight.grad = torch.tensor([[3.0, 4.0]])
+    assert train_sft.clip_gradients(model, 0.1) == pytest.approx(5)
+    assert model.weight.grad.tolist() == [pytest.approx([0.06, 0.08], rel=1e-4)]
+    assert train_sft.clip_gradients(model, 7.0) == pytest.approx(0.1, rel=1e-4)
+    assert model.weight.grad.tolist() == [pytest.approx([0.06, 0.08], rel=1e-4)]
+
+
+def test_flags_of_the_optimizer_reach_the_update(tiny, distances, tmp_path):
+    """One step of each: another learning rate, warm-up or decay gives other weights."""
+    found = []
+    for k, more in enumerate(([], ["--lr", 1e-4], ["--warmup", 0.9], ["--weight-decay", 10])):
+        train(tiny, distances, tmp_path / str(k), "--samples", 8, "--val-every", 0, "--warmup", 0,
+              *more)
+        found.append(weights(tmp_path / str(k)))
+    assert not any(equal(one, other) for one, other in itertools.combinations(found, 2))
 
 
 def places(tiny, path, images: int, samples: int) -> list[tuple]:
@@ -548,6 +586,10 @@ def test_two_processes_give_the_same_losses_and_weights(tiny, reference, distanc
           processes=2)
     assert len(losses(reference)) == 10
     assert losses(out) == pytest.approx(losses(reference), abs=1e-5)
+    # AdamW hides a wrong scale of the gradients
+    norms = [[line["grad_norm"] for line in log_of(folder) if "grad_norm" in line]
+             for folder in (out, reference)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
     two, one = weights(out), weights(reference)
     assert all(torch.allclose(two[name], one[name], atol=1e-5) for name in one)
 
