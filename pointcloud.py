@@ -555,7 +555,7 @@ def z_millimetres(photo: Photo, cloud: Cloud) -> Image.Image:
 
 
 def page_data(photo: Photo, cloud: Cloud, note: str) -> dict:
-    """A cloud as viewer.html takes it, arrays in base64. spacing: of neighbours, as a share of z."""
+    """A cloud as viewer.html takes it, arrays in base64. spacing: of points, a share of z."""
     fx, fy, _, _, w, h = photo.intrinsics
     rows, columns = cloud.keep.shape
 

@@ -685,7 +685,7 @@ RECIPES = [("3b", 1, 2, 2, True, False, False), ("3b", 1, 4, 2, True, False, Fal
 ADAPTERS = {"lora": 16, "freeze": "vision"}
 OFFLOADED = {**ADAPTERS, "offload": True}
 # on one GPU, what else is given to train_sft.py; checkpointing
-ONE_GPU = [(size, 1, 1, 2, checkpointing, True, False, trained) for size, trained, checkpointing in (
+ONE_GPU = [(size, 1, 1, 2, checkpoints, True, False, trained) for size, trained, checkpoints in (
     ("3b", ADAPTERS, True), ("3b", ADAPTERS, False), ("3b", {"offload": True}, True),
     ("7b", OFFLOADED, True), ("7b", ADAPTERS, True), ("7b", ADAPTERS, False),
     ("7b", {"offload": True}, True), ("7b", {"freeze": "vision"}, True),

@@ -601,6 +601,35 @@ def test_coordinates_and_intrinsics_as_text(tmp_path):
     assert answer == "The point is around 2.00 meters away from the camera."
 
 
+def test_how_a_script_ends(monkeypatch, capsys):
+    """Ctrl-C is one line of the first process, which all get; what the system says has its file."""
+    def end(error, rank="0") -> tuple[int, str]:
+        def main(argv):
+            raise error
+
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as stop:
+            render.command(main)([])
+        return stop.value.code, capsys.readouterr().err
+
+    said = "error: interrupted. Give the same command again to resume.\n"
+    assert end(KeyboardInterrupt()) == (130, said) and end(KeyboardInterrupt(), "1") == (130, "")
+    missing = FileNotFoundError(2, "No such file or directory", "a.png")
+    assert end(missing) == (2, "error: a.png: No such file or directory.\n")
+
+
+def test_transformers_of_another_major_version(tiny, monkeypatch):
+    monkeypatch.setattr(render, "version", lambda name: "4.57.1")
+    with pytest.raises(ValueError, match="transformers 4.57.1 is installed, 5 is needed: pip"):
+        render.open_checkpoint(str(tiny), quiet=True)
+
+
+def test_defaults_that_a_flag_overrides_are_not_shown(tiny, capsys):
+    render.open_checkpoint(str(tiny), {"focal": 500, "marker": None})
+    said = capsys.readouterr().err
+    assert "marker arrow" in said and "focal" not in said and said.count("\n") == 1
+
+
 def test_a_question_of_ones_own(tmp_path):
     path, own = record(tmp_path), "Pixel ({u}, {v}) of {w} x {h}, {{f}} {fx}?"
     settings = {**SETTINGS, "camera": "none", "question": own}
