@@ -502,7 +502,7 @@ def test_memory_of_offloaded_steps(capsys):
     """Weights and moments, and of gradients one layer's, are not on the GPU."""
     on_gpu, offloaded = (bench.simulate("toy", 1, 4, 2, True, True, offload=offload)
                          for offload in (False, True))
-    assert offloaded["weights"] == offloaded["moments"] == 0
+    assert max(offloaded["weights"], offloaded["moments"]) < 1e-6  # buffers, counts of steps
     resting = on_gpu["weights"] + on_gpu["moments"]
     assert 1.0 * resting < on_gpu["peak"] - offloaded["peak"] < 1.4 * resting
     bench.main(["memory", "--size", "toy", "--micro-batch", "1", "--lora", "4", "--offload"])
