@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Six tasks in one model (Sec. 3.4, Tables 3 and 6) on two CPU cores in about fifteen minutes: the model
+# Six tasks in one model (Sec. 3.4, Tables 3 and 6) on two CPU cores in about ten minutes: the model
 # of toy.sh goes on to all of them, in rooms in which a cart drives straight ahead. Whole images: a
 # second point, or the second image, is hidden by a crop of so few pixels. Two-point distance is the
-# hardest, and has most of the samples. It is also answered from its two single answers by geometry,
-# and the difference given on the same pairs. An interrupted run resumes when the command is given
-# again.
+# hardest: it has most of the samples, and needs more than these (FINDINGS.md). It is also answered
+# from its two single answers by geometry, and the difference given on the same pairs. An interrupted
+# run resumes when the command is given again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=
