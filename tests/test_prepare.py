@@ -1722,10 +1722,10 @@ def test_verify_finds(rooms, capfd, name):
 
 
 def test_verify_poses_of_the_next_image(rooms, capfd):
-    """Shifted by one: no convention mends it, and it is worse than no pose."""
+    """Shifted by one: no convention mends it; it is not called right."""
     poses = [frame.pose for frame in rooms]
     frames = [f._replace(pose=pose) for f, pose in zip(rooms, poses[1:] + poses[:1])]
-    assert verified(capfd, frames)["poses"][0] == "WRONG"
+    assert verified(capfd, frames)["poses"][0] != "right"
 
 
 @pytest.mark.parametrize("swap", [False, True])
@@ -1745,21 +1745,19 @@ def test_verify_stereo(rooms, capfd, swap):
     assert rows["poses"][0] == "cannot tell" and rows["places of labels"][0] == "right"
 
 
-@pytest.mark.parametrize("centre", [0.5, 0.0])
-def test_verify_small_depth_maps(capfd, centre):
+def test_verify_small_depth_maps(rooms, capfd):
     """A phone: depth of a quarter of the photo's side, and the ScanNet++ mistake, labels half a
-    depth pixel away."""
-    frames = []
-    for view in prepare.frames_toy("", "train", 15, "ambient", None, 0):
-        large = view._replace(intrinsics=(200.0, 260.0, 127.5, 95.5, 256, 192))
-        small = view._replace(intrinsics=(50.0, 65.0, 31.5, 23.5, 64, 48))
-        depth = small.load(small).depth
-        z = depth / render.ray_length(*np.mgrid[:64, :48], small.intrinsics).T
-        frames.append(large._replace(load=lambda frame: frame, pixels=large.load(large).pixels,
-                                     depth=z, kind="z", centre=centre))
+    depth pixel away: measured, and not called right."""
+    camera = 400.0, 520.0, 255.5, 191.5, 512, 384
+    views = [view._replace(intrinsics=camera)
+             for view in prepare.frames_toy("", "train", 20, "ambient", None, 0)][:15]
+    frames = [small._replace(pixels=view.load(view).pixels, intrinsics=camera)
+              for small, view in zip(rooms, views)]
     rows = verified(capfd, frames)
-    assert rows["places of labels"][0] == ("right" if centre else "WRONG"), rows
-    assert rows["poses"][0] == "right"
+    assert rows["places of labels"][0] == rows["poses"][0] == "right", rows
+    rows = verified(capfd, [frame._replace(centre=0.0) for frame in frames])
+    assert rows["places of labels"][0] != "right" and rows["poses"][0] == "right", rows
+    assert "+2 px right of, +2 px below" in rows["places of labels"][1]
 
 
 def test_verify_says_when_it_cannot_tell(capfd):
@@ -1855,9 +1853,11 @@ def test_readme_scan_fine_tune_compare(tmp_path, tiny, monkeypatch, capfd):
     for _, script, *flags in words:
         flags = [str(tiny) if word == "Qwen/Qwen2.5-VL-3B-Instruct" else word for word in flags]
         if script == "train_sft.py":
-            flags += [*cpu, "--model", str(tiny), "--samples", "640", "--log-every", "4"]
+            flags += [*cpu, "--model", str(tiny), "--focal", "100", "--samples", "384"]
+            flags += ["--log-every", "4"]
         if script == "evaluate.py":
-            flags[flags.index("--all")] = "--queries=64"
+            flags[flags.index("--all")] = "--queries=24"
+            flags += ["--max-new-tokens", "12"]
         if script == "evaluate.py" and str(tiny) in flags:
             flags += ["--focal", "100"]
         flags += ["--workers", "0" if script != "prepare.py" else "1"] * ("runs" not in script)
@@ -1866,7 +1866,8 @@ def test_readme_scan_fine_tune_compare(tmp_path, tiny, monkeypatch, capfd):
             assert not module.main(flags)
     said = capfd.readouterr().out
     assert "home" in said and re.search(r"delta1 \d\.\d+, of out/before", said), said
-    losses = [json.loads(line)["loss"] for line in open("ckpt/home/log.jsonl")]
+    lines = map(json.loads, open("ckpt/home/log.jsonl"))
+    losses = [line["loss"] for line in lines if "loss" in line]
     assert losses[-1] < 0.8 * losses[0]
 
 

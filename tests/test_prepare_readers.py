@@ -1835,7 +1835,7 @@ def is_own(tmp_path, rows, expected, poses=None):
             is_pose(row, poses(n))
 
 
-LAYOUTS = {  # where photo, depth, pose and intrinsics of number n are
+OWN_LAYOUTS = {  # where photo, depth, pose and intrinsics of number n are
     "folders": ("rgb/{n}.png", "depth/{n}.png", "poses/{n}.txt", "intrinsics.txt"),
     "7-Scenes": ("frame-{n}.color.png", "frame-{n}.depth.png", "frame-{n}.pose.txt",
                  "intrinsics.txt"),
@@ -1851,7 +1851,7 @@ LAYOUTS = {  # where photo, depth, pose and intrinsics of number n are
 
 def relaid(root, layout, expected):
     """An own folder in another layout."""
-    image, depth, pose, camera = LAYOUTS[layout]
+    image, depth, pose, camera = OWN_LAYOUTS[layout]
     moved = root.with_name("moved")
     for n in range(len(expected)):
         for old, new in (f"rgb/{n:04d}.png", image), (f"depth/{n:04d}.png", depth):
@@ -1868,7 +1868,7 @@ def relaid(root, layout, expected):
     moved.rename(root)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", OWN_LAYOUTS)
 @pytest.mark.parametrize("scenes", [False, True], ids=["one", "scenes"])
 def test_own_layouts(tmp_path, layout, scenes):
     """The common namings, of one scan or of one in a folder of scans."""
