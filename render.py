@@ -911,7 +911,7 @@ def draw_given(rng, limits: tuple[float, float]) -> float:
 
 
 def pose_matrix(values) -> np.ndarray | None:
-    """(4, 4) camera-to-world of 16 numbers; None unless they are finite and hold a rotation."""
+    """(4, 4) camera-to-world of 16 numbers; None unless they are a finite rigid motion."""
     try:
         pose = np.asarray(values, float).reshape(4, 4)
     except (TypeError, ValueError, OverflowError):
@@ -919,7 +919,8 @@ def pose_matrix(values) -> np.ndarray | None:
     turn = pose[:3, :3]
     with np.errstate(all="ignore"):
         rigid = np.allclose(turn.T @ turn, np.eye(3), atol=0.01) and np.linalg.det(turn) > 0
-    return pose if rigid and np.isfinite(pose).all() else None
+        whole = np.isfinite(pose).all() and np.allclose(pose[3], (0, 0, 0, 1))
+    return pose if rigid and whole else None
 
 
 def each_word(table: dict) -> dict:

@@ -1006,8 +1006,8 @@ def test_motion(tmp_path):
         with pytest.raises(render.Unfit, match=say):
             ask(path, "motion", i)
     assert render.task_fits("motion", render.Records(path))
-    records[1]["pose"] = [1e999] * 16  # the only partner of the first
-    path.write_text("".join(json.dumps(r).replace("Infinity", "1e999") + "\n" for r in records))
+    records[1]["pose"] = [1e9] * 16  # the only partner of the first
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
     with pytest.raises(render.Unfit, match="line 1: none of the"):
         ask(path, "motion", 0)
     with pytest.raises(render.Unfit, match="line 2: its 'pose' is not 16 finite numbers"):
@@ -1016,7 +1016,7 @@ def test_motion(tmp_path):
 
 
 @pytest.mark.parametrize("fault", ["short", "text", "huge", "zero", "mirrored", "scaled", "sheared",
-                                   "translation"])
+                                   "translation", "column-major"])
 def test_pose_that_is_none(tmp_path, fault):
     """A pose whose numbers are not finite or hold no rotation suits no motion; the record's other
     tasks are what they were. One that is rounded is right."""
@@ -1030,6 +1030,9 @@ def test_pose_that_is_none(tmp_path, fault):
     if fault == "translation":
         wrong = pose.copy()
         wrong[0, 3] = math.inf
+    elif fault == "column-major":
+        wrong = np.eye(4)
+        wrong[3, :3] = 2.0
     assert render.pose_matrix(wrong) is None
     if fault in ("translation", "huge", "text"):
         return
