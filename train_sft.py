@@ -786,7 +786,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     flag("--out", type=file_path, default="ckpt/sft_3b", help="folder of the run")
     flag("--model", default="Qwen/Qwen2.5-VL-3B-Instruct",
          help="folder or hub name to start from (Sec. 4)")
-    flag("--resume", action="store_true", help=argparse.SUPPRESS)  # the same command resumes
+    flag("--resume", action="store_true", help=argparse.SUPPRESS)  # of older recipes
 
     flag = parser.add_argument_group("data").add_argument
     flag("--data", type=weighted(1.0), nargs="+", metavar="JSONL[:WEIGHT]",

@@ -12,6 +12,6 @@ if [ "${1:-}" != --gpu ]; then
 fi
 python prepare.py --dataset toy
 python runs/toy_model.py out/tiny
-torchrun --standalone --nproc-per-node $processes train_sft.py @runs/toy.args --resume $more
+torchrun --standalone --nproc-per-node $processes train_sft.py @runs/toy.args $more
 python evaluate.py ckpt/toy --data data/toy/val.jsonl
 python pointcloud.py ckpt/toy data/toy/val.jsonl --record 17 --out out/toy

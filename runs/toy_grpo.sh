@@ -8,8 +8,8 @@ export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=
 [ -f data/toy/val.jsonl ] || python prepare.py --dataset toy
 python runs/toy_model.py out/tiny
 torchrun --standalone --nproc-per-node 2 train_sft.py @runs/toy.args --prompt release \
-    --samples 16e3 --val-every 0 --out ckpt/toy_early --resume
-torchrun --standalone --nproc-per-node 2 train_grpo.py @runs/toy_grpo.args --resume
+    --samples 16e3 --val-every 0 --out ckpt/toy_early
+torchrun --standalone --nproc-per-node 2 train_grpo.py @runs/toy_grpo.args
 for run in toy_early toy_grpo; do
     python evaluate.py ckpt/$run --data data/toy/val.jsonl --queries 2000
 done

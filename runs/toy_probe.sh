@@ -10,7 +10,7 @@ out=out/toy_probe new=data/toy_ambient
 [ -f data/toy/val.jsonl ] || python prepare.py --dataset toy
 [ -f $new/val.jsonl ] || python prepare.py --dataset toy --light ambient --out $new
 python runs/toy_model.py out/tiny
-train="torchrun --standalone --nproc-per-node 2 train_sft.py @runs/toy.args --val-every 0 --resume"
+train="torchrun --standalone --nproc-per-node 2 train_sft.py @runs/toy.args --val-every 0"
 $train --mix runs/toy_chat.jsonl:0.3 --samples 32e3 --out $out/before
 more="--model $out/before --data $new/train.jsonl --samples 9600 --lr 1e-3"
 $train $more --out $out/alone

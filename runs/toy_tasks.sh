@@ -13,7 +13,7 @@ export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=
 torchrun --standalone --nproc-per-node 2 train_sft.py @runs/toy.args --model ckpt/toy \
     --out ckpt/toy_tasks --data data/toy_drive/train.jsonl --crop 112 112 112 112 --lr 2e-3 \
     --tasks distance:0.2 axis:0.2 speed:0.5 time:0.5 two_point:4 motion:1.4 \
-    --samples 48e3 --val-every 0 --resume
+    --samples 48e3 --val-every 0
 evaluate="python evaluate.py ckpt/toy_tasks --data data/toy_drive/val.jsonl --queries 2000"
 $evaluate
 $evaluate --tasks two_point --two-point geometry

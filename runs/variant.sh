@@ -7,6 +7,6 @@ out=$1 val=${2//,/ }
 shift 2
 {
   echo "$*"
-  $LAUNCH "$@" --out "$out" --resume
+  $LAUNCH "$@" --out "$out"
   python evaluate.py "$out" --data $val $EVALUATE
 } 2>&1 | while IFS= read -r line; do echo "$(basename "$out"): $line"; done

@@ -291,7 +291,7 @@ def scripts(folder: Path) -> None:
               "--val-queries", 4, "--val-every", 1, "--crop", 56, 112, 56, 112, "--batch", 12,
               "--micro-batch", 4, "--workers", 0, "--log-every", 1]
     sft = [*common, "--samples", 24, "--focal", 100, "--tasks", *render.TASKS, "--out",
-           work / "sft", "--resume"]
+           work / "sft"]
     grpo = [*common, "--samples", 12, "--group", 4, "--max-new-tokens", 16, "--kl-coef", 0.1,
             "--out", work / "grpo"]
     score = [folder, "--data", data / "val.jsonl", "--queries", 40, "--workers", 0, "--focal", 100,

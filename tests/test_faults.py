@@ -205,7 +205,7 @@ def bench(tmp_path_factory, tiny) -> tuple[Path, dict[str, Case]]:
         importlib.import_module(name)
     train = ["--model", model, "--data", world, "--workers", 0, "--crop", 56, 84, 56, 84,
              "--batch", 2, "--micro-batch", 2, "--save-every", 1, "--val-every", 2,
-             "--val", world, "--val-queries", 4, "--resume"]
+             "--val", world, "--val-queries", 4]
     ask = ["--batch-size", 4, "--workers", 0]
     cloud = [model, world, "--record", 0, "--points", 12, *ask]
     toy = ["--dataset", "toy", "--images", 6, "--val-images", 2, "--points", 20, "--workers", 1]
