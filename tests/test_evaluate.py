@@ -935,7 +935,7 @@ def test_two_points_by_geometry(speaker, world, monkeypatch):
         assert batch["template"].form == render.answer_form("distance", render.DEFAULTS)
         return [[k] for k in range(len(batch["position"]))], 1
 
-    model = SimpleNamespace(device=torch.device("cpu"))
+    model = SimpleNamespace(compute_device=torch.device("cpu"))
     monkeypatch.setattr(evaluate, "greedy_answers", exact)
     monkeypatch.setattr(render.Checkpoint, "text", lambda self, tokens: texts[tokens[0]])
     (queries, answers, _), = evaluate.run_queries(model, checkpoint, records, pairs, "two_point",

@@ -187,7 +187,8 @@ def test_help(monkeypatch, name):
     def stop(parser, *args, **kwargs):
         raise Parsed(parser)
 
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    for how in ("parse_args", "parse_intermixed_args"):
+        monkeypatch.setattr(argparse.ArgumentParser, how, stop)
     with pytest.raises(Parsed) as caught:
         importlib.import_module(name).main([])
     parser, = caught.value.args
