@@ -518,7 +518,8 @@ def test_gpu_check_runs(tmp_path):
     env = {**os.environ, "CHECK_TINY": "1", "OUT": str(tmp_path / "out"),
            "WORK": str(tmp_path / "work")}
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    done = subprocess.run(["bash", ROOT / "tests" / "gpu_check.sh", "world", "right", "speed", "toy"], env={**env, "PATH": path},
+    script = ["bash", ROOT / "tests" / "gpu_check.sh", "world", "right", "speed", "toy"]
+    done = subprocess.run(script, env={**env, "PATH": path},
                           capture_output=True, text=True, timeout=900)
     summary = (tmp_path / "out" / "summary.txt").read_text()
     assert done.returncode == 0 and done.stdout.endswith(summary)

@@ -1638,10 +1638,14 @@ def test_check_finds_z_declared_euclidean(tmp_path, capfd, case):
 VERIFIED = (100.0, 130.0, 63.5, 47.5, 128, 96)  # fx unlike fy
 
 
+def toy_frames(count, light="ambient", focals=None, seed=0):
+    return prepare.frames_toy("", "train", count, light, focals, None, False, seed)
+
+
 @pytest.fixture(scope="module")
 def rooms():
     """Toy rooms as a user's z maps would be: 20 frames of 4 rooms, in daylight."""
-    views = prepare.frames_toy("", "train", 20, "ambient", None, None, False, 0)
+    views = toy_frames(20, seed=0)
     views = [v._replace(intrinsics=VERIFIED) for v in views]
     return [as_map(v.load(v)) for v in views]
 
@@ -1732,7 +1736,7 @@ def test_verify_poses_of_the_next_image(rooms, capfd):
 def test_verify_stereo(rooms, capfd, swap):
     """Two cameras at one time, 0.4 m apart: right, and with left and right swapped wrong."""
     frames = []
-    for number, view in enumerate(prepare.frames_toy("", "train", 16, "ambient", None, None, False, 1)):
+    for number, view in enumerate(toy_frames(16, seed=1)):
         side = np.eye(4)
         side[0, 3] = 0.4
         poses = [view.pose, view.pose @ side]
@@ -1750,7 +1754,7 @@ def test_verify_small_depth_maps(rooms, capfd):
     depth pixel away: measured, and not called right."""
     camera = 400.0, 520.0, 255.5, 191.5, 512, 384
     views = [view._replace(intrinsics=camera)
-             for view in prepare.frames_toy("", "train", 20, "ambient", None, None, False, 0)][:15]
+             for view in toy_frames(20, seed=0)][:15]
     frames = [small._replace(pixels=view.load(view).pixels, intrinsics=camera)
               for small, view in zip(rooms, views)]
     rows = verified(capfd, frames)
@@ -1762,7 +1766,7 @@ def test_verify_small_depth_maps(rooms, capfd):
 
 def test_verify_says_when_it_cannot_tell(capfd):
     """One image, one without poses, one that never moved: no verdict on poses, no wrong one."""
-    views = [v.load(v) for v in prepare.frames_toy("", "train", 10, "ambient", None, None, False, 0)]
+    views = [v.load(v) for v in toy_frames(10, seed=0)]
     views = [view._replace(load=lambda frame: frame) for view in views]
     for frames in (views[:1], [view._replace(pose=None) for view in views], views[:1] * 8):
         rows = verified(capfd, frames)
@@ -1815,7 +1819,7 @@ def transforms_room(root, seed, count):
     (root / "images").mkdir(parents=True)
     (root / "depth").mkdir()
     shots = []
-    for n, view in enumerate(prepare.frames_toy("", "train", count, "lamp", [100.0], None, False, seed)):
+    for n, view in enumerate(toy_frames(count, "lamp", [100.0], seed)):
         fx, fy, cx, cy, w, h = view.intrinsics
         small = view._replace(
             intrinsics=(fx / 2, fy / 2, cx / 2 - 0.25, cy / 2 - 0.25, w // 2, h // 2))
