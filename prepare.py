@@ -217,7 +217,7 @@ def read_image(path):
         return np.asarray(render.stored_pixels(file))
 
 
-# what says "no return" in depth files: the largest number of a type, of float16, too
+# numbers that mean "no return" in depth files: the largest of a type, also of float16
 NOTHING = [np.iinfo(kind).max for kind in (np.int16, np.uint16, np.int32, np.uint32)] + [65504]
 
 
@@ -248,7 +248,7 @@ def add_depth(raw, scale, frame):
 
     number = raw.astype(np.float64)
     nothing = ~((number > 0) & (number < 1e9)) | np.isin(number, NOTHING)
-    nothing |= np.isin(np.round(number * 1000), NOTHING)  # somebody forgot to leave it out
+    nothing |= np.isin(np.round(number * 1000), NOTHING)  # converted to metres
     metres = raw.astype(np.float32) / np.float32(scale)
     metres[nothing] = 0
     notes += (("depth pixels hold nothing: 0, negative, NaN, infinite, or the largest number of "
@@ -257,8 +257,8 @@ def add_depth(raw, scale, frame):
 
 
 def image_size(path):
-    """Stored (w, h) and EXIF orientation of an image whose end is there, too: a half-extracted
-    archive leaves cut files."""
+    """Stored (w, h) and EXIF orientation of an image. Raises ValueError if it is cut off, as files
+    of a half-extracted archive are."""
     with render.image_file(path) as image, open(path, "rb") as file:
         orientation = render.exif_orientation(image)
         file.seek(max(0, file.seek(0, os.SEEK_END) - 1024))
@@ -451,8 +451,8 @@ WAYMO_FROM_OPENCV = matrix([0, 0, 1, 0, -1, 0, 0, 0, 0, -1, 0, 0, 0, 0, 0, 1])  
 
 
 def frames_waymo(root, split):
-    """All images of all segments. They are inside of parquet files: undistorted copies go to
-    rgb/<segment>/.
+    """All images of all segments. They are stored in parquet files: undistorted copies go
+    to rgb/<segment>/.
 
     training/<component>/<segment>.parquet   the components are named in DATASETS"""
     folder = root / "training"
@@ -1088,7 +1088,7 @@ STAMP_WINDOW = 0.02  # [s] between a photo and its depth, as in TUM RGB-D's asso
 
 
 def frames_folder(root, split, intrinsics, depth_scale, depth_type):
-    """The same in root, or in folders of root, each one a scene:
+    """Files of one scene in root, or of many, each in a folder of root:
 
     rgb/<name>.jpg, depth/<name>.png      or <name>.color.jpg, <name>.depth.png: see ROLES
     intrinsics.txt, intrinsics/<name>.txt here or in root: fx fy cx cy, 3 x 3 or 4 x 4
@@ -1097,12 +1097,13 @@ def frames_folder(root, split, intrinsics, depth_scale, depth_type):
     cameras.txt, sparse/0/cameras.txt     or COLMAP's one camera
     transforms.json                       or all of it from nerfstudio's"""
     given = parse_intrinsics(intrinsics) if intrinsics else None
+    files = own_files(root)
 
     def frames(folder):
         scene = os.path.relpath(folder, root).removeprefix(".")
         shots = transforms_shots if (folder / "transforms.json").exists() else named_shots
         for name, image, depth, camera, pose in shots(folder):
-            camera = given or camera or own_files(root)["intrinsics"].get("")
+            camera = given or camera or files["intrinsics"].get("")
             if camera is None:
                 raise ValueError(f"{folder}: has no intrinsics.txt. Write 'fx fy cx cy' [px] into "
                                  "it, or give --intrinsics (COLMAP: in its text format).")
@@ -1114,7 +1115,6 @@ def frames_folder(root, split, intrinsics, depth_scale, depth_type):
                 time=stamp(name),
             )
 
-    files = own_files(root)
     single = files["image"] or files["depth"] or (root / "transforms.json").exists()
     return one_by_one([root] if single else listed(root, "*/"), frames)
 
@@ -1533,7 +1533,7 @@ def cloud_labels(cloud, occlusion, intrinsics):
 
 
 class Refused(ValueError):
-    """Wrong with an image, and most likely with all others, too: a camera, a unit."""
+    """A fault of an image that most likely all others share: its camera, or its unit."""
 
 
 UNITS = {1: "metres", 100: "centimetres", 1000: "millimetres", 10**6: "micrometres"}
@@ -1550,15 +1550,18 @@ def other_unit(depths, scale, low=0.02, high=200):
 
 
 def label_orientation(frame, size, exif):
-    """Which pixels of an image with an EXIF orientation the depth belongs to -> "stored" or
-    "upright", the image's size there, and notes."""
+    """Whether the depth belongs to the stored or the upright pixels of an image -> "stored",
+    "upright" or None (no EXIF), the size of these, and notes."""
+    if exif == 1:
+        return None, size, ()
     told = frame.depth.shape[::-1] if frame.kind in MAPS else tuple(frame.intrinsics[4:])
-    shows = exif >= 5 and size[0] != size[1]
     if told and render.labels_are_upright(exif, size, told, None):
         return "upright", size[::-1], ()
-    notes = (("images are turned or mirrored by EXIF, and whether their depth is, too, does not "
-              "show: taken as of the stored pixels", 1),)
-    return "stored" if exif > 1 else None, size, () if exif == 1 or shows and told else notes
+    if told and exif >= 5 and size[0] != size[1]:
+        return "stored", size, ()
+    return "stored", size, (
+        ("images are turned or mirrored by EXIF, and whether their depth is, too, does not show: "
+         "taken as of the stored pixels", 1),)
 
 
 def load_labels(frame, occlusion):
@@ -1636,12 +1639,11 @@ def make_chunk(frames, make):
             line, about = make(frame)
             lines += [line] if line else []
             notes.update(dict(about))
-        except Refused as error:
-            refused = refused or reason(error)
-            bad.append(reason(error, frame.id))
         except Exception as error:  # one bad frame must not end a run of days; it is counted
             if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):  # a full disk
                 raise
+            if isinstance(error, Refused):
+                refused = refused or reason(error)
             bad.append(reason(error, frame.id))
     return len(frames), lines, notes, bad, None if lines else refused
 
@@ -1844,13 +1846,13 @@ def spread(records, most):
 
 def thinned(record):
     """The record with at most CHECK_POINTS of its labels."""
-    step = 1 + (len(record["depth"]) - 1) // CHECK_POINTS
-    return record | {key: record[key][::step or 1] for key in ("pixel_coords", "depth")}
+    step = math.ceil(len(record["depth"]) / CHECK_POINTS) or 1
+    return record | {key: record[key][::step] for key in ("pixel_coords", "depth")}
 
 
 def check_labels(path, count, add):
-    """One pass over all lines for the faults that need no other file. -> numbers for the table, all
-    scenes, which depth the records say they hold"""
+    """One pass over all lines for the faults that need no other file -> numbers for the table, all
+    scenes, and the kind of depth that most records declare."""
     samples = [np.zeros((2, 0))]  # labels, and the same as the other kind of depth
     focals, scenes, images = set(), set(), {}
     points, z, low, high = 0, 0, math.inf, 0.0
@@ -1893,8 +1895,8 @@ def check_labels(path, count, add):
 
 
 def check_values(depths, others, add):
-    """The labels (N,) of a file and the same as the other kind of depth, z or Euclidean: another
-    unit than metres, or many at one value, as sensors say that nothing returned."""
+    """Finds labels in another unit than metres, and many at one value, by which sensors say that
+    nothing returned. depths: a file's labels (N,); others: as the other kind, z or Euclidean."""
     if fault := other_unit(depths, 1):
         add("labels are not in metres", 0, fault)
     for values in (np.round(depths, 3), np.round(others, 3)):
@@ -2025,8 +2027,8 @@ def shifted_by(records):
 
 
 def unexplained(record, shown):
-    """How badly the colours of the image of the record `shown` explain a record's labels: the error
-    of predicting each log depth from the others of like colour. NaN if they are few, or not all in
+    """How badly the colours in the image of `shown` explain the labels of `record`: the error of
+    predicting each log depth from those of similar colour. NaN if the labels are few, or not all in
     the image."""
     xy, log_depth = record["pixel_coords"], np.log(record["depth"])
     image = render.open_image(shown["image"], shown["intrinsics"][4:], shown.get("orientation"))
@@ -2051,7 +2053,7 @@ VERIFY_GAIN = 0.02  # of agreement, by which another convention has to be better
 
 
 class Seen(NamedTuple):
-    """An image and its labels, also by cells that are about as wide as the labels lie apart."""
+    """An image and its labels, and a grid of cells about as wide as the labels are apart."""
     frame: Frame
     colours: np.ndarray  # (H, W, 3) of mean 0 and deviation 1
     xy: np.ndarray  # (N, 2) [px]
@@ -2105,7 +2107,7 @@ def beyond(gains, least):
 
 
 def verify_edges(seen):
-    """Colours change where depth does, if labels are on their pixels -> right or not, why."""
+    """Colours change where depth does if labels are at their pixels -> right or not, why."""
     reach = max(6, *(len(one.colours) // 40 for one in seen))
     near, found = [], []
     for axis, way in enumerate(("right of", "below")):
@@ -2142,7 +2144,7 @@ def edge_profile(one, axis, reach):
     around = place[jump, None] + np.arange(-reach, reach + 1)
     around = change[across[a][jump, None], around]
     shares = np.bincount(around.argmax(1), minlength=2 * reach + 1) / len(around)
-    shares[[0, -1]] = 0  # of all that changes more and more
+    shares[[0, -1]] = 0  # where the colours change most beyond the reach
     return np.convolve(shares, [0.25, 0.5, 0.25], "same") * len(shares)
 
 
@@ -2153,7 +2155,7 @@ def other_kind(one):
 
 
 def verify_kind(seen):
-    """Numbers of a map lie on planes as what they are only -> right or not, why."""
+    """Depths lie on planes only when read as the kind they are -> right or not, why."""
     kind = seen[0].frame.kind
     if kind not in MAPS:
         return None, "points, not maps"
@@ -2215,8 +2217,8 @@ def verify_poses(pairs):
 
 
 def agreement(a, b):
-    """Of a's labels, moved to image b, with the depth and colour there: 1 if all are as there, 0 if
-    they are as unlike as others, or outside."""
+    """Of a's labels, moved to image b, with the depth and colour there: 1 if all are the same, 0 if
+    they match no better than at random places of b, or fall outside."""
     step = 1 + len(a.z) // VERIFY_POINTS
     xy, z = a.xy[::step], a.z[::step]
     x, y = xy.T
@@ -2318,7 +2320,7 @@ def fetch(url, part, noted):
 
 
 def unpack(archive, root):
-    """Zip or tar -> root, by way of a hidden folder: what is seen in root is whole."""
+    """Zip or tar -> root, by way of a hidden folder, so that root never holds half of it."""
     hidden = root / ".unpacking"
     shutil.rmtree(hidden, ignore_errors=True)
     print(f"unpacking {archive}")
