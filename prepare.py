@@ -190,7 +190,7 @@ def reason(error, about=""):
     text = str(error) or type(error).__name__
     if isinstance(error, KeyError):
         text = f"{error} is missing"
-    elif isinstance(error, ImportError):
+    elif isinstance(error, ModuleNotFoundError):
         text = f"{error}: pip install {error.name}"
     return text if str(about) in text else f"{about}: {text}"
 
@@ -521,7 +521,8 @@ def waymo_points(place):
         table = waymo_grid(place, "lidar_camera_projection", laser)
         if cells is None:
             continue
-        i, j = np.nonzero((cells[..., 0] > 0) & ((table[..., 0] > 0) | (table[..., 3] > 0)))
+        returned, in_image = cells[..., 0] > 0, (table[..., [0, 3]] > 0).any(-1)
+        i, j = np.nonzero(returned & in_image)
         vehicle = waymo_vehicle_points(place, laser, cells, i, j)
         poses = waymo_grid(place, "lidar_pose", laser) if laser == WAYMO_TOP else None
         if poses is None:
@@ -1126,7 +1127,7 @@ def own_files(folder):
     for path in listed(folder) + [path for part in inner for path in listed(part)]:
         inside = path.parent.name if path.parent != folder else ""
         words = WORDS.findall(inside.lower()) or WORDS.findall(path.stem.lower())
-        role = next((role for word, role in ROLES.items() if word in words), None)
+        role = next((ROLES[word] for word in ROLES if word in words), None)
         if not role and path.suffix.lower() in Image.registered_extensions():
             role = "image"
         if role and path.is_file() and (path.suffix == ".txt") == (role in ("pose", "intrinsics")):
@@ -1213,7 +1214,7 @@ def transforms_shots(folder):
 def load_own(depth, camera, pose, scale, kind, frame):
     """A depth map, of the photo's size or of another, or LiDAR points (N, 3 or more) in camera
     axes. camera and pose: numbers or paths."""
-    if depth is None or frame.image is None or not frame.image.exists():
+    if not (depth and frame.image and frame.image.exists()):
         raise ValueError(f"{depth or frame.image}: has no counterpart, photo or depth.")
     if isinstance(pose, Path):
         with naming(pose):
@@ -1478,7 +1479,7 @@ DATASETS = {
         camera-to-world); or nerfstudio's transforms.json, COLMAP's text files, TUM RGB-D's""",
         flags="intrinsics depth_scale depth_type"),
     "toy": Dataset(
-        frames_toy, (0.1, 100), "train val", flags="images light focals lenses drive seed"),
+        frames_toy, (0.1, 100), "train val", flags="images light focals seed lenses drive"),
 }
 
 
@@ -1637,7 +1638,8 @@ def make_chunk(frames, make):
     for frame in frames:
         try:
             line, about = make(frame)
-            lines += [line] if line else []
+            if line:
+                lines.append(line)
             notes.update(dict(about))
         except Exception as error:  # one bad frame must not end a run of days; it is counted
             if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):  # a full disk
@@ -1711,8 +1713,8 @@ def saved_state(path, new, overwrite):
     if overwrite or not (path.exists() or run_json.exists()):
         return new
     state = read_json(run_json) if run_json.exists() else {}
-    before, inputs = state.get("inputs", {}), new["inputs"]
-    other = ", ".join(key for key in inputs if before.get(key) != inputs[key])
+    before = state.get("inputs", {})
+    other = ", ".join(key for key, value in new["inputs"].items() if before.get(key) != value)
     if other:
         raise ValueError(f"{path}: was made by another command (another {other}). Choose another "
                          "--out, or --overwrite it.")
@@ -1984,7 +1986,8 @@ def depth_kind(records):
     gain = planes[:, 0] - planes[:, 1]
     behind, ahead = sorted((as_euclidean, as_z))
     clear = len(gain) >= 5 and ahead - behind >= 30 and ahead > 1.25 * behind
-    if clear or (len(gain) >= 20 and abs(gain.mean()) > 6 * standard_error(gain)):
+    steady = len(gain) >= 20 and abs(gain.mean()) > 6 * standard_error(gain)
+    if clear or steady:
         return "euclidean" if as_euclidean > as_z else "z"
     return None
 
@@ -2206,8 +2209,10 @@ def verify_poses(pairs):
     if len(pairs) < 3:
         return None, "few pairs of images with poses"
     given = np.array([agreement(a, b) for a, b in pairs])
-    gains = {what: np.array([agreement(mend(a), mend(b)) for a, b in pairs]) - given
-             for what, mend in MISTAKES.items()}
+    gains = {
+        what: np.array([agreement(mend(a), mend(b)) for a, b in pairs]) - given
+        for what, mend in MISTAKES.items()
+    }
     likely = max(gains, key=lambda what: gains[what].mean())
     why = f"agreement {given.mean():.2f}"
     if beyond(gains[likely], VERIFY_GAIN):
