@@ -173,15 +173,12 @@ def remap(image, size, source):
     interpolated between."""
     xs, ys = ([*range(0, n, 16), n] for n in size)
     at = np.stack(source(*np.meshgrid(xs, ys)), -1)  # (rows, columns, 2)
-    corners = [at[:-1, :-1], at[1:, :-1], at[1:, 1:], at[:-1, 1:]]
-    corners = np.concatenate(corners, -1).reshape(-1, 8).tolist()
-    boxes = [
-        (left, top, right, bottom)
-        for top, bottom in zip(ys, ys[1:])
-        for left, right in zip(xs, xs[1:])
-    ]
-    quads = list(zip(boxes, corners))
-    return image.transform(size, Image.Transform.MESH, quads, Image.Resampling.BILINEAR)
+    mesh = []
+    for j, i in np.ndindex(len(ys) - 1, len(xs) - 1):
+        box = xs[i], ys[j], xs[i + 1], ys[j + 1]
+        corners = at[[j, j + 1, j + 1, j], [i, i, i + 1, i + 1]]
+        mesh.append((box, corners.ravel().tolist()))
+    return image.transform(size, Image.Transform.MESH, mesh, Image.Resampling.BILINEAR)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -193,6 +190,8 @@ def reason(error, about=""):
     text = str(error) or type(error).__name__
     if isinstance(error, KeyError):
         text = f"{error} is missing"
+    elif isinstance(error, ModuleNotFoundError):
+        text = f"{error}: pip install {error.name}"
     return text if str(about) in text else f"{about}: {text}"
 
 
@@ -218,7 +217,7 @@ def read_image(path):
         return np.asarray(render.stored_pixels(file))
 
 
-# what says "no return" in depth files: the largest number of a type, of float16, too
+# numbers that mean "no return" in depth files: the largest of a type, also of float16
 NOTHING = [np.iinfo(kind).max for kind in (np.int16, np.uint16, np.int32, np.uint32)] + [65504]
 
 
@@ -249,7 +248,7 @@ def add_depth(raw, scale, frame):
 
     number = raw.astype(np.float64)
     nothing = ~((number > 0) & (number < 1e9)) | np.isin(number, NOTHING)
-    nothing |= np.isin(np.round(number * 1000), NOTHING)  # somebody forgot to leave it out
+    nothing |= np.isin(np.round(number * 1000), NOTHING)  # converted to metres
     metres = raw.astype(np.float32) / np.float32(scale)
     metres[nothing] = 0
     notes += (("depth pixels hold nothing: 0, negative, NaN, infinite, or the largest number of "
@@ -258,8 +257,8 @@ def add_depth(raw, scale, frame):
 
 
 def image_size(path):
-    """Stored (w, h) and EXIF orientation of an image whose end is there, too: a half-extracted
-    archive leaves cut files."""
+    """Stored (w, h) and EXIF orientation of an image. Raises ValueError if it is cut off, as files
+    of a half-extracted archive are."""
     with render.image_file(path) as image, open(path, "rb") as file:
         orientation = render.exif_orientation(image)
         file.seek(max(0, file.seek(0, os.SEEK_END) - 1024))
@@ -275,20 +274,11 @@ def image_size(path):
         return size, orientation
 
 
-def need_pyarrow():
-    try:
-        import pyarrow.feather
-        import pyarrow.parquet
-    except ImportError:
-        raise ValueError("Argoverse2 and Waymo are stored in Arrow files: pip install pyarrow"
-                         ) from None
-    return pyarrow
-
-
 def read_feather(path):
-    """Column name -> array."""
+    """Column name -> array. Needs pip install pyarrow, as does Waymo."""
     with naming(path):
-        table = need_pyarrow().feather.read_table(path)
+        from pyarrow import feather
+        table = feather.read_table(path)
         return {name: table[name].to_numpy() for name in table.column_names}
 
 
@@ -374,6 +364,12 @@ def one_by_one(scenes, frames):
             yield Frame(str(scene), "", partial(refuse, reason(error)))
 
 
+def with_10_for_val(split, train, val):
+    """The scenes of a split if the first 10 of the authors' val are evaluated on, and all others
+    trained on."""
+    return val[:10] if split == "val" else train + val[10:]
+
+
 def load_lidar(path, world_from_lidar, frame):
     """A point cloud, moved into the camera at the time of the image."""
     camera_from_lidar = np.linalg.inv(frame.pose) @ world_from_lidar
@@ -384,8 +380,6 @@ def load_lidar(path, world_from_lidar, frame):
 # ---- Argoverse2
 
 LIDAR_WINDOW = 51_000_000  # [ns] between an image and its sweep: half a turn + 1 ms
-# paper: it holds out "around 10 scenes" without naming them; here the first 10 logs of val
-ARGOVERSE2_VAL_LOGS = 10
 
 
 def frames_argoverse2(root, split):
@@ -395,9 +389,9 @@ def frames_argoverse2(root, split):
     {train,val}/<log>/city_SE3_egovehicle.feather         pose of the car
     {train,val}/<log>/sensors/cameras/<camera>/<ns>.jpg   undistorted
     {train,val}/<log>/sensors/lidar/<ns>.feather          in the car's frame at that time"""
-    train, val = (listed(root / name, "*/") for name in BOTH)
-    held_out, rest = val[:ARGOVERSE2_VAL_LOGS], val[ARGOVERSE2_VAL_LOGS:]
-    return one_by_one(held_out if split == "val" else train + rest, argoverse2_log)
+    # paper: it holds out "around 10 scenes" without naming them; here the first 10 logs of val
+    logs = with_10_for_val(split, *(listed(root / name, "*/") for name in BOTH))
+    return one_by_one(logs, argoverse2_log)
 
 
 def argoverse2_log(folder):
@@ -414,7 +408,7 @@ def argoverse2_log(folder):
             continue
         stamps = map(int, stems(images, ".jpg"))
         for sweep, stamp in nearest_in_time(sweeps, stamps, LIDAR_WINDOW).items():
-            if stamp not in city_from_car or sweep not in city_from_car:
+            if not {sweep, stamp} <= city_from_car.keys():
                 continue  # there is no way from the sweep to the image
             sweep_path = folder / f"sensors/lidar/{sweep}.feather"
             yield Frame(
@@ -457,8 +451,8 @@ WAYMO_FROM_OPENCV = matrix([0, 0, 1, 0, -1, 0, 0, 0, 0, -1, 0, 0, 0, 0, 0, 1])  
 
 
 def frames_waymo(root, split):
-    """All images of all segments. They are inside of parquet files: undistorted copies go to
-    rgb/<segment>/.
+    """All images of all segments. They are stored in parquet files: undistorted copies go
+    to rgb/<segment>/.
 
     training/<component>/<segment>.parquet   the components are named in DATASETS"""
     folder = root / "training"
@@ -492,13 +486,13 @@ def load_waymo(place, camera, frame):
 
     points, seen = waymo_points(place)
     first, second = seen[:, 0] == camera, seen[:, 3] == camera
-    pixel = np.where(first[:, None], seen[:, 1:3], seen[:, 4:6])[first | second]
-    points = move(np.linalg.inv(pose), points[first | second])
-    a, b = ((np.floor(pixel) + 0.5 - (cx, cy)) / (fx, fy)).T
+    pixel = np.where(first[:, None], seen[:, 1:3], seen[:, 4:6])
+    a, b = ((np.floor(pixel) + 0.5 - (cx, cy)) / (fx, fy))[first | second].T
     x, y = undistort(distort, a, b, *lens)
+    points = move(np.linalg.inv(pose), points[first | second])
     distance, z = np.linalg.norm(points, axis=1), points[:, 2]
     cloud = np.stack([fx * x + cx - 0.5, fy * y + cy - 0.5, distance, z], 1)
-    # where the lens moves a pixel by a fifth of its radius the polynomial is no lens any more
+    # where the lens moves a pixel by a fifth of its radius, the polynomial describes no lens
     sound = np.hypot(a - x, b - y) <= 0.2 * np.hypot(x, y)
 
     def source(u, v):
@@ -527,7 +521,8 @@ def waymo_points(place):
         table = waymo_grid(place, "lidar_camera_projection", laser)
         if cells is None:
             continue
-        i, j = np.nonzero((cells[..., 0] > 0) & ((table[..., 0] > 0) | (table[..., 3] > 0)))
+        returned, in_image = cells[..., 0] > 0, (table[..., [0, 3]] > 0).any(-1)
+        i, j = np.nonzero(returned & in_image)
         vehicle = waymo_vehicle_points(place, laser, cells, i, j)
         poses = waymo_grid(place, "lidar_pose", laser) if laser == WAYMO_TOP else None
         if poses is None:
@@ -561,10 +556,10 @@ def waymo_vehicle_points(place, laser, cells, i, j):
 def waymo_grid(place, component, laser):
     """A range image (H, W, channels) of the first return, or None."""
     row = waymo_row(place, component, laser)
-    if row is None:
-        return None
-    shape = row["range_image_return1.shape"].astype(int)
-    return row["range_image_return1.values"].reshape(shape)
+    if row:
+        shape = row["range_image_return1.shape"].astype(int)
+        return row["range_image_return1.values"].reshape(shape)
+    return None
 
 
 def waymo_row(place, component, sensor):
@@ -579,25 +574,25 @@ def waymo_row(place, component, sensor):
 @lru_cache(maxsize=16)
 def waymo_table(path):
     """-> {(timestamp, sensor): row number}, where 0 stands for a key that the component lacks, and
-    a function row number -> row. It reads forward and keeps one row: the lidar and image files of a
+    a function row number -> row. It reads forward, row by row: the lidar and image files of a
     segment are gigabytes when unpacked."""
     with naming(path):
-        file = need_pyarrow().parquet.ParquetFile(path)
+        from pyarrow import parquet
+        file = parquet.ParquetFile(path)
         names = [name for name in file.schema_arrow.names if "return2" not in name]
         keys = file.read([name for name in names if name.startswith("key.")]).to_pydict()
     none = [0] * file.metadata.num_rows
     stamps = keys.get("key.frame_timestamp_micros", none)
     sensors = keys.get("key.camera_name", keys.get("key.laser_name", none))
     rows = {key: row for row, key in enumerate(zip(stamps, sensors))}
-    position, batches = math.inf, None
+    following, batches = math.inf, None
 
     def read(row):
-        nonlocal position, batches
-        if row < position:
-            position, batches = 0, file.iter_batches(1, columns=names)
-        while position <= row:
-            batch = next(batches)
-            position += 1
+        nonlocal following, batches
+        if row < following:
+            following, batches = 0, file.iter_batches(1, columns=names)
+        batch = next(islice(batches, row - following, None))
+        following = row + 1
         values = {}
         for name, column in zip(batch.schema.names, batch.columns):
             # [LiDARComponent].range_image_return1.values -> range_image_return1.values
@@ -662,16 +657,15 @@ def frames_nuscenes(root, split):
 def nuscenes_tables(folder):
     """Rows by token, all in memory as in the devkit (5 GB for trainval); and of key frames,
     "image" by file name, in the order of time, and "sweep" by its sample's token."""
-    data = [row for row in read_json(folder / "sample_data.json", list) if row["is_key_frame"]]
-    images = [row for row in data if "/CAM" in row["filename"]]
-    images.sort(key=lambda row: (row["timestamp"], row["filename"]))
-    sweeps = [row for row in data if "/LIDAR_TOP/" in row["filename"]]
-
     tables = {
         name: {row["token"]: row for row in read_json(folder / f"{name}.json", list)}
         for name in "scene sample sensor calibrated_sensor ego_pose".split()
     }
-    tables["image"] = {row["filename"]: row for row in images}
+    data = read_json(folder / "sample_data.json", list)
+    data = {row["filename"]: row for row in data if row["is_key_frame"]}
+    in_time = sorted(data, key=lambda name: (data[name]["timestamp"], name))
+    tables["image"] = {name: data[name] for name in in_time if "/CAM" in name}
+    sweeps = (data[name] for name in data if "/LIDAR_TOP/" in name)
     tables["sweep"] = {row["sample_token"]: row for row in sweeps}
     return tables
 
@@ -679,9 +673,6 @@ def nuscenes_tables(folder):
 # ---- ScanNet++
 
 SCANNETPP_EVERY = 10  # the paper uses 1 M of 10 M video frames
-# paper: the released code cuts at 98 % of the lines, inside of a scene; here the first 10 scenes of
-# nvs_sem_val.txt are evaluated, and the others trained on
-SCANNETPP_VAL_SCENES = 10
 
 
 def frames_scannetpp(root, split, stride):
@@ -691,9 +682,10 @@ def frames_scannetpp(root, split, stride):
     data/<scene>/iphone/pose_intrinsic_imu.json        for each frame
     data/<scene>/iphone/rgb/frame_<number>.jpg         as the official toolkit decodes them, like
     data/<scene>/iphone/{rgb_masks,depth}/*.png        these"""
-    train, val = (read_text(root / f"splits/nvs_sem_{name}.txt").split() for name in BOTH)
-    held_out, rest = val[:SCANNETPP_VAL_SCENES], val[SCANNETPP_VAL_SCENES:]
-    scenes = held_out if split == "val" else [s for s in train + rest if s not in held_out]
+    # paper: the released code cuts at 98 % of the lines, inside a scene; here the first 10 scenes
+    # of nvs_sem_val.txt are evaluated, and the others trained on
+    lists = (read_text(root / f"splits/nvs_sem_{name}.txt").split() for name in BOTH)
+    scenes = with_10_for_val(split, *lists)
 
     def frames(scene):
         folder = root / f"data/{scene}/iphone"
@@ -721,7 +713,7 @@ def load_scannetpp(folder, info, frame):
     if info is None:
         raise ValueError(f"{folder}/pose_intrinsic_imu.json: has no {name}.")
     (fx, _, cx), (_, fy, cy), _ = info["intrinsic"]
-    (w, h), _ = image_size(frame.image)
+    (w, _), _ = image_size(frame.image)
     s = w / 1920
     pose = info.get("aligned_pose", info.get("aligned_poses"))
     frame = load_map(folder / f"depth/{name}.png", 1000, frame)._replace(
@@ -761,21 +753,20 @@ def frames_omnidata(root, table, skip):
     <domain>/<component>/<scene>/point_<p>_view_<v>_domain_<domain>.png
     <domain>/<scene>/point_<p>_view_<v>_domain_<domain>.png
     <scene>/<domain>/point_<p>_view_<v>_domain_<domain>.png"""
-    tables = [path for path in (root / table, root.parent / table) if path.exists()]
-    listed = set()
-    if tables:
-        rows = csv.DictReader(read_text(tables[0]).splitlines())
-        listed = {row["id"] for row in rows if row["train"] == "1"}
+    scenes = None
+    for path in filter(Path.exists, (root.parent / table, root / table)):  # root's own counts
+        rows = csv.DictReader(read_text(path).splitlines())
+        scenes = {row["id"] for row in rows if row["train"] == "1"}
 
     for folder, below, files in os.walk(root):
         below[:] = ["rgb"] if "rgb" in below else sorted(set(filter(is_data, below)) - set(skip))
         folder = Path(folder)
         scene = folder.parent.name if folder.name == "rgb" else folder.name
-        if tables and scene not in listed:
+        if scenes is not None and scene not in scenes:
             continue
         for name in sorted(filter(is_data, files)):
-            if name.endswith("_domain_rgb.png"):
-                view = name.removesuffix("_domain_rgb.png")
+            view, rgb, _ = name.partition("_domain_rgb.png")
+            if rgb:
                 yield Frame(f"{scene}/{view}", folder / name, load_omnidata, scene=scene)
 
 
@@ -869,7 +860,7 @@ def ddad_scene(root, filename):
     for number, sample in enumerate(content["samples"]):
         calibration = read_json(folder / f"calibration/{sample['calibration_key']}.json")
         intrinsics = dict(zip(map(str.upper, calibration["names"]), calibration["intrinsics"]))
-        datums = [data[key] for key in sample["datum_keys"]]
+        datums = (data[key] for key in sample["datum_keys"])
         datums = {datum["id"]["name"].upper(): datum["datum"] for datum in datums}
         lidar = datums["LIDAR"]["point_cloud"]
 
@@ -955,17 +946,17 @@ def load_eth3d(depth, camera, frame):
 
     focal = min(ETH3D_FOCAL, fx)
     scale = focal / fx
-    size = round(w * scale), round(h * scale)
-    intrinsics = (focal, focal, cx * scale - 0.5, cy * scale - 0.5)
+    left, top = cx * scale, cy * scale
+    intrinsics = (focal, focal, left - 0.5, top - 0.5)
     shrink = max(1, int(1 / scale))  # average before sampling, or it would alias
 
     def source(x, y):
-        a, b = distort_fisheye((x - cx * scale) / focal, (y - cy * scale) / focal, *lens)
+        a, b = distort_fisheye((x - left) / focal, (y - top) / focal, *lens)
         return (fx * a + cx) / shrink, (fy * b + cy) / shrink
 
     return frame._replace(
         image=f"rgb/{frame.scene}/{frame.image.stem}.jpg",
-        pixels=remap(image.reduce(shrink), size, source),
+        pixels=remap(image.reduce(shrink), (round(w * scale), round(h * scale)), source),
         intrinsics=intrinsics,
         depth=project(np.stack([u * z, v * z, z], 1), intrinsics),
         kind="points",
@@ -1098,7 +1089,7 @@ STAMP_WINDOW = 0.02  # [s] between a photo and its depth, as in TUM RGB-D's asso
 
 
 def frames_folder(root, split, intrinsics, depth_scale, depth_type):
-    """The same in root, or in folders of root, each one a scene:
+    """Files of one scene in root, or of many, each in a folder of root:
 
     rgb/<name>.jpg, depth/<name>.png      or <name>.color.jpg, <name>.depth.png: see ROLES
     intrinsics.txt, intrinsics/<name>.txt here or in root: fx fy cx cy, 3 x 3 or 4 x 4
@@ -1107,12 +1098,13 @@ def frames_folder(root, split, intrinsics, depth_scale, depth_type):
     cameras.txt, sparse/0/cameras.txt     or COLMAP's one camera
     transforms.json                       or all of it from nerfstudio's"""
     given = parse_intrinsics(intrinsics) if intrinsics else None
+    files = own_files(root)
 
     def frames(folder):
         scene = os.path.relpath(folder, root).removeprefix(".")
         shots = transforms_shots if (folder / "transforms.json").exists() else named_shots
         for name, image, depth, camera, pose in shots(folder):
-            camera = given or camera or own_files(root)["intrinsics"].get("")
+            camera = given or camera or files["intrinsics"].get("")
             if camera is None:
                 raise ValueError(f"{folder}: has no intrinsics.txt. Write 'fx fy cx cy' [px] into "
                                  "it, or give --intrinsics (COLMAP: in its text format).")
@@ -1124,7 +1116,6 @@ def frames_folder(root, split, intrinsics, depth_scale, depth_type):
                 time=stamp(name),
             )
 
-    files = own_files(root)
     single = files["image"] or files["depth"] or (root / "transforms.json").exists()
     return one_by_one([root] if single else listed(root, "*/"), frames)
 
@@ -1136,7 +1127,7 @@ def own_files(folder):
     for path in listed(folder) + [path for part in inner for path in listed(part)]:
         inside = path.parent.name if path.parent != folder else ""
         words = WORDS.findall(inside.lower()) or WORDS.findall(path.stem.lower())
-        role = next((role for word, role in ROLES.items() if word in words), None)
+        role = next((ROLES[word] for word in ROLES if word in words), None)
         if not role and path.suffix.lower() in Image.registered_extensions():
             role = "image"
         if role and path.is_file() and (path.suffix == ".txt") == (role in ("pose", "intrinsics")):
@@ -1223,7 +1214,7 @@ def transforms_shots(folder):
 def load_own(depth, camera, pose, scale, kind, frame):
     """A depth map, of the photo's size or of another, or LiDAR points (N, 3 or more) in camera
     axes. camera and pose: numbers or paths."""
-    if depth is None or frame.image is None or not frame.image.exists():
+    if not (depth and frame.image and frame.image.exists()):
         raise ValueError(f"{depth or frame.image}: has no counterpart, photo or depth.")
     if isinstance(pose, Path):
         with naming(pose):
@@ -1248,7 +1239,7 @@ TOY_COLOURS = np.array([[0.63, 0.90, blue] for blue in (0.30, 0.98, 0.78, 0.54, 
 TOY_DAYLIGHT = np.array([0.75, 0.95, 0.65, 0.85, 0.7, 0.9])
 
 
-def frames_toy(root, split, images, light, focals, lenses, drive, seed):
+def frames_toy(root, split, images, light, focals, seed, lenses=None, drive=False):
     """A room is made from (seed, split, number) alone, so that train and val share none."""
     for number in range(math.ceil(images / TOY_VIEWS)):
         scene = f"{split}_{number:05d}"
@@ -1290,7 +1281,7 @@ def toy_camera(focals, lenses, rng):
     if lenses:  # no two cameras are alike: fx unlike fy, a centre off the middle, as in a crop
         focal = rng.uniform(*lenses) * np.array([1, rng.uniform(0.75, 1.33)])
         centre = TOY_SIDE * rng.uniform(0.4, 0.6, 2)
-        return *(round(float(v), 4) for v in (*focal, *centre)), TOY_SIDE, TOY_SIDE
+        return *np.round([*focal, *centre], 4).tolist(), TOY_SIDE, TOY_SIDE
     shape = TOY_SHAPES[rng.integers(len(TOY_SHAPES))]
     lens = rng.integers(len(focals or TOY_SCALES))
     if focals:
@@ -1299,7 +1290,7 @@ def toy_camera(focals, lenses, rng):
         size = [round(n * TOY_SCALES[lens]) + int(rng.integers(-2, 3)) for n in shape]
         focal = [100 * n / whole for n, whole in zip(size, shape)]
     centre = [(n - 1) / 2 + rng.uniform(-2, 2) for n in size]
-    return *(round(float(v), 4) for v in focal + centre), *size
+    return *np.round(focal + centre, 4).tolist(), *size
 
 
 def toy_poses(boxes, light, drive, rng):
@@ -1488,7 +1479,7 @@ DATASETS = {
         camera-to-world); or nerfstudio's transforms.json, COLMAP's text files, TUM RGB-D's""",
         flags="intrinsics depth_scale depth_type"),
     "toy": Dataset(
-        frames_toy, (0.1, 100), "train val", flags="images light focals lenses drive seed"),
+        frames_toy, (0.1, 100), "train val", flags="images light focals seed lenses drive"),
 }
 
 
@@ -1524,9 +1515,7 @@ def map_labels(depth, kind, centre, intrinsics):
         first = np.unique(y * w + x, return_index=True)[1]
         x, y, depth = x[first], y[first], depth[first]
     rays = ray_length(x, y, intrinsics)
-    if kind == "z":
-        return x, y, depth * rays, depth
-    return x, y, depth, depth / rays
+    return (x, y, depth * rays, depth) if kind == "z" else (x, y, depth, depth / rays)
 
 
 def cloud_labels(cloud, occlusion, intrinsics):
@@ -1545,7 +1534,7 @@ def cloud_labels(cloud, occlusion, intrinsics):
 
 
 class Refused(ValueError):
-    """Wrong with an image, and most likely with all others, too: a camera, a unit."""
+    """A fault of an image that most likely all others share: its camera, or its unit."""
 
 
 UNITS = {1: "metres", 100: "centimetres", 1000: "millimetres", 10**6: "micrometres"}
@@ -1562,15 +1551,18 @@ def other_unit(depths, scale, low=0.02, high=200):
 
 
 def label_orientation(frame, size, exif):
-    """Which pixels of an image with an EXIF orientation the depth belongs to -> "stored" or
-    "upright", the image's size there, and notes."""
+    """Whether the depth belongs to the stored or the upright pixels of an image -> "stored",
+    "upright" or None (no EXIF), the size of these, and notes."""
+    if exif == 1:
+        return None, size, ()
     told = frame.depth.shape[::-1] if frame.kind in MAPS else tuple(frame.intrinsics[4:])
-    shows = exif >= 5 and size[0] != size[1]
     if told and render.labels_are_upright(exif, size, told, None):
         return "upright", size[::-1], ()
-    notes = (("images are turned or mirrored by EXIF, and whether their depth is, too, does not "
-              "show: taken as of the stored pixels", 1),)
-    return "stored" if exif > 1 else None, size, () if exif == 1 or shows and told else notes
+    if told and exif >= 5 and size[0] != size[1]:
+        return "stored", size, ()
+    return "stored", size, (
+        ("images are turned or mirrored by EXIF, and whether their depth is, too, does not show: "
+         "taken as of the stored pixels", 1),)
 
 
 def load_labels(frame, occlusion):
@@ -1602,9 +1594,10 @@ def make_record(frame, folder, points, seed, limits, occlusion, published):
     and notes. limits: (min, max) of the Euclidean depth [m]. published: what the paper's labels
     hold, "z" or "euclidean", where they are wanted."""
     frame, labels, orientation, notes = load_labels(frame, occlusion)
-    if fault := other_unit(labels[2], frame.scale, min(0.02, limits[0]), max(200, limits[1])):
+    low, high = limits
+    if fault := other_unit(labels[2], frame.scale, min(0.02, low), max(200, high)):
         raise Refused(f"{frame.id}: {fault}, or other --min-depth, --max-depth.")
-    valid = np.flatnonzero((labels[2] >= limits[0]) & (labels[2] <= limits[1]))
+    valid = np.flatnonzero((labels[2] >= low) & (labels[2] <= high))
     if len(valid) < min(MIN_POINTS, points):
         return "", notes
     drawn = rng_for(seed, frame.id).choice(len(valid), min(points, len(valid)), replace=False)
@@ -1617,10 +1610,13 @@ def make_record(frame, folder, points, seed, limits, occlusion, published):
             frame.pixels.save(temporary, kind, quality=95)
     else:
         image = os.path.relpath(image, os.path.realpath(folder))
+    pose = render.pose_matrix(frame.pose)
+    if pose is None and frame.pose is not None:
+        notes += (("poses are not finite, or no rotation: left out", 1),)
+    measured = "euclidean" if frame.kind == "euclidean" else None  # the self-check wants to know
     record = {
         "image": image,
-        "intrinsics": [round(float(v), 4) for v in frame.intrinsics[:4]]
-        + list(frame.intrinsics[4:]),
+        "intrinsics": [*np.round(frame.intrinsics[:4], 4).tolist(), *frame.intrinsics[4:]],
         "pixel_coords": np.stack([x, y], 1).tolist(),
         # paper: it asks for the distance from the camera, but publishes z for some datasets
         "depth": np.round(z if published == "z" else euclidean, 4).tolist(),
@@ -1628,16 +1624,10 @@ def make_record(frame, folder, points, seed, limits, occlusion, published):
         "camera": frame.camera,
         "time": frame.time,
         "orientation": orientation,
+        "pose": None if pose is None else np.round(pose, 6).ravel().tolist(),
+        "depth_type": published or measured,
+        "labels": "paper" if published else None,
     }
-    pose = render.pose_matrix(frame.pose)
-    if pose is not None:
-        record["pose"] = [round(v, 6) for v in pose.ravel().tolist()]
-    elif frame.pose is not None:
-        notes += (("poses are not finite, or no rotation: left out", 1),)
-    if published:
-        record |= {"depth_type": published, "labels": "paper"}
-    elif frame.kind == "euclidean":  # measured as such: the self-check wants to know
-        record["depth_type"] = "euclidean"
     return render.json_text({k: v for k, v in record.items() if v is not None}), notes
 
 
@@ -1648,14 +1638,14 @@ def make_chunk(frames, make):
     for frame in frames:
         try:
             line, about = make(frame)
-            lines += [line] if line else []
+            if line:
+                lines.append(line)
             notes.update(dict(about))
-        except Refused as error:
-            refused = refused or reason(error)
-            bad.append(reason(error, frame.id))
         except Exception as error:  # one bad frame must not end a run of days; it is counted
             if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):  # a full disk
                 raise
+            if isinstance(error, Refused):
+                refused = refused or reason(error)
             bad.append(reason(error, frame.id))
     return len(frames), lines, notes, bad, None if lines else refused
 
@@ -1723,8 +1713,8 @@ def saved_state(path, new, overwrite):
     if overwrite or not (path.exists() or run_json.exists()):
         return new
     state = read_json(run_json) if run_json.exists() else {}
-    before, inputs = state.get("inputs", {}), new["inputs"]
-    other = ", ".join(key for key in inputs if before.get(key) != inputs[key])
+    before = state.get("inputs", {})
+    other = ", ".join(key for key, value in new["inputs"].items() if before.get(key) != value)
     if other:
         raise ValueError(f"{path}: was made by another command (another {other}). Choose another "
                          "--out, or --overwrite it.")
@@ -1735,15 +1725,8 @@ def saved_state(path, new, overwrite):
 def prepare_split(path, inputs, info, workers, overwrite):
     """One split of a dataset, or a shard of it -> path. False if the raw data has none of it.
     inputs: all that decides what is written; info: what else run.json says."""
-    progress = {
-        "finished": False,
-        "frames": 0,
-        "bytes": 0,
-        "records": 0,
-        "bad": 0,
-        "bad_examples": [],
-        "notes": {},
-    }
+    progress = dict.fromkeys(("frames", "bytes", "records", "bad"), 0)
+    progress |= {"finished": False, "bad_examples": [], "notes": {}}
     # splits and shards may be prepared side by side: each has a lock of its own
     with render.lock_folder(path.with_name(f".{path.stem}.lock")), naming(path):
         state = saved_state(path, info | {"inputs": inputs} | progress, overwrite)
@@ -1780,8 +1763,9 @@ def list_frames(inputs):
     dataset = DATASETS[inputs["dataset"]]
     flags = {flag: inputs[flag] for flag in dataset.flags.split()}
     frames = dataset.reader(Path(inputs["root"]), inputs["split"], **flags)
-    stride = 1 if "stride" in flags else inputs["stride"] or 1
-    return list(islice(frames, 0, inputs["limit"] and inputs["limit"] * stride, stride))
+    if "stride" not in flags:
+        frames = islice(frames, 0, None, inputs["stride"])
+    return list(islice(frames, inputs["limit"]))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1864,14 +1848,14 @@ def spread(records, most):
 
 def thinned(record):
     """The record with at most CHECK_POINTS of its labels."""
-    step = 1 + (len(record["depth"]) - 1) // CHECK_POINTS
-    return record | {key: record[key][::step or 1] for key in ("pixel_coords", "depth")}
+    step = math.ceil(len(record["depth"]) / CHECK_POINTS) or 1
+    return record | {key: record[key][::step] for key in ("pixel_coords", "depth")}
 
 
 def check_labels(path, count, add):
-    """One pass over all lines for the faults that need no other file. -> numbers for the table, all
-    scenes, which depth the records say they hold"""
-    depths, others = [np.zeros(0)], [np.zeros(0)]
+    """One pass over all lines for the faults that need no other file -> numbers for the table, all
+    scenes, and the kind of depth that most records declare."""
+    samples = [np.zeros((2, 0))]  # labels, and the same as the other kind of depth
     focals, scenes, images = set(), set(), {}
     points, z, low, high = 0, 0, math.inf, 0.0
     with open(path, "rb") as file:
@@ -1898,24 +1882,23 @@ def check_labels(path, count, add):
             z += is_z
             if n % (1 + count // CHECK_LINES) == 0 and not faults:
                 part = thinned(record)
-                depths.append(part["depth"])
                 rays = ray_length(*part["pixel_coords"].T, part["intrinsics"])
-                others.append(part["depth"] * rays if is_z else part["depth"] / rays)
+                samples.append([part["depth"], part["depth"] * (rays if is_z else 1 / rays)])
             focals.add(round(record["intrinsics"][0], 1))
             scenes.add(str(record.get("scene")))
             first = images.setdefault(hash(record["image"]), n)
             if first < n:
                 add("duplicate image", n, f"the image of line {first + 1} again")
 
-    depths = np.concatenate(depths)
-    check_values(depths, np.concatenate(others), add)
+    depths, others = np.concatenate(samples, 1)
+    check_values(depths, others, add)
     numbers = points, min(low, high), high, depths, sorted(focals)
     return numbers, scenes - {"None"}, "z" if 2 * z > count else "euclidean"
 
 
 def check_values(depths, others, add):
-    """The labels (N,) of a file and the same as the other kind of depth, z or Euclidean: another
-    unit than metres, or many at one value, as sensors say that nothing returned."""
+    """Finds labels in another unit than metres, and many at one value, by which sensors say that
+    nothing returned. depths: a file's labels (N,); others: as the other kind, z or Euclidean."""
     if fault := other_unit(depths, 1):
         add("labels are not in metres", 0, fault)
     for values in (np.round(depths, 3), np.round(others, 3)):
@@ -2003,7 +1986,8 @@ def depth_kind(records):
     gain = planes[:, 0] - planes[:, 1]
     behind, ahead = sorted((as_euclidean, as_z))
     clear = len(gain) >= 5 and ahead - behind >= 30 and ahead > 1.25 * behind
-    if clear or (len(gain) >= 20 and abs(gain.mean()) > 6 * standard_error(gain)):
+    steady = len(gain) >= 20 and abs(gain.mean()) > 6 * standard_error(gain)
+    if clear or steady:
         return "euclidean" if as_euclidean > as_z else "z"
     return None
 
@@ -2046,8 +2030,8 @@ def shifted_by(records):
 
 
 def unexplained(record, shown):
-    """How badly the colours of the image of the record `shown` explain a record's labels: the error
-    of predicting each log depth from the others of like colour. NaN if they are few, or not all in
+    """How badly the colours in the image of `shown` explain the labels of `record`: the error of
+    predicting each log depth from those of similar colour. NaN if the labels are few, or not all in
     the image."""
     xy, log_depth = record["pixel_coords"], np.log(record["depth"])
     image = render.open_image(shown["image"], shown["intrinsics"][4:], shown.get("orientation"))
@@ -2072,7 +2056,7 @@ VERIFY_GAIN = 0.02  # of agreement, by which another convention has to be better
 
 
 class Seen(NamedTuple):
-    """An image and its labels, also by cells that are about as wide as the labels lie apart."""
+    """An image and its labels, and a grid of cells about as wide as the labels are apart."""
     frame: Frame
     colours: np.ndarray  # (H, W, 3) of mean 0 and deviation 1
     xy: np.ndarray  # (N, 2) [px]
@@ -2126,17 +2110,20 @@ def beyond(gains, least):
 
 
 def verify_edges(seen):
-    """Colours change where depth does, if labels are on their pixels -> right or not, why."""
+    """Colours change where depth does if labels are at their pixels -> right or not, why."""
     reach = max(6, *(len(one.colours) // 40 for one in seen))
     near, found = [], []
     for axis, way in enumerate(("right of", "below")):
         profiles = (edge_profile(one, axis, reach) for one in seen)
         profiles = np.array([profile for profile in profiles if profile is not None])
-        best = int(profiles.mean(0).argmax()) if len(profiles) else 0
-        if len(profiles) and beyond(profiles[:, best], 1.5):
+        if not len(profiles):
+            continue
+        best = int(profiles.mean(0).argmax())
+        peak, unshifted = profiles[:, best], profiles[:, reach]
+        if beyond(peak, 1.5):
             off = best - reach
-            shifted = beyond(profiles[:, best] - profiles[:, reach], 0.2)
-            near.append(abs(off) <= max(1, 0.3 * seen[0].cell) or (False if shifted else None))
+            close = abs(off) <= max(1, 0.3 * seen[0].cell)
+            near.append(close or (False if beyond(peak - unshifted, 0.2) else None))
             found.append(f"{off:+} px {way}")
     why = f"colour edges lie {', '.join(found)} those of depth" if found else "few clear edges"
     return False if False in near else near == [True, True] or None, why
@@ -2147,17 +2134,20 @@ def edge_profile(one, axis, reach):
     from a jump of depth (2 reach + 1,). None if there are few jumps."""
     change = np.abs(np.diff(one.colours.swapaxes(0, axis), axis=1)).sum(-1)
     along, across = one.xy[:, axis], one.xy[:, 1 - axis]
-    order = np.lexsort((along, across // one.cell))
-    a, b = order[:-1], order[1:]
-    jump = (across[a] // one.cell == across[b] // one.cell) & (along[b] - along[a] <= 2 * one.cell)
-    jump &= np.abs(np.log(one.z[a] / one.z[b])) > 0.1
-    place, row = (along[a] + along[b] - 1)[jump] // 2, across[a][jump]
-    inside = (place >= reach) & (place < change.shape[1] - reach)
-    if inside.sum() < 20:
+    strip = across // one.cell
+    order = np.lexsort((along, strip))
+    a, b = order[:-1], order[1:]  # neighbours along the axis
+    jump = np.abs(np.log(one.z[a] / one.z[b])) > 0.1
+    jump &= (strip[a] == strip[b]) & (along[b] - along[a] <= 2 * one.cell)
+
+    place = (along[a] + along[b] - 1) // 2
+    jump &= (place >= reach) & (place < change.shape[1] - reach)
+    if jump.sum() < 20:
         return None
-    around = change[row[inside, None], place[inside, None] + np.arange(-reach, reach + 1)]
+    around = place[jump, None] + np.arange(-reach, reach + 1)
+    around = change[across[a][jump, None], around]
     shares = np.bincount(around.argmax(1), minlength=2 * reach + 1) / len(around)
-    shares[[0, -1]] = 0  # of all that changes more and more
+    shares[[0, -1]] = 0  # where the colours change most beyond the reach
     return np.convolve(shares, [0.25, 0.5, 0.25], "same") * len(shares)
 
 
@@ -2168,7 +2158,7 @@ def other_kind(one):
 
 
 def verify_kind(seen):
-    """Numbers of a map lie on planes as what they are only -> right or not, why."""
+    """Depths lie on planes only when read as the kind they are -> right or not, why."""
     kind = seen[0].frame.kind
     if kind not in MAPS:
         return None, "points, not maps"
@@ -2183,11 +2173,11 @@ def pairs_in(seen, stereo):
     """Images (a, b) of a scene, both with a pose: of two cameras at one time, or others."""
     for i, a in enumerate(seen):
         for b in seen[i + 1:i + 1 + VERIFY_AHEAD]:
+            if a.pose is None or b.pose is None or a.frame.scene != b.frame.scene:
+                continue
             same = a.frame.camera == b.frame.camera or a.frame.time is None
-            known = a.pose is not None and b.pose is not None
-            if known and a.frame.scene == b.frame.scene and stereo != same:
-                if same or abs(a.frame.time - b.frame.time) < 0.1:
-                    yield a, b
+            if stereo != same and (same or abs(a.frame.time - b.frame.time) < 0.1):
+                yield a, b
 
 
 def posed(change):
@@ -2206,7 +2196,7 @@ MISTAKES = {  # -> an image without it
         posed(lambda pose: np.linalg.inv(pose) @ OPENGL_TO_OPENCV),
     "poses are of other images": posed(lambda pose: np.eye(4)),
     "fx and fy are swapped":
-        lambda one: one._replace(intrinsics=[one.intrinsics[i] for i in (1, 0, 2, 3, 4, 5)]),
+        lambda one: one._replace(intrinsics=one.intrinsics[1::-1] + one.intrinsics[2:]),
     "z and Euclidean depth are confused": other_kind,
     **{f"depth is {factor:g} x that in the unit of the poses": divided(factor)
        for factor in (0.001, 0.01, 0.1, 0.25, 0.5, 0.8, 1.25, 2, 4, 10, 100, 1000)},
@@ -2219,8 +2209,10 @@ def verify_poses(pairs):
     if len(pairs) < 3:
         return None, "few pairs of images with poses"
     given = np.array([agreement(a, b) for a, b in pairs])
-    gains = {what: np.array([agreement(mend(a), mend(b)) for a, b in pairs]) - given
-             for what, mend in MISTAKES.items()}
+    gains = {
+        what: np.array([agreement(mend(a), mend(b)) for a, b in pairs]) - given
+        for what, mend in MISTAKES.items()
+    }
     likely = max(gains, key=lambda what: gains[what].mean())
     why = f"agreement {given.mean():.2f}"
     if beyond(gains[likely], VERIFY_GAIN):
@@ -2230,22 +2222,24 @@ def verify_poses(pairs):
 
 
 def agreement(a, b):
-    """Of a's labels, moved to image b, with the depth and colour there: 1 if all are as there, 0 if
-    they are as unlike as others, or outside."""
-    some = np.arange(0, len(a.z), 1 + len(a.z) // VERIFY_POINTS)
-    x, y = a.xy[some].T
-    distance = a.z[some] * ray_length(x, y, a.intrinsics)
-    points = render.unproject(a.xy[some], distance, a.intrinsics)
+    """Of a's labels, moved to image b, with the depth and colour there: 1 if all are the same, 0 if
+    they match no better than at random places of b, or fall outside."""
+    step = 1 + len(a.z) // VERIFY_POINTS
+    xy, z = a.xy[::step], a.z[::step]
+    x, y = xy.T
+    colours = a.colours[y, x]
+    points = render.unproject(xy, z * ray_length(x, y, a.intrinsics), a.intrinsics)
     points = move(np.linalg.inv(b.pose) @ a.pose, points)
+
+    ahead = points[:, 2] > 0
     place = project(points, b.intrinsics)
-    u, v = np.floor(place[:, :2] + 0.5).T
-    inside = (u >= 0) & (v >= 0) & (u < b.intrinsics[4]) & (v < b.intrinsics[5])
-    u, v = u[inside].astype(int), v[inside].astype(int)
-    shown = a.colours[y, x]
-    there = unlike(shown[points[:, 2] > 0][inside], place[inside, 3], b, u, v)
-    u, v = b.xy[rng_for(0, "chance").integers(0, len(b.xy), len(some))].T
-    chance = unlike(shown, a.z[some], b, u, v).mean()
-    return (1 - there / chance).sum() / len(some)
+    pixels = np.floor(place[:, :2] + 0.5)
+    inside = ((pixels >= 0) & (pixels < b.intrinsics[4:])).all(1)
+    u, v = pixels[inside].astype(int).T
+    there = unlike(colours[ahead][inside], place[inside, 3], b, u, v)
+    u, v = b.xy[rng_for(0, "chance").integers(0, len(b.xy), len(xy))].T
+    chance = unlike(colours, z, b, u, v).mean()
+    return (1 - there / chance).sum() / len(xy)
 
 
 def unlike(colours, z, b, u, v):
@@ -2300,8 +2294,6 @@ def download(url, path, md5=None):
             part.unlink()
             raise ValueError(f"{url}: has checksum {found} instead of {md5}, and was thrown away. "
                              "Give the same command again.")
-    else:
-        print(f"{path}: there is no checksum to compare it with")
     os.replace(part, path)
 
 
@@ -2333,7 +2325,7 @@ def fetch(url, part, noted):
 
 
 def unpack(archive, root):
-    """Zip or tar -> root, by way of a hidden folder: what is seen in root is whole."""
+    """Zip or tar -> root, by way of a hidden folder, so that root never holds half of it."""
     hidden = root / ".unpacking"
     shutil.rmtree(hidden, ignore_errors=True)
     print(f"unpacking {archive}")
@@ -2476,13 +2468,8 @@ def split_inputs(args, split, root):
     low, high = args.min_depth or dataset.range[0], args.max_depth or dataset.range[1]
     if low >= high:
         raise ValueError(f"--min-depth {low} --max-depth {high}: no depth lies between them.")
-    inputs = {
-        "dataset": args.dataset,
-        "split": split,
-        "root": str(root),
-        "limits": [low, high],
-    }
-    keys = "points seed occlusion paper_labels stride limit shard " + dataset.flags
+    inputs = {"split": split, "root": str(root), "limits": [low, high]}
+    keys = "dataset points seed occlusion paper_labels stride limit shard " + dataset.flags
     inputs |= {key: getattr(args, key) for key in keys.split()}
     if args.dataset == "toy" and split == "val":
         inputs["images"] = args.val_images
@@ -2498,21 +2485,22 @@ def main(argv=None):
     splits = dataset.splits.split()
     if args.split and args.split not in splits:
         raise ValueError(f"--split {args.split}: the paper uses {args.dataset} for {splits[0]}.")
-    wanted = splits if args.dataset != "folder" else ["train"]
+    name, wanted = args.dataset, splits
+    if name == "folder":
+        name = args.name or os.path.basename(os.path.abspath(args.root or name))
+        wanted = ["train"]
+    if args.split:
+        wanted = [args.split]
+    out = Path(args.out or f"data/{name}")
+    i, n = args.shard
+    shard = f".{i:0{len(str(n))}d}-of-{n}" if n > 1 else ""
 
     root = ""
     if dataset.marks:
         root = Path(args.root or f"data/raw/{dataset.raw or args.dataset}").absolute()
         root = raw_root(args.dataset, root, args.download, args.url)
-    name = args.dataset
-    if name == "folder":
-        name = args.name or os.path.basename(os.path.abspath(args.root or name))
-    out = Path(args.out or f"data/{name}")
-    i, n = args.shard
-    shard = f".{i:0{len(str(n))}d}-of-{n}" if n > 1 else ""
-    info = render.run_info(args)
-    paths = []
-    for split in [args.split] if args.split else wanted:
+    info, paths = render.run_info(args), []
+    for split in wanted:
         path = out / f"{split}{shard}.jsonl"
         inputs = split_inputs(args, split, root)
         if args.verify:
