@@ -1639,7 +1639,7 @@ VERIFIED = (100.0, 130.0, 63.5, 47.5, 128, 96)  # fx unlike fy
 
 
 def toy_frames(count, light="ambient", focals=None, seed=0):
-    return prepare.frames_toy("", "train", count, light, focals, None, False, seed)
+    return prepare.frames_toy("", "train", count, light, focals, seed)
 
 
 @pytest.fixture(scope="module")
