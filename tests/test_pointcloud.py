@@ -757,7 +757,7 @@ def flat_cloud(photo: pointcloud.Photo, depth_m: np.ndarray) -> pointcloud.Cloud
     grid = pointcloud.pixel_grid(*photo.image.size, depth_m.size)
     assert grid.shape == (rows, columns, 2)
     lines = [{"pred": None if np.isnan(d) else float(d)} for d in depth_m.ravel()]
-    return pointcloud.make_cloud(photo, grid, lines, "greedy", None, None)
+    return pointcloud.make_cloud(photo, grid, lines)
 
 
 def test_truth_and_error_of_labels(monkeypatch):
