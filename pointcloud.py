@@ -30,7 +30,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -87,8 +87,8 @@ def pixel_grid(width: int, height: int, count: int) -> np.ndarray:
     columns, 2) int, x and y. No pixel comes twice."""
     columns = min(max(round(math.sqrt(count * width / height)), 1), width)
     rows = min(max(round(count / columns), 1), height)
-    x, y = ((2 * np.arange(n) + 1) * length // (2 * n)
-            for n, length in ((columns, width), (rows, height)))
+    x = ((np.arange(columns) + 0.5) * width / columns).astype(int)
+    y = ((np.arange(rows) + 0.5) * height / rows).astype(int)
     return np.stack(np.meshgrid(x, y), -1)
 
 
@@ -96,9 +96,9 @@ def has_neighbour(depth_m: np.ndarray, limit: float) -> np.ndarray:
     """(rows, columns) bool: distances within a factor 1 + `limit` of at least one of their four
     neighbours. The others float between two surfaces, or are single wrong answers."""
     logs = np.pad(np.log(depth_m), 1, constant_values=np.nan)
-    around = np.stack([logs[:-2, 1:-1], logs[2:, 1:-1], logs[1:-1, :-2], logs[1:-1, 2:]])
-    near = np.abs(around - logs[1:-1, 1:-1]) <= math.log1p(limit)  # never with NaN
-    return near.any(0)
+    near = [np.abs(np.roll(logs, step, axis) - logs) <= math.log1p(limit)  # False with NaN
+            for axis in (0, 1) for step in (-1, 1)]
+    return np.any(near, 0)[1:-1, 1:-1]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -114,7 +114,7 @@ class Photo:
     image: Image.Image
     intrinsics: tuple
     source: str
-    labels: tuple[np.ndarray, np.ndarray] | None = None
+    labels: tuple | None = None
     orientation: str | None = "upright"
 
 
@@ -166,8 +166,8 @@ def exif_focal(path: str) -> tuple[float, float, str]:
                          f"{height}: it was cropped, so the focal length of its EXIF data does not "
                          f"hold. {HOW_FOCAL}")
 
-    units = {2: 25.4, 3: 10.0, 4: 1.0, 5: 0.001}  # mm
-    unit = units.get(int(positive("FocalPlaneResolutionUnit")) or 2)
+    units = {0: 25.4, 2: 25.4, 3: 10.0, 4: 1.0, 5: 0.001}  # mm; 0: not said, which means inches
+    unit = units.get(positive("FocalPlaneResolutionUnit"))
     focal_mm, density = positive("FocalLength"), positive("FocalPlaneXResolution")
     film_mm, zoom = positive("FocalLengthIn35mmFilm"), positive("DigitalZoomRatio") or 1.0
     zoomed = abs(zoom - 1) > 0.02
@@ -175,13 +175,13 @@ def exif_focal(path: str) -> tuple[float, float, str]:
     if film_mm and not zoomed:
         focal = film_focal(film_mm, width, height)
         return focal, focal, f"EXIF: {film_mm:g} mm on 35 mm film, by the diagonal"
-    if film_mm and not on_sensor:
-        raise ValueError(f"{path}: was taken at {film_mm:g} mm on 35 mm film, and with a digital "
-                         f"zoom of {zoom:g}, which some makers count in and others do not. Give "
-                         f"--focal-35mm {film_mm:g} or {film_mm * zoom:g}.")
     if not on_sensor:
-        raise ValueError(f"{path}: its EXIF data have no focal length that can be had in pixels. "
-                         f"{HOW_FOCAL}")
+        fault = f"its EXIF data have no focal length that can be had in pixels. {HOW_FOCAL}"
+        if film_mm:
+            fault = (f"was taken at {film_mm:g} mm on 35 mm film, and with a digital zoom of "
+                     f"{zoom:g}, which some makers count in and others do not. Give --focal-35mm "
+                     f"{film_mm:g} or {film_mm * zoom:g}.")
+        raise ValueError(f"{path}: {fault}")
     scale = focal_mm / unit * zoom
     if all(taken):
         scale *= longer / max(taken)
@@ -454,24 +454,22 @@ def make_cloud(photo: Photo, grid: np.ndarray, lines: list[dict],
                min_confidence: float | None = None, edge_filter: float | None = None) -> Cloud:
     """Answers on a grid (rows, columns, 2), filtered and unprojected. Raises ValueError if no point
     is left."""
-    depth_m, q10, q90, confidence = measures(lines).astype(np.float32).reshape(4, *grid.shape[:2])
+    values = measures(lines).astype(np.float32)
+    depth_m, q10, q90, confidence = values.reshape(-1, *grid.shape[:2])
     keep = np.isfinite(depth_m)
-    intervals = {}
-    if any("confidence" in line for line in lines):
-        intervals = {"confidence": confidence, "q10": q10, "q90": q90}
     if min_confidence is not None:
-        keep = keep & (confidence >= min_confidence)
-        if not keep.any():
-            raise ValueError(f"--min-confidence {min_confidence:g}: leaves no point; the highest "
-                             f"is {np.nanmax(confidence):.2f}. Give a lower one.")
+        keep &= confidence >= min_confidence
     if edge_filter is not None:
-        keep = keep & has_neighbour(depth_m, edge_filter)
-        if not keep.any():
-            raise ValueError(f"--edge-filter {edge_filter:g}: leaves no point. Give a larger "
-                             "ratio.")
+        keep &= has_neighbour(depth_m, edge_filter)
+    if not keep.any():
+        raise ValueError("--min-confidence, --edge-filter: leave no point. Lower the first (of all "
+                         f"confidences the highest is {np.nan_to_num(confidence).max():.2f}), or "
+                         "raise the second.")
     xyz = render.unproject(grid[keep], depth_m[keep], photo.intrinsics).astype(np.float32)
     x, y = grid[keep].T
-    intervals = {key: np.nan_to_num(values[keep]) for key, values in intervals.items()}
+    intervals = {"confidence": confidence, "q10": q10, "q90": q90}
+    intervals = {key: np.nan_to_num(values[keep]) for key, values in intervals.items()
+                 if np.isfinite(values).any()}
     return Cloud(grid, depth_m, keep, xyz, np.asarray(photo.image)[y, x], intervals)
 
 
@@ -489,10 +487,10 @@ def label_error(photo: Photo, depth_m: np.ndarray) -> str | None:
     if photo.labels is None:
         return None
     error = np.abs(label_ratios(photo, depth_m) - 1)
-    known = np.isfinite(error).sum()
-    if not known:
+    error = error[np.isfinite(error)]
+    if not len(error):
         return None
-    return (f"against the record's labels: median error {np.nanmedian(error):.1%} at {known} "
+    return (f"against the record's labels: median error {np.median(error):.1%} at {len(error)} "
             "points")
 
 
@@ -551,9 +549,10 @@ def write_glb(file, photo: Photo, cloud: Cloud) -> None:
 
 def z_millimetres(photo: Photo, cloud: Cloud) -> Image.Image:
     """The grid's z as a 16-bit image, 0 where it is unknown or beyond 65.5 m."""
-    x, y = cloud.pixels[..., 0], cloud.pixels[..., 1]
-    z = np.nan_to_num(1000 * cloud.depth_m / render.ray_length(x, y, photo.intrinsics))
-    return Image.fromarray(np.where(z < 65535.5, z.round(), 0).astype(np.uint16))
+    x, y = np.moveaxis(cloud.pixels, -1, 0)
+    z = 1000 * cloud.depth_m / render.ray_length(x, y, photo.intrinsics)
+    z[~(z < 65535.5)] = 0  # NaN, too
+    return Image.fromarray(z.round().astype(np.uint16))
 
 
 def page_data(photo: Photo, cloud: Cloud, note: str) -> dict:
@@ -590,8 +589,8 @@ def write_cloud(out: Path, photo: Photo, cloud: Cloud, note: str, gif: bool) -> 
         "depth.npy": lambda file: np.save(file, cloud.depth_m),
         "depth.png": lambda file: z_millimetres(photo, cloud).save(file, "PNG"),
         "points.npz": lambda file: np.savez(
-            file, pixels=cloud.pixels[cloud.keep], depth=cloud.depth_m[cloud.keep], xyz=cloud.xyz,
-            colors=cloud.colors, intrinsics=photo.intrinsics, **cloud.intervals),
+            file, pixels=cloud.pixels[cloud.keep], depth=cloud.depth_m[cloud.keep],
+            xyz=cloud.xyz, colors=cloud.colors, intrinsics=photo.intrinsics, **cloud.intervals),
         "picture.png": lambda file: draw_picture(photo, cloud, note).save(file, "PNG"),
         "cloud.glb": lambda file: write_glb(file, photo, cloud),
         "cloud.html": lambda file: file.write(page_text(page_data(photo, cloud, note)).encode()),
@@ -623,12 +622,13 @@ def colorize(depth_m: np.ndarray, near: float, far: float) -> np.ndarray:
 def legend(height: int, ticks: list[float], unit: str) -> Image.Image:
     """The colours as a bar with round numbers beside it, far at the top: 80 x height px."""
     image = Image.new("RGB", (80, height), "white")
-    near, far, length = ticks[0], ticks[-1], height - 13
-    bar = colorize(near * (far / near) ** np.linspace(1, 0, length), near, far)
-    image.paste(Image.fromarray(np.repeat(bar[:, None], 16, 1)), (8, 6))
+    near, far = ticks[0], ticks[-1]
+    length = height - 13
+    bar = colorize(np.geomspace(far, near, length), near, far)
+    image.paste(Image.fromarray(bar[:, None]).resize((16, length)), (8, 6))
     draw = ImageDraw.Draw(image)
     for tick in ticks:
-        y = 6 + (1 - math.log(tick / near) / math.log(far / near)) * (length - 1)
+        y = 6 + math.log(far / tick) / math.log(far / near) * (length - 1)
         draw.line((24, y, 28, y), "black")
         draw.text((31, y), f"{tick:g}{unit}", "black", anchor="lm", font_size=12)
     return image
@@ -636,7 +636,7 @@ def legend(height: int, ticks: list[float], unit: str) -> Image.Image:
 
 def mark_labels(photo: Photo, size, colors: np.ndarray) -> Image.Image:
     """The photo in grey with a dot in its own colour (N, 3) at each label."""
-    image = photo.image.resize(size, Image.Resampling.LANCZOS).convert("L").convert("RGB")
+    image = photo.image.resize(size).convert("L").convert("RGB")
     draw = ImageDraw.Draw(image)
     places = (photo.labels[0] + 0.5) * size / photo.image.size - 0.5
     for (x, y), color in zip(places.tolist(), colors.tolist()):
@@ -644,31 +644,23 @@ def mark_labels(photo: Photo, size, colors: np.ndarray) -> Image.Image:
     return image
 
 
-def view_rotation(yaw: float, pitch: float) -> np.ndarray:
-    """(3, 3): a view from `yaw` degrees to the right and `pitch` upwards."""
-    a, b = math.radians(yaw), math.radians(pitch)
-    around = [[math.cos(a), 0, math.sin(a)], [0, 1, 0], [-math.sin(a), 0, math.cos(a)]]
-    above = [[1, 0, 0], [0, math.cos(b), -math.sin(b)], [0, math.sin(b), math.cos(b)]]
-    return np.array(above) @ np.array(around)
-
-
 def panel_size(photo: Photo) -> list[int]:
     return [max(round(n * PANEL / max(photo.image.size)), 160) for n in photo.image.size]
 
 
-def fill_in(photo: Photo, cloud: Cloud, size) -> tuple[np.ndarray, np.ndarray]:
+def fill_in(photo: Photo, cloud: Cloud, size) -> tuple:
     """The cloud without gaps: points (N, 3) [m] and colours (N, 3), about one a pixel of an image
     of `size` (w, h). Distances are interpolated between neighbours on the grid, except across
     edges."""
     grid = np.where(cloud.keep, cloud.depth_m, np.nan).astype(np.float32)
     size = np.maximum(size, grid.shape[::-1])
     image = Image.fromarray(grid)
-    smooth, depth_m = (np.asarray(image.resize(size, method))
-                       for method in (Image.Resampling.BILINEAR, Image.Resampling.NEAREST))
+    smooth = np.asarray(image.resize(size, Image.BILINEAR))
+    depth_m = np.asarray(image.resize(size, Image.NEAREST))
     depth_m = np.where(np.abs(smooth / depth_m - 1) < EDGE, smooth, depth_m)
     y, x = np.nonzero(np.isfinite(depth_m))
     pixels = (np.stack([x, y], -1) + 0.5) * photo.image.size / size - 0.5
-    colors = np.asarray(photo.image.resize(size, Image.Resampling.BICUBIC))[y, x]
+    colors = np.asarray(photo.image.resize(size))[y, x]
     return render.unproject(pixels, depth_m[y, x], photo.intrinsics), colors
 
 
@@ -678,19 +670,22 @@ def draw_cloud(xyz: np.ndarray, colors: np.ndarray, size, yaw: float, pitch: flo
     camera did), in parallel projection, 5 px wide; nearer ones hide others. Colours (N, 3) uint8,
     size (w, h); frame: half the sides of what is shown [m], around the origin."""
     width, height = size
-    turned = xyz @ view_rotation(yaw, pitch).T
-    order = np.argsort(-turned[:, 2], kind="stable")  # far to near: what is assigned last, stays
-    turned, colors = turned[order], np.repeat(colors[order], 25, 0)
-    low, high = np.quantile(turned[:, :2], (0.01, 0.99), 0)  # outliers may leave the frame
+    a, b = math.radians(yaw), math.radians(pitch)
+    x, y, z = xyz.T
+    x, z = x * math.cos(a) + z * math.sin(a), z * math.cos(a) - x * math.sin(a)
+    y, z = y * math.cos(b) - z * math.sin(b), z * math.cos(b) + y * math.sin(b)
+    order = np.argsort(-z, kind="stable")  # far to near: what is assigned last, stays
+    places = np.stack([x, y], -1)[order]
+    low, high = np.quantile(places, (0.01, 0.99), 0)  # outliers may leave the frame
     if frame is not None:
         low, high = -frame, frame
     scale = 0.92 * min(size / np.maximum(high - low, 0.01))  # px a metre
-    places = np.floor((turned[:, :2] - (low + high) / 2) * scale + np.divide(size, 2))
+    places = np.floor((places - (low + high) / 2) * scale + np.divide(size, 2))
     places = 5 + places.clip(-3, np.add(size, 2)).astype(int)  # those outside: on a border of 5 px
     offsets = np.mgrid[-2:3, -2:3].reshape(2, 25)
     x, y = (places.T[:, :, None] + offsets[:, None]).reshape(2, -1)
     canvas = np.full((height + 10, width + 10, 3), BACKGROUND, np.uint8)
-    canvas[y, x] = colors
+    canvas[y, x] = np.repeat(colors[order], 25, 0)
     return Image.fromarray(canvas[5:-5, 5:-5])
 
 
@@ -706,11 +701,11 @@ def draw_picture(photo: Photo, cloud: Cloud, note: str) -> Image.Image:
     if low.mean() <= 0.2:
         low[:] = True
 
-    def tile(image: Image.Image, caption: str, method=Image.Resampling.LANCZOS) -> Image.Image:
+    def tile(image: Image.Image, caption: str, method=Image.BICUBIC) -> Image.Image:
         return render.captioned(image.resize(size, method), caption)
 
     above = [tile(photo.image, "Photo"),
-             tile(depth, "Answers: Euclidean distance", Image.Resampling.NEAREST)]
+             tile(depth, "Answers: Euclidean distance", Image.NEAREST)]
     below = [tile(draw_cloud(xyz, colors, size, 30, 20), "The cloud from the upper right"),
              tile(draw_cloud(xyz[low], colors[low], size, 0, 45),
                   "From above, without what is higher than the camera")]
@@ -725,13 +720,13 @@ def draw_picture(photo: Photo, cloud: Cloud, note: str) -> Image.Image:
     return render.captioned(picture, note)
 
 
-def save_turn(file, photo: Photo, cloud: Cloud, frames: int = 36) -> None:
+def save_turn(file, photo: Photo, cloud: Cloud) -> None:
     """A GIF of a view that circles around that of the camera, behind which nothing is known."""
     size = panel_size(photo)
     xyz, colors = fill_in(photo, cloud, np.floor_divide(size, 2))
     xyz = xyz - np.median(xyz, 0)
     frame = 1.3 * np.quantile(np.abs(xyz[:, :2]), 0.98, 0)
-    turn = 2 * np.pi * np.arange(frames) / frames
+    turn = np.linspace(0, 2 * np.pi, 36, endpoint=False)
     images = [draw_cloud(xyz, colors, size, yaw, pitch, frame)
               for yaw, pitch in zip(35 * np.sin(turn), 14 - 10 * np.cos(turn))]
     images[0].save(file, "GIF", save_all=True, append_images=images[1:], duration=70, loop=0)
@@ -752,16 +747,13 @@ class Desk:
         self.folder, self.opened = tempfile.TemporaryDirectory(), lru_cache(4)(open_photo)
         self.actions = {"/photo": self.photo, "/distance": self.distance, "/cloud": self.cloud}
 
-    def path(self, id: str) -> str:
-        return os.path.join(self.folder.name, os.path.basename(id))
-
     def open(self, id: str, camera: dict[str, str]) -> Photo:
-        values = {key: float(text) for key, text in camera.items()}
-        return self.opened(self.path(id), **values)
+        path = os.path.join(self.folder.name, os.path.basename(id))
+        return self.opened(path, **{key: float(text) for key, text in camera.items()})
 
     def photo(self, data: bytes, **camera: str) -> Iterator[dict]:
         id = hashlib.sha256(data).hexdigest()
-        Path(self.path(id)).write_bytes(data)
+        Path(self.folder.name, id).write_bytes(data)
         photo = self.open(id, camera)
         yield {"id": id, "intrinsics": photo.intrinsics, "source": photo.source}
 
@@ -774,11 +766,13 @@ class Desk:
     def cloud(self, data: bytes, id: str, points: str, **camera: str) -> Iterator[dict]:
         photo = self.open(id, camera)
         grid = pixel_grid(*photo.image.size, COUNT(points))
-        lines, batches = [], self.reader.query(photo, grid.reshape(-1, 2))
-        while len(lines) < grid.size // 2:
+        pixels = grid.reshape(-1, 2)
+        batches = self.reader.query(photo, pixels)
+        lines = []
+        while len(lines) < len(pixels):
             with self.lock:
                 lines += next(batches)
-            yield {"done": len(lines), "total": grid.size // 2}
+            yield {"done": len(lines), "total": len(pixels)}
         need_a_distance(self.reader, lines)
         cloud = make_cloud(photo, grid, lines)
         yield {"cloud": page_data(photo, cloud, note_of(photo, cloud, lines))}
@@ -907,7 +901,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     return args
 
 
-def camera_of(args: argparse.Namespace) -> dict:
+def camera_of(args) -> dict:
     return {"fov": args.fov, "focal": args.photo_focal, "focal_35mm": args.focal_35mm,
             "intrinsics": args.intrinsics}
 
@@ -925,7 +919,7 @@ def list_photos(paths: list[str]) -> list[str]:
     return found
 
 
-def result_folder(args: argparse.Namespace, path: str, alone: bool) -> Path:
+def result_folder(args, path: str, alone: bool) -> Path:
     if args.out and alone:
         return Path(args.out)
     name = Path(path).stem
@@ -947,7 +941,7 @@ def one_line_each(failed: list, alone: bool) -> Iterator[None]:
         failed.append(e)
 
 
-def run(args: argparse.Namespace, reader: Reader, photo: Photo, out: Path) -> dict:
+def run(args, reader: Reader, photo: Photo, out: Path) -> dict:
     """Distances of pixels, or a cloud, of one photo. -> what --json prints."""
     width, height = photo.image.size
     fx, fy, cx, cy = photo.intrinsics[:4]
@@ -966,7 +960,7 @@ def run(args: argparse.Namespace, reader: Reader, photo: Photo, out: Path) -> di
     return about | {"at": lines, "length": length_between(photo, lines)}
 
 
-def run_cloud(args: argparse.Namespace, reader: Reader, photo: Photo, out: Path) -> dict:
+def run_cloud(args, reader: Reader, photo: Photo, out: Path) -> dict:
     """Query the grid, or read what was answered before, and write all files."""
     import evaluate
     width, height = photo.image.size
@@ -983,9 +977,9 @@ def run_cloud(args: argparse.Namespace, reader: Reader, photo: Photo, out: Path)
     known = dict(args.known)
     pixels = [*map(tuple, grid.reshape(-1, 2).tolist()), *known]
     lines, cost = answer_pixels(reader, photo, pixels, out / ANSWERS)
-    if all(line["pred"] is None for line in lines[:rows * columns]):
+    if all(line["pred"] is None for line in lines):
         (out / ANSWERS).unlink()
-    need_a_distance(reader, lines[:rows * columns])
+    need_a_distance(reader, lines)
     lines = rescale(reader, lines, [*known.values()])
     cloud = make_cloud(photo, grid, lines, args.min_confidence, args.edge_filter)
     note = note_of(photo, cloud, lines)
@@ -1029,7 +1023,7 @@ def main(argv=None) -> None:
             return server.serve_forever()
     for path, out in folders.items():
         with one_line_each(failed, alone):
-            with redirect_stdout(sys.stderr) if args.json else nullcontext():
+            with redirect_stdout(sys.stderr if args.json else sys.stdout):
                 found = run(args, reader, open_one(path), out)
             if args.json:
                 print(render.json_text(found), end="", flush=True)
