@@ -30,9 +30,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import cached_property, lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -88,8 +87,8 @@ def pixel_grid(width: int, height: int, count: int) -> np.ndarray:
     columns, 2) int, x and y. No pixel comes twice."""
     columns = min(max(round(math.sqrt(count * width / height)), 1), width)
     rows = min(max(round(count / columns), 1), height)
-    x, y = ((2 * np.arange(n) + 1) * length // (2 * n)
-            for n, length in ((columns, width), (rows, height)))
+    x = ((np.arange(columns) + 0.5) * width / columns).astype(int)
+    y = ((np.arange(rows) + 0.5) * height / rows).astype(int)
     return np.stack(np.meshgrid(x, y), -1)
 
 
@@ -97,9 +96,9 @@ def has_neighbour(depth_m: np.ndarray, limit: float) -> np.ndarray:
     """(rows, columns) bool: distances within a factor 1 + `limit` of at least one of their four
     neighbours. The others float between two surfaces, or are single wrong answers."""
     logs = np.pad(np.log(depth_m), 1, constant_values=np.nan)
-    around = np.stack([logs[:-2, 1:-1], logs[2:, 1:-1], logs[1:-1, :-2], logs[1:-1, 2:]])
-    near = np.abs(around - logs[1:-1, 1:-1]) <= math.log1p(limit)  # never with NaN
-    return near.any(0)
+    near = [np.abs(np.roll(logs, step, axis) - logs) <= math.log1p(limit)  # False with NaN
+            for axis in (0, 1) for step in (-1, 1)]
+    return np.any(near, 0)[1:-1, 1:-1]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -115,7 +114,7 @@ class Photo:
     image: Image.Image
     intrinsics: tuple
     source: str
-    labels: tuple[np.ndarray, np.ndarray] | None = None
+    labels: tuple | None = None
     orientation: str | None = "upright"
 
 
@@ -144,44 +143,50 @@ def exif_focal(path: str) -> tuple[float, float, str]:
         tags = {**exif, **exif.get_ifd(ExifTags.IFD.Exif)}
         text = f"{file.info} {tags}"
 
-    def positive(name: str) -> float:
-        try:
-            value = float(tags.get(ExifTags.Base[name], 0))
-        except (TypeError, ValueError, ZeroDivisionError):
-            return 0.0
-        return value if math.isfinite(value) and value > 0 else 0.0
+    def tag(name: str):
+        return tags.get(ExifTags.Base[name])
 
-    aspect = max(width, height) / min(width, height)
-    made_by = f"{tags.get(ExifTags.Base.Make)} {tags.get(ExifTags.Base.Model)}"
-    spherical = abs(aspect - 2) < 0.02 and CAMERAS_360.search(made_by)
+    def positive(name: str) -> float:
+        with suppress(TypeError, ValueError, ZeroDivisionError):
+            value = float(tag(name))
+            if 0 < value < math.inf:
+                return value
+        return 0.0
+
+    longer, shorter = max(width, height), min(width, height)
+    aspect = longer / shorter
+    spherical = abs(aspect - 2) < 0.02 and CAMERAS_360.search(f"{tag('Make')} {tag('Model')}")
     by_apple = positive("CustomRendered") == 6
     if spherical or by_apple or aspect > 2.5 or NO_PINHOLE.search(text):
         raise ValueError(f"{path}: is a panorama, or spherical, or of a fisheye lens, so that its "
                          f"EXIF data have no focal length in pixels. {HOW_FOCAL}")
-    taken, now = (positive("ExifImageWidth"), positive("ExifImageHeight")), (width, height)
+    taken = positive("ExifImageWidth"), positive("ExifImageHeight")
     if all(taken) and abs(max(taken) / min(taken) / aspect - 1) > 0.01:
         raise ValueError(f"{path}: was taken at {taken[0]:g} x {taken[1]:g} and is {width} x "
                          f"{height}: it was cropped, so the focal length of its EXIF data does not "
                          f"hold. {HOW_FOCAL}")
 
-    units = {2: 25.4, 3: 10.0, 4: 1.0, 5: 0.001}  # mm
-    unit = units.get(int(positive("FocalPlaneResolutionUnit")) or 2)
+    units = {0: 25.4, 2: 25.4, 3: 10.0, 4: 1.0, 5: 0.001}  # mm; 0: not said, which means inches
+    unit = units.get(positive("FocalPlaneResolutionUnit"))
     focal_mm, density = positive("FocalLength"), positive("FocalPlaneXResolution")
     film_mm, zoom = positive("FocalLengthIn35mmFilm"), positive("DigitalZoomRatio") or 1.0
-    zoomed, on_sensor = abs(zoom - 1) > 0.02, focal_mm and density and unit
+    zoomed = abs(zoom - 1) > 0.02
+    on_sensor = focal_mm and density and unit
     if film_mm and not zoomed:
         focal = film_focal(film_mm, width, height)
         return focal, focal, f"EXIF: {film_mm:g} mm on 35 mm film, by the diagonal"
-    if film_mm and not on_sensor:
-        raise ValueError(f"{path}: was taken at {film_mm:g} mm on 35 mm film, and with a digital "
-                         f"zoom of {zoom:g}, which some makers count in and others do not. Give "
-                         f"--focal-35mm {film_mm:g} or {film_mm * zoom:g}.")
     if not on_sensor:
-        raise ValueError(f"{path}: its EXIF data have no focal length that can be had in pixels. "
-                         f"{HOW_FOCAL}")
-    resized = zoom * (max(now) / max(taken) if all(taken) else 1.0)
-    fx = focal_mm * density / unit * resized
-    fy = focal_mm * (positive("FocalPlaneYResolution") or density) / unit * resized
+        fault = f"its EXIF data have no focal length that can be had in pixels. {HOW_FOCAL}"
+        if film_mm:
+            fault = (f"was taken at {film_mm:g} mm on 35 mm film, and with a digital zoom of "
+                     f"{zoom:g}, which some makers count in and others do not. Give --focal-35mm "
+                     f"{film_mm:g} or {film_mm * zoom:g}.")
+        raise ValueError(f"{path}: {fault}")
+    scale = focal_mm / unit * zoom
+    if all(taken):
+        scale *= longer / max(taken)
+    fx = scale * density
+    fy = scale * (positive("FocalPlaneYResolution") or density)
     if turned:  # the tags are about the sensor
         fx, fy = fy, fx
     source = f"EXIF: {focal_mm:g} mm on a sensor of {density / unit:.4g} px/mm"
@@ -276,7 +281,9 @@ class Reader:
         self.checkpoint = render.open_checkpoint(str(checkpoint), settings)
         self.device = evaluate.pick_device(device)
         self.dtype = evaluate.pick_dtype(dtype, self.device)
-        self.decode, self.batch_size, self.workers = decode, batch_size, workers
+        self.decode = decode
+        self.batch_size = batch_size
+        self.workers = workers
 
     @cached_property
     def model(self):
@@ -297,15 +304,15 @@ class Reader:
         with image_path(image) as path:
             photo = open_photo(path, **camera)
             grid = pixel_grid(*photo.image.size, points)
-            lines = self.lines(photo, grid.reshape(-1, 2), self.workers)
+            lines = self.lines(photo, grid.reshape(-1, 2))
         need_a_distance(self, lines)
         cloud = make_cloud(photo, grid, lines, min_confidence, edge_filter)
         return cloud.xyz, cloud.colors
 
-    def lines(self, photo: Photo, pixels, workers: int = 0) -> list[dict]:
-        return [line for batch in self.query(photo, pixels, workers) for line in batch]
+    def lines(self, photo: Photo, pixels) -> list[dict]:
+        return [line for batch in self.query(photo, pixels) for line in batch]
 
-    def query(self, photo: Photo, pixels, workers: int = 0) -> Iterator[list[dict]]:
+    def query(self, photo: Photo, pixels) -> Iterator[list[dict]]:
         """Query the model about pixels (N, 2) -> batches of {"pixel", "pred" [m] or None, "text",
         ...}."""
         import evaluate
@@ -315,6 +322,7 @@ class Reader:
         records = [render.check_record(record, photo.path)]  # a list serves as Records
         pairs = [(0, k) for k in range(len(pixels))]
         remaining = iter(pixels.tolist())
+        workers = self.workers if len(pixels) > self.batch_size else 0
         for _, answers, _ in evaluate.run_queries(self.model, self.checkpoint, records, pairs,
                                                   "distance", self.batch_size, workers,
                                                   decode=self.decode):
@@ -331,43 +339,35 @@ def measures(lines: list[dict]) -> np.ndarray:
     return np.array([[line.get(key) for line in lines] for key in MEASURES], np.float64)
 
 
-def answer_pixels(reader: Reader, photo: Photo, pixels: np.ndarray,
+def answer_pixels(reader: Reader, photo: Photo, pixels: list[tuple],
                   path: Path) -> tuple[list[dict], str]:
-    """Query the model about all pixels (N, 2) whose answers are not in `path`; they are on disk
-    before the next batch begins. -> lines in the order of the pixels, and what a query took."""
+    """Query the model about the pixels whose answers are not in `path`; each batch is on disk
+    before the next one begins. -> lines in the order of the pixels, and the time a query took."""
     done = {}
     if path.exists():
         with render.blaming(path):
             done = {tuple(line["pixel"]): line for _, line in render.read_jsonl(path, True)
                     if line["pred"] is None or NEAREST < line["pred"] < FARTHEST}
-    order = [tuple(pixel) for pixel in pixels.tolist()]
-    kept = next((k for k, pixel in enumerate(order) if pixel not in done), len(order))
-    if kept == len(order):
-        return [done[pixel] for pixel in order], "answered before"
-    kept -= kept % reader.batch_size  # the rest is batched as it is without an interruption
-    lines = [done[pixel] for pixel in order[:kept]]
+    kept = next((k for k, pixel in enumerate(pixels) if pixel not in done), len(pixels))
+    if kept == len(pixels):
+        return [done[pixel] for pixel in pixels], "answered before"
+    kept -= kept % reader.batch_size  # so that a resumed run has the batches of a whole one
+    lines = [done[pixel] for pixel in pixels[:kept]]
     render.write_jsonl(path, lines)
     if kept:
         print(f"{path}: resumes after {kept:,} answers", flush=True)
 
-    left = len(order) - kept
-    if left > reader.batch_size:
-        for _ in range(2):  # the first one loads the model and opens the photo
-            start = time.time()
-            reader.lines(photo, pixels[:1])
-        most = timedelta(seconds=math.ceil(left * (time.time() - start)))
-        print(f"{left:,} queries take at most {most} (h:mm:ss), the time of one by one; "
-              f"{reader.batch_size} at once are faster", flush=True)
+    batches = reader.query(photo, pixels[kept:])
+    bar = tqdm(total=len(pixels), initial=kept, desc="queries", disable=None, dynamic_ncols=True)
     start = time.time()
-    bar = tqdm(total=len(order), initial=kept, desc="queries", disable=None, dynamic_ncols=True)
     with open(path, "a") as file, bar:
-        for batch in reader.query(photo, pixels[kept:], reader.workers):
+        for batch in batches:
             file.write("".join(map(render.json_text, batch)))
             file.flush()
             lines += batch
             bar.set_postfix(unparsed=sum(line["pred"] is None for line in lines), refresh=False)
             bar.update(len(batch))
-    return lines, f"{(time.time() - start) / left:.3g} s a query"
+    return lines, f"{(time.time() - start) / (len(pixels) - kept):.3g} s a query"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -380,10 +380,11 @@ def length_between(photo: Photo, lines: list[dict]) -> dict | None:
     if len(lines) != 2 or None in [line["pred"] for line in lines]:
         return None
     depth_m, q10, q90, _ = measures(lines)
-    drawn = np.random.default_rng(0).standard_normal((2000, 2)) / 1.2816  # 10 % are below -1
-    drawn[0] = 0
-    drawn = depth_m + np.nan_to_num(drawn * np.where(drawn > 0, q90 - depth_m, depth_m - q10))
-    ends = render.unproject(np.array([line["pixel"] for line in lines]), drawn, photo.intrinsics)
+    errors = np.random.default_rng(0).standard_normal((2000, 2)) / 1.2816  # 10 % are below -1
+    errors[0] = 0
+    errors *= np.where(errors > 0, q90 - depth_m, depth_m - q10)
+    pixels = np.array([line["pixel"] for line in lines])
+    ends = render.unproject(pixels, depth_m + np.nan_to_num(errors), photo.intrinsics)
     lengths = np.linalg.norm(ends[:, 0] - ends[:, 1], axis=-1)
     found = {"pred": float(lengths[0])}
     if np.isfinite(q10).all():
@@ -417,10 +418,12 @@ def need_a_distance(reader: Reader, lines: list[dict]) -> None:
                          f"prompt '{reader.checkpoint.settings['prompt']}'?")
 
 
-def rescale(reader: Reader, lines: list[dict], known: list[dict],
-            metres: list[float]) -> list[dict]:
-    """The lines times the median of known / read distance at the known pixels. Raises ValueError if
-    none of these has an answer."""
+def rescale(reader: Reader, lines: list[dict], metres: list[float]) -> list[dict]:
+    """The last lines are those of pixels at known distances: -> the others, times the median of
+    known / read distance. Raises ValueError if no known pixel has an answer."""
+    if not metres:
+        return lines
+    lines, known = lines[:-len(metres)], lines[-len(metres):]
     need_a_distance(reader, known)
     ratios = np.array(metres) / measures(known)[0]
     scale = float(np.nanmedian(ratios))
@@ -451,24 +454,22 @@ def make_cloud(photo: Photo, grid: np.ndarray, lines: list[dict],
                min_confidence: float | None = None, edge_filter: float | None = None) -> Cloud:
     """Answers on a grid (rows, columns, 2), filtered and unprojected. Raises ValueError if no point
     is left."""
-    depth_m, q10, q90, confidence = measures(lines).astype(np.float32).reshape(4, *grid.shape[:2])
+    values = measures(lines).astype(np.float32)
+    depth_m, q10, q90, confidence = values.reshape(-1, *grid.shape[:2])
     keep = np.isfinite(depth_m)
-    intervals = {}
-    if any("confidence" in line for line in lines):
-        intervals = {"confidence": confidence, "q10": q10, "q90": q90}
     if min_confidence is not None:
-        keep = keep & (confidence >= min_confidence)
-        if not keep.any():
-            raise ValueError(f"--min-confidence {min_confidence:g}: leaves no point; the highest "
-                             f"is {np.nanmax(confidence):.2f}. Give a lower one.")
+        keep &= confidence >= min_confidence
     if edge_filter is not None:
-        keep = keep & has_neighbour(depth_m, edge_filter)
-        if not keep.any():
-            raise ValueError(f"--edge-filter {edge_filter:g}: leaves no point. Give a larger "
-                             "ratio.")
+        keep &= has_neighbour(depth_m, edge_filter)
+    if not keep.any():
+        raise ValueError("--min-confidence, --edge-filter: leave no point. Lower the first (of all "
+                         f"confidences the highest is {np.nan_to_num(confidence).max():.2f}), or "
+                         "raise the second.")
     xyz = render.unproject(grid[keep], depth_m[keep], photo.intrinsics).astype(np.float32)
     x, y = grid[keep].T
-    intervals = {key: np.nan_to_num(values[keep]) for key, values in intervals.items()}
+    intervals = {"confidence": confidence, "q10": q10, "q90": q90}
+    intervals = {key: np.nan_to_num(values[keep]) for key, values in intervals.items()
+                 if np.isfinite(values).any()}
     return Cloud(grid, depth_m, keep, xyz, np.asarray(photo.image)[y, x], intervals)
 
 
@@ -486,28 +487,26 @@ def label_error(photo: Photo, depth_m: np.ndarray) -> str | None:
     if photo.labels is None:
         return None
     error = np.abs(label_ratios(photo, depth_m) - 1)
-    known = np.isfinite(error).sum()
-    if not known:
+    error = error[np.isfinite(error)]
+    if not len(error):
         return None
-    return (f"against the record's labels: median error {np.nanmedian(error):.1%} at {known} "
+    return (f"against the record's labels: median error {np.median(error):.1%} at {len(error)} "
             "points")
 
 
 def write_ply(file, **columns: np.ndarray) -> None:
     """A binary PLY with one vertex a row: each column (N,) a property, uint8 as uchar, anything
     else as float."""
-    kinds = {name: "u1" if column.dtype == np.uint8 else "<f4"
-             for name, column in columns.items()}
-    vertices = np.empty(len(columns["x"]), list(kinds.items()))
     header = ["ply", "format binary_little_endian 1.0",
               "comment metres; camera axes x right, y down, z forward",
-              f"element vertex {len(vertices)}"]
+              f"element vertex {len(columns['x'])}"]
+    arrays = []
     for name, column in columns.items():
-        vertices[name] = column
-        kind = "uchar" if kinds[name] == "u1" else "float"
-        header.append(f"property {kind} {name}")
+        color = column.dtype == np.uint8
+        header.append(f"property {'uchar' if color else 'float'} {name}")
+        arrays.append(column if color else column.astype("<f4"))
     file.write("\n".join([*header, "end_header\n"]).encode())
-    file.write(vertices.tobytes())
+    file.write(np.rec.fromarrays(arrays).tobytes())
 
 
 def write_glb(file, photo: Photo, cloud: Cloud) -> None:
@@ -515,11 +514,10 @@ def write_glb(file, photo: Photo, cloud: Cloud) -> None:
     by more than CUT. glTF's axes: x right, y up, z backward."""
     number = np.full(cloud.keep.shape, -1)
     number[cloud.keep] = np.arange(len(cloud.xyz))
-    rows, columns = number.shape
-    left_up, right_up, left_low, right_low = (
-        number[i:rows - 1 + i, j:columns - 1 + j].ravel() for i in (0, 1) for j in (0, 1))
-    triangles = np.concatenate([np.stack([left_up, left_low, right_up], 1),
-                                np.stack([right_up, left_low, right_low], 1)])
+    left_up, right_up = number[:-1, :-1], number[:-1, 1:]
+    left_low, right_low = number[1:, :-1], number[1:, 1:]
+    corners = [left_up, left_low, right_up, right_up, left_low, right_low]
+    triangles = np.stack(corners, -1).reshape(-1, 3)
     triangles = triangles[(triangles >= 0).all(1)]
     depth_m = cloud.depth_m[cloud.keep][triangles]
     triangles = triangles[depth_m.max(1) <= (1 + CUT) * depth_m.min(1)]
@@ -532,11 +530,13 @@ def write_glb(file, photo: Photo, cloud: Cloud) -> None:
     arrays = [cloud.xyz * np.float32([1, -1, -1]),
               np.float32((cloud.pixels[cloud.keep] + 0.5) / photo.image.size),
               triangles.reshape(-1, 1).astype(np.uint32)]
-    scene, views, body = json.loads(GLTF), [], b""
+    scene = json.loads(GLTF)
     for accessor, array in zip(scene["accessors"], arrays):
-        accessor |= {"count": len(array), "min": array.min(0).tolist(),
-                     "max": array.max(0).tolist()}
-    for part in (*(array.tobytes() for array in arrays), jpeg.getvalue()):
+        accessor["count"] = len(array)
+        accessor["min"] = array.min(0).tolist()
+        accessor["max"] = array.max(0).tolist()
+    views, body = [], b""
+    for part in [*(array.tobytes() for array in arrays), jpeg.getvalue()]:
         views.append({"buffer": 0, "byteOffset": len(body), "byteLength": len(part)})
         body += part + bytes(-len(part) % 4)
     scene |= {"bufferViews": views, "buffers": [{"byteLength": len(body)}]}
@@ -549,22 +549,21 @@ def write_glb(file, photo: Photo, cloud: Cloud) -> None:
 
 def z_millimetres(photo: Photo, cloud: Cloud) -> Image.Image:
     """The grid's z as a 16-bit image, 0 where it is unknown or beyond 65.5 m."""
-    x, y = cloud.pixels[..., 0], cloud.pixels[..., 1]
-    z = np.nan_to_num(1000 * cloud.depth_m / render.ray_length(x, y, photo.intrinsics))
-    return Image.fromarray(np.where(z < 65535.5, z.round(), 0).astype(np.uint16))
+    x, y = np.moveaxis(cloud.pixels, -1, 0)
+    z = 1000 * cloud.depth_m / render.ray_length(x, y, photo.intrinsics)
+    z[~(z < 65535.5)] = 0  # NaN, too
+    return Image.fromarray(z.round().astype(np.uint16))
 
 
 def page_data(photo: Photo, cloud: Cloud, note: str) -> dict:
     """A cloud as viewer.html takes it, arrays in base64. spacing: of points, a share of z."""
     fx, fy, _, _, w, h = photo.intrinsics
     rows, columns = cloud.keep.shape
-
-    def coded(values: np.ndarray) -> str:
-        return base64.b64encode(values.tobytes()).decode()
-
-    data = {"xyz": cloud.xyz, "colors": cloud.colors, **cloud.intervals}
-    return {"note": note, "spacing": max(w / columns / fx, h / rows / fy),
-            **{key: coded(values) for key, values in data.items()}}
+    data = {"note": note, "spacing": max(w / columns / fx, h / rows / fy)}
+    arrays = {"xyz": cloud.xyz, "colors": cloud.colors, **cloud.intervals}
+    for key, values in arrays.items():
+        data[key] = base64.b64encode(values.tobytes()).decode()
+    return data
 
 
 def page_text(data: dict) -> str:
@@ -590,8 +589,8 @@ def write_cloud(out: Path, photo: Photo, cloud: Cloud, note: str, gif: bool) -> 
         "depth.npy": lambda file: np.save(file, cloud.depth_m),
         "depth.png": lambda file: z_millimetres(photo, cloud).save(file, "PNG"),
         "points.npz": lambda file: np.savez(
-            file, pixels=cloud.pixels[cloud.keep], depth=cloud.depth_m[cloud.keep], xyz=cloud.xyz,
-            colors=cloud.colors, intrinsics=photo.intrinsics, **cloud.intervals),
+            file, pixels=cloud.pixels[cloud.keep], depth=cloud.depth_m[cloud.keep],
+            xyz=cloud.xyz, colors=cloud.colors, intrinsics=photo.intrinsics, **cloud.intervals),
         "picture.png": lambda file: draw_picture(photo, cloud, note).save(file, "PNG"),
         "cloud.glb": lambda file: write_glb(file, photo, cloud),
         "cloud.html": lambda file: file.write(page_text(page_data(photo, cloud, note)).encode()),
@@ -623,12 +622,13 @@ def colorize(depth_m: np.ndarray, near: float, far: float) -> np.ndarray:
 def legend(height: int, ticks: list[float], unit: str) -> Image.Image:
     """The colours as a bar with round numbers beside it, far at the top: 80 x height px."""
     image = Image.new("RGB", (80, height), "white")
-    near, far, length = ticks[0], ticks[-1], height - 13
-    bar = colorize(near * (far / near) ** np.linspace(1, 0, length), near, far)
-    image.paste(Image.fromarray(np.repeat(bar[:, None], 16, 1)), (8, 6))
+    near, far = ticks[0], ticks[-1]
+    length = height - 13
+    bar = colorize(np.geomspace(far, near, length), near, far)
+    image.paste(Image.fromarray(bar[:, None]).resize((16, length)), (8, 6))
     draw = ImageDraw.Draw(image)
     for tick in ticks:
-        y = 6 + (1 - math.log(tick / near) / math.log(far / near)) * (length - 1)
+        y = 6 + math.log(far / tick) / math.log(far / near) * (length - 1)
         draw.line((24, y, 28, y), "black")
         draw.text((31, y), f"{tick:g}{unit}", "black", anchor="lm", font_size=12)
     return image
@@ -636,7 +636,7 @@ def legend(height: int, ticks: list[float], unit: str) -> Image.Image:
 
 def mark_labels(photo: Photo, size, colors: np.ndarray) -> Image.Image:
     """The photo in grey with a dot in its own colour (N, 3) at each label."""
-    image = photo.image.resize(size, Image.Resampling.LANCZOS).convert("L").convert("RGB")
+    image = photo.image.resize(size).convert("L").convert("RGB")
     draw = ImageDraw.Draw(image)
     places = (photo.labels[0] + 0.5) * size / photo.image.size - 0.5
     for (x, y), color in zip(places.tolist(), colors.tolist()):
@@ -644,27 +644,23 @@ def mark_labels(photo: Photo, size, colors: np.ndarray) -> Image.Image:
     return image
 
 
-def view_rotation(yaw: float, pitch: float) -> np.ndarray:
-    """(3, 3): a view from `yaw` degrees to the right and `pitch` upwards."""
-    a, b = math.radians(yaw), math.radians(pitch)
-    around = [[math.cos(a), 0, math.sin(a)], [0, 1, 0], [-math.sin(a), 0, math.cos(a)]]
-    above = [[1, 0, 0], [0, math.cos(b), -math.sin(b)], [0, math.sin(b), math.cos(b)]]
-    return np.array(above) @ np.array(around)
+def panel_size(photo: Photo) -> list[int]:
+    return [max(round(n * PANEL / max(photo.image.size)), 160) for n in photo.image.size]
 
 
-def fill_in(photo: Photo, cloud: Cloud, size) -> tuple[np.ndarray, np.ndarray]:
+def fill_in(photo: Photo, cloud: Cloud, size) -> tuple:
     """The cloud without gaps: points (N, 3) [m] and colours (N, 3), about one a pixel of an image
     of `size` (w, h). Distances are interpolated between neighbours on the grid, except across
     edges."""
     grid = np.where(cloud.keep, cloud.depth_m, np.nan).astype(np.float32)
     size = np.maximum(size, grid.shape[::-1])
     image = Image.fromarray(grid)
-    smooth, depth_m = (np.asarray(image.resize(size, method))
-                       for method in (Image.Resampling.BILINEAR, Image.Resampling.NEAREST))
+    smooth = np.asarray(image.resize(size, Image.BILINEAR))
+    depth_m = np.asarray(image.resize(size, Image.NEAREST))
     depth_m = np.where(np.abs(smooth / depth_m - 1) < EDGE, smooth, depth_m)
     y, x = np.nonzero(np.isfinite(depth_m))
     pixels = (np.stack([x, y], -1) + 0.5) * photo.image.size / size - 0.5
-    colors = np.asarray(photo.image.resize(size, Image.Resampling.BICUBIC))[y, x]
+    colors = np.asarray(photo.image.resize(size))[y, x]
     return render.unproject(pixels, depth_m[y, x], photo.intrinsics), colors
 
 
@@ -674,57 +670,63 @@ def draw_cloud(xyz: np.ndarray, colors: np.ndarray, size, yaw: float, pitch: flo
     camera did), in parallel projection, 5 px wide; nearer ones hide others. Colours (N, 3) uint8,
     size (w, h); frame: half the sides of what is shown [m], around the origin."""
     width, height = size
-    turned = xyz @ view_rotation(yaw, pitch).T
-    order = np.argsort(-turned[:, 2], kind="stable")  # far to near: what is assigned last, stays
-    turned, colors = turned[order], np.repeat(colors[order], 25, 0)
-    low, high = np.quantile(turned[:, :2], (0.01, 0.99), 0)  # outliers may leave the frame
+    a, b = math.radians(yaw), math.radians(pitch)
+    x, y, z = xyz.T
+    x, z = x * math.cos(a) + z * math.sin(a), z * math.cos(a) - x * math.sin(a)
+    y, z = y * math.cos(b) - z * math.sin(b), z * math.cos(b) + y * math.sin(b)
+    order = np.argsort(-z, kind="stable")  # far to near: what is assigned last, stays
+    places = np.stack([x, y], -1)[order]
+    low, high = np.quantile(places, (0.01, 0.99), 0)  # outliers may leave the frame
     if frame is not None:
         low, high = -frame, frame
-    scale = 0.92 * min((width, height) / np.maximum(high - low, 0.01))  # px a metre
-    places = np.floor((turned[:, :2] - (low + high) / 2) * scale + np.divide(size, 2))
+    scale = 0.92 * min(size / np.maximum(high - low, 0.01))  # px a metre
+    places = np.floor((places - (low + high) / 2) * scale + np.divide(size, 2))
+    places = 5 + places.clip(-3, np.add(size, 2)).astype(int)  # those outside: on a border of 5 px
     offsets = np.mgrid[-2:3, -2:3].reshape(2, 25)
-    x, y = (places.clip(-9, 1e5).astype(int).T[:, :, None] + offsets[:, None]).reshape(2, -1)
-    inside = (0 <= x) & (x < width) & (0 <= y) & (y < height)
-    canvas = np.full((height, width, 3), BACKGROUND, np.uint8)
-    canvas[y[inside], x[inside]] = colors[inside]
-    return Image.fromarray(canvas)
+    x, y = (places.T[:, :, None] + offsets[:, None]).reshape(2, -1)
+    canvas = np.full((height + 10, width + 10, 3), BACKGROUND, np.uint8)
+    canvas[y, x] = np.repeat(colors[order], 25, 0)
+    return Image.fromarray(canvas[5:-5, 5:-5])
 
 
 def draw_picture(photo: Photo, cloud: Cloud, note: str) -> Image.Image:
     """The photo, the answers and, where there are labels, the truth and the error, in colours with
     a legend; the cloud from two sides; a note below."""
-    size = [max(round(n * PANEL / max(photo.image.size)), 160) for n in photo.image.size]
+    size = panel_size(photo)
     ticks = render.round_ticks(*np.nanquantile(cloud.depth_m, (0.01, 0.99)), log=True)
-    depth = Image.fromarray(colorize(cloud.depth_m, ticks[0], ticks[-1]))
+    near, far = ticks[0], ticks[-1]
+    depth = Image.fromarray(colorize(cloud.depth_m, near, far))
     xyz, colors = fill_in(photo, cloud, size)
     low = xyz[:, 1] > 0
     if low.mean() <= 0.2:
-        low = np.ones_like(low)
-    above = [(photo.image.resize(size, Image.Resampling.LANCZOS), "Photo"),
-             (depth.resize(size, Image.Resampling.NEAREST), "Answers: Euclidean distance")]
-    below = [(draw_cloud(xyz, colors, size, 30, 20), "The cloud from the upper right"),
-             (draw_cloud(xyz[low], colors[low], size, 0, 45),
-              "From above, without what is higher than the camera")]
-    legends = [legend(size[1], ticks, " m")]
+        low[:] = True
+
+    def tile(image: Image.Image, caption: str, method=Image.BICUBIC) -> Image.Image:
+        return render.captioned(image.resize(size, method), caption)
+
+    above = [tile(photo.image, "Photo"),
+             tile(depth, "Answers: Euclidean distance", Image.NEAREST)]
+    below = [tile(draw_cloud(xyz, colors, size, 30, 20), "The cloud from the upper right"),
+             tile(draw_cloud(xyz[low], colors[low], size, 0, 45),
+                  "From above, without what is higher than the camera")]
     if photo.labels:
-        ratios = label_ratios(photo, cloud.depth_m)
-        true = colorize(photo.labels[1], ticks[0], ticks[-1])
-        above.append((mark_labels(photo, size, true), "Truth at the labels"))
-        below.append((mark_labels(photo, size, colorize(ratios, 0.5, 2)), "Answer / truth"))
-        legends.append(legend(size[1], RATIOS, ""))
-    tiles = [render.captioned(*tile) for tile in above + below]
-    tiles.insert(len(above), legends[0])
-    picture = render.sheet(tiles + legends[1:], len(above) * (size[0] + render.GAP) + 90)
+        true = colorize(photo.labels[1], near, far)
+        ratios = colorize(label_ratios(photo, cloud.depth_m), RATIOS[0], RATIOS[-1])
+        above.append(tile(mark_labels(photo, size, true), "Truth at the labels"))
+        below.append(tile(mark_labels(photo, size, ratios), "Answer / truth"))
+        below.append(legend(size[1], RATIOS, ""))
+    above.append(legend(size[1], ticks, " m"))
+    picture = render.sheet(above + below, sum(image.width + render.GAP for image in above))
     return render.captioned(picture, note)
 
 
-def save_turn(file, photo: Photo, cloud: Cloud, frames: int = 36) -> None:
+def save_turn(file, photo: Photo, cloud: Cloud) -> None:
     """A GIF of a view that circles around that of the camera, behind which nothing is known."""
-    size = [max(round(n * PANEL / max(photo.image.size)), 100) for n in photo.image.size]
+    size = panel_size(photo)
     xyz, colors = fill_in(photo, cloud, np.floor_divide(size, 2))
     xyz = xyz - np.median(xyz, 0)
     frame = 1.3 * np.quantile(np.abs(xyz[:, :2]), 0.98, 0)
-    turn = 2 * np.pi * np.arange(frames) / frames
+    turn = np.linspace(0, 2 * np.pi, 36, endpoint=False)
     images = [draw_cloud(xyz, colors, size, yaw, pitch, frame)
               for yaw, pitch in zip(35 * np.sin(turn), 14 - 10 * np.cos(turn))]
     images[0].save(file, "GIF", save_all=True, append_images=images[1:], duration=70, loop=0)
@@ -740,20 +742,18 @@ class Desk:
     batches of a cloud."""
 
     def __init__(self, reader: Reader):
+        reader.workers = 0  # a process with threads should not fork
         self.reader, self.lock = reader, threading.Lock()
         self.folder, self.opened = tempfile.TemporaryDirectory(), lru_cache(4)(open_photo)
         self.actions = {"/photo": self.photo, "/distance": self.distance, "/cloud": self.cloud}
 
-    def path(self, id: str) -> str:
-        return os.path.join(self.folder.name, os.path.basename(id))
-
     def open(self, id: str, camera: dict[str, str]) -> Photo:
-        values = {key: float(text) for key, text in camera.items()}
-        return self.opened(self.path(id), **values)
+        path = os.path.join(self.folder.name, os.path.basename(id))
+        return self.opened(path, **{key: float(text) for key, text in camera.items()})
 
     def photo(self, data: bytes, **camera: str) -> Iterator[dict]:
         id = hashlib.sha256(data).hexdigest()
-        Path(self.path(id)).write_bytes(data)
+        Path(self.folder.name, id).write_bytes(data)
         photo = self.open(id, camera)
         yield {"id": id, "intrinsics": photo.intrinsics, "source": photo.source}
 
@@ -766,11 +766,13 @@ class Desk:
     def cloud(self, data: bytes, id: str, points: str, **camera: str) -> Iterator[dict]:
         photo = self.open(id, camera)
         grid = pixel_grid(*photo.image.size, COUNT(points))
-        lines, batches = [], self.reader.query(photo, grid.reshape(-1, 2))
-        while len(lines) < grid.size // 2:
+        pixels = grid.reshape(-1, 2)
+        batches = self.reader.query(photo, pixels)
+        lines = []
+        while len(lines) < len(pixels):
             with self.lock:
                 lines += next(batches)
-            yield {"done": len(lines), "total": grid.size // 2}
+            yield {"done": len(lines), "total": len(pixels)}
         need_a_distance(self.reader, lines)
         cloud = make_cloud(photo, grid, lines)
         yield {"cloud": page_data(photo, cloud, note_of(photo, cloud, lines))}
@@ -899,7 +901,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     return args
 
 
-def camera_of(args: argparse.Namespace) -> dict:
+def camera_of(args) -> dict:
     return {"fov": args.fov, "focal": args.photo_focal, "focal_35mm": args.focal_35mm,
             "intrinsics": args.intrinsics}
 
@@ -917,11 +919,14 @@ def list_photos(paths: list[str]) -> list[str]:
     return found
 
 
-def result_name(path: str, record: int | None) -> str:
-    if record is None:
-        return Path(path).stem
-    import evaluate
-    return f"{evaluate.dataset_names([path])[0]}-{record}"
+def result_folder(args, path: str, alone: bool) -> Path:
+    if args.out and alone:
+        return Path(args.out)
+    name = Path(path).stem
+    if args.record is not None:
+        import evaluate
+        name = f"{evaluate.dataset_names([path])[0]}-{args.record}"
+    return Path(args.out or "out", name)
 
 
 @contextmanager
@@ -936,29 +941,26 @@ def one_line_each(failed: list, alone: bool) -> Iterator[None]:
         failed.append(e)
 
 
-def run(args: argparse.Namespace, reader: Reader, photo: Photo, out: Path) -> dict:
+def run(args, reader: Reader, photo: Photo, out: Path) -> dict:
     """Distances of pixels, or a cloud, of one photo. -> what --json prints."""
     width, height = photo.image.size
     fx, fy, cx, cy = photo.intrinsics[:4]
     print(f"{photo.path}: {width} x {height} px, focal {fx:.1f} {fy:.1f} px ({photo.source}), "
           f"center {cx:g} {cy:g}", flush=True)
     about = {"photo": photo.path, "intrinsics": photo.intrinsics, "source": photo.source}
-    places, metres = [place for place, _ in args.known], [true for _, true in args.known]
     if not args.at:
         with render.lock_folder(out):
-            return about | run_cloud(args, reader, photo, out, places, metres)
+            return about | run_cloud(args, reader, photo, out)
 
-    lines = reader.lines(photo, [*args.at, *places])
-    lines, known = lines[:len(args.at)], lines[len(args.at):]
-    if known:
-        lines = rescale(reader, lines, known, metres)
+    known = dict(args.known)
+    lines = reader.lines(photo, [*args.at, *known])
+    lines = rescale(reader, lines, [*known.values()])
     print_answers(photo, lines)
     need_a_distance(reader, lines)
     return about | {"at": lines, "length": length_between(photo, lines)}
 
 
-def run_cloud(args: argparse.Namespace, reader: Reader, photo: Photo, out: Path, places: list,
-              metres: list) -> dict:
+def run_cloud(args, reader: Reader, photo: Photo, out: Path) -> dict:
     """Query the grid, or read what was answered before, and write all files."""
     import evaluate
     width, height = photo.image.size
@@ -972,16 +974,13 @@ def run_cloud(args: argparse.Namespace, reader: Reader, photo: Photo, out: Path,
               "image": evaluate.file_hash(photo.path), "intrinsics": photo.intrinsics}
     evaluate.claim(out, args, inputs, (ANSWERS, *FILES))
 
-    pixels = grid.reshape(-1, 2)
-    if places:
-        pixels = np.concatenate([pixels, places])
+    known = dict(args.known)
+    pixels = [*map(tuple, grid.reshape(-1, 2).tolist()), *known]
     lines, cost = answer_pixels(reader, photo, pixels, out / ANSWERS)
-    lines, known = lines[:grid.size // 2], lines[grid.size // 2:]
     if all(line["pred"] is None for line in lines):
         (out / ANSWERS).unlink()
     need_a_distance(reader, lines)
-    if known:
-        lines = rescale(reader, lines, known, metres)
+    lines = rescale(reader, lines, [*known.values()])
     cloud = make_cloud(photo, grid, lines, args.min_confidence, args.edge_filter)
     note = note_of(photo, cloud, lines)
     files = write_cloud(out, photo, cloud, note, args.gif)
@@ -1001,16 +1000,20 @@ def main(argv=None) -> None:
             photo = open_photo(path, **camera_of(args))
         else:
             photo = open_record(path, args.record, args.image_root, args.label_type)
-        check_inside(photo, [*args.at, *(place for place, _ in args.known)])
+        check_inside(photo, [*args.at, *dict(args.known)])
         return photo
 
-    photos, failed, readable = list_photos(args.photo), [], []
+    photos, failed, folders = list_photos(args.photo), [], {}
     alone = len(photos) == 1
     for path in photos:  # all of them before any waits for the model
         with one_line_each(failed, alone):
             open_one(path)
-            readable.append(path)
-    if readable or args.serve is not None:
+            out = result_folder(args, path, alone)
+            if not args.at and out in folders.values():
+                raise ValueError(f"{path}: {out} is the folder of another photo of that name. "
+                                 "Rename one, or give each a call and an --out of its own.")
+            folders[path] = out
+    if folders or args.serve is not None:
         reader = Reader(args.checkpoint, args.device, args.dtype, args.decode, args.batch_size,
                         args.workers, **render.settings_from_flags(args))
     if args.serve is not None:
@@ -1018,12 +1021,9 @@ def main(argv=None) -> None:
             print(f"open http://127.0.0.1:{server.server_port}/ (the model is on "
                   f"{reader.model.device}; Ctrl-C ends it)", flush=True)
             return server.serve_forever()
-    for path in readable:
-        out = Path(args.out or "out")
-        if not (args.out and alone):
-            out = out / result_name(path, args.record)
+    for path, out in folders.items():
         with one_line_each(failed, alone):
-            with redirect_stdout(sys.stderr) if args.json else nullcontext():
+            with redirect_stdout(sys.stderr if args.json else sys.stdout):
                 found = run(args, reader, open_one(path), out)
             if args.json:
                 print(render.json_text(found), end="", flush=True)

@@ -926,6 +926,27 @@ def test_several_photos(tmp_path, tiny, exact, capsys, monkeypatch):
     assert "empty: holds no photo" in error_of(capsys, tiny, "empty")
 
 
+def test_two_photos_of_one_name(tmp_path, tiny, exact, no_model, capsys):
+    """Their clouds would share a folder: the second is refused before the model is loaded, with
+    --overwrite, too; distances are written nowhere, so --at takes both."""
+    photos = []
+    for shift, name in enumerate("ab"):
+        (tmp_path / name).mkdir()
+        photos.append(make_photo(tmp_path / name / "desk.png", shift=shift))
+    common = (tiny, *photos, "--photo-focal", 80, "--points", 20, "--out", tmp_path / "out")
+    cloud(*common, "--at", "3,4")
+    with pytest.raises(SystemExit):
+        cloud(*common, "--overwrite")
+    said = capsys.readouterr().err.splitlines()
+    first, last = (line for line in said if line.startswith("error: "))
+    assert first.startswith(f"error: {photos[1]}: ") and "another photo of that name" in first
+    assert "1 of 2 photos failed" in last
+    answers = (tmp_path / "out/desk/answers.jsonl").read_bytes()
+    no_model()
+    cloud(tiny, photos[0], *common[3:-1], tmp_path / "out/desk")
+    assert (tmp_path / "out/desk/answers.jsonl").read_bytes() == answers
+
+
 def test_flags_may_stand_between_photos():
     for words in ("c --fov 65 a.jpg b.jpg", "c a.jpg --fov 65 b.jpg", "--fov 65 c a.jpg b.jpg"):
         args = pointcloud.parse_args(words.split())
