@@ -23,9 +23,11 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import lru_cache
+from functools import cache, lru_cache, partial
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +39,7 @@ from safetensors import SafetensorError, safe_open
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import render
@@ -55,7 +58,10 @@ from render import (
 NUM_QUERIES = 8192  # Sec. 3, random samples a set
 ADAPTERS = (".lora_a", ".lora_b")  # endings of their names
 BINS = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 10_000)  # of true numbers; no label is larger
-ODD = ("truncated", "off_form")  # what is true of some answers
+ODD = ("truncated", "off_form")  # flags of unusual answers
+ERRORS = ("abs_rel", "rmse", "log10", "silog")
+METRICS = ("delta1", "delta2", "delta3", *ERRORS)
+SURE = ("q10", "q90", "confidence", "lost")  # of an answer by the median
 
 
 # --------------------------------------------------------------------------------------------------
@@ -95,8 +101,8 @@ def attend(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_
 
 
 def masked_attention(query, key, value, mask, scaling) -> torch.Tensor:
-    """On a GPU without cuDNN, which builds a plan for each new shape, half a second long, and each
-    decoding step is one; and with expanded heads, for which alone a fused kernel takes a mask."""
+    """On a GPU without cuDNN, which spends half a second on planning for each new shape, and each
+    decoding step has a new one. Heads are expanded: only then does a fused kernel take a mask."""
     if not query.is_cuda:
         return F.scaled_dot_product_attention(query, key, value, mask, scale=scaling,
                                               enable_gqa=True)
@@ -134,29 +140,24 @@ def flash_segments(q, k, v, starts, longest: int | None, scaling, causal: bool) 
 
 
 def batched_segments(q, k, v, starts, scaling, causal: bool) -> torch.Tensor:
-    """The same with plain attention: segments of equal length are one batch, which is most of them
-    (the windows of Qwen2.5-VL's vision tower)."""
-    starts = starts.tolist()
-    groups: dict[int, list[int]] = {}
-    for start, end in zip(starts, starts[1:]):
-        groups.setdefault(end - start, []).append(start)
-    outs, order = [], []
-    for length, firsts in groups.items():
-        index = torch.tensor(firsts)[:, None] + torch.arange(length)  # (n, length)
-        index = index.to(q.device)
+    """The same with plain attention: segments of equal length, as most windows of Qwen2.5-VL's
+    vision tower are, form one batch."""
+    out, lengths = torch.empty_like(q), starts.diff()
+    for length in lengths.unique().tolist():
+        firsts = starts[:-1][lengths == length]
+        index = firsts[:, None] + torch.arange(length, device=q.device)  # (n, length)
         parts = (x[index].transpose(1, 2) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(*parts, is_causal=causal, scale=scaling,
-                                             enable_gqa=True)
-        outs.append(out.transpose(1, 2).flatten(0, 1))
-        order.append(index.flatten())
-    return torch.cat(outs)[torch.argsort(torch.cat(order))]
+        found = F.scaled_dot_product_attention(*parts, is_causal=causal, scale=scaling,
+                                               enable_gqa=True)
+        out[index] = found.transpose(1, 2)
+    return out
 
 
 def prepare_model(model, dtype: torch.dtype):
-    """Make a transformers model run `attend` and the faster forms below, in which it computes the
-    same. The name holds "flash" because that is how the vision towers decide to hand over segment
-    starts instead of looping over windows in Python; it is set after construction because
-    transformers would look up such a name on the hub."""
+    """Make a transformers model run `attend` and the equivalent but faster forwards below. The name
+    holds "flash" because vision towers then hand over segment starts instead of looping over
+    windows in Python; it is set after construction because transformers would look up such a name
+    on the hub."""
     from transformers import AttentionInterface
     AttentionInterface.register("packed_flash", attend)
     for config in (model.config, model.config.text_config, model.config.vision_config):
@@ -281,29 +282,27 @@ def fill_model(model, folder: Path, device: torch.device, offload: bool = False)
 def load_weights(model, folder: Path) -> None:
     """Copy each parameter, or this rank's rows of it, from the safetensors files: no rank ever
     holds all of them. Raises ValueError if one is missing, of another shape, or not finite."""
-    where, files = weight_files(folder), {}
+    where, opened = weight_files(folder), cache(open_weights)
     unused = {name for name in where if not name.endswith(("lm_head.weight", "inv_freq"))}
-    for name, parameter in model.named_parameters():
-        if name.endswith(ADAPTERS):  # of train_sft.py; they begin anew
+    for own_name, parameter in model.named_parameters():
+        if own_name.endswith(ADAPTERS):  # of train_sft.py; they begin anew
             continue
-        found = [n for n in file_names(model, name) if n in where]
-        if not found:
-            raise ValueError(f"{folder}: the weight '{name}' is in none of its files; is the "
+        name = next((n for n in file_names(model, own_name) if n in where), None)
+        if name is None:
+            raise ValueError(f"{folder}: the weight '{own_name}' is in none of its files; is the "
                              "download complete?")
-        unused.discard(found[0])
-        path = folder / where[found[0]]
-        if path not in files:
-            files[path] = open_weights(path)
-        stored = files[path].get_slice(found[0])
+        unused.discard(name)
+        path = folder / where[name]
+        stored = opened(path).get_slice(name)
         shape, kind = tuple(stored.get_shape()), stored.get_dtype()
-        if shape != tuple(parameter.shape) or kind not in ("F32", "BF16", "F16"):
-            raise ValueError(f"{path}: the weight '{found[0]}' is {kind} {shape}, the model of "
+        if shape != parameter.shape or kind not in ("F32", "BF16", "F16"):
+            raise ValueError(f"{path}: the weight '{name}' is {kind} {shape}, the model of "
                              f"config.json has numbers of {tuple(parameter.shape)}. They are not "
                              "of one model: download the folder again.")
         local, rows = local_rows(parameter)
         local.copy_(stored[rows])
         if not local.isfinite().all():
-            raise ValueError(f"{path}: the weight '{found[0]}' holds NaN or infinity; the training "
+            raise ValueError(f"{path}: the weight '{name}' holds NaN or infinity; the training "
                              "that wrote it has failed. Take an earlier checkpoint.")
     if unused:
         raise ValueError(f"{folder}: its model has no place for {len(unused)} of its weights, such "
@@ -355,7 +354,7 @@ def open_weights(path: Path):
 @dataclass
 class Template:
     """An answer form (render.answer_form) as tokens. start: what stands before the number, the same
-    whatever the number; numbers: all tokens that spell numbers. Of no form: empty."""
+    whatever the number; numbers: all tokens that spell numbers. Without a form both are empty."""
     form: str | None
     start: list[int]
     numbers: dict[int, str]
@@ -367,11 +366,8 @@ def get_template(checkpoint: Checkpoint, form: str | None) -> Template:
     if form not in checkpoint.template_cache:
         examples = ("2.35", "12.71", "0.05", "107.90")
         variants = [checkpoint.tokens(form.format(x=x)) for x in examples]
-        start = []
-        for column in zip(*variants):
-            if len(set(column)) > 1:
-                break
-            start.append(column[0])
+        shared = takewhile(lambda column: len({*column}) == 1, zip(*variants))
+        start = [column[0] for column in shared]
         spelled = {i: checkpoint.tokenizer.decode([i]) for i in range(len(checkpoint.tokenizer))}
         numbers = {i: text for i, text in spelled.items() if re.fullmatch(r" ?[0-9.]+", text)}
         checkpoint.template_cache[form] = Template(form, start, numbers)
@@ -422,12 +418,16 @@ def prefill(model, checkpoint: Checkpoint, batch: dict) -> Prefix:
 
 
 def append_tokens(sample: dict, tokens: list[int]) -> dict:
-    """The sample with tokens behind it, at the positions that follow."""
+    """The sample, continued by tokens at the positions that follow."""
     positions = sample["position_ids"]
-    places = positions.max() + 1 + np.arange(len(tokens))
-    places = np.broadcast_to(places, (len(positions), len(tokens)))
+    places = np.tile(positions.max() + 1 + np.arange(len(tokens)), (len(positions), 1))
     ids = np.concatenate([sample["input_ids"], np.asarray(tokens, int)])
     return {**sample, "input_ids": ids, "position_ids": np.concatenate([positions, places], 1)}
+
+
+def padded_rows(rows: list[list[int]]) -> torch.Tensor:
+    """Rows of any lengths, with zeros behind; what is computed for them is not read."""
+    return pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True)
 
 
 def decode_step(model, checkpoint: Checkpoint, prefix: Prefix, tokens, position,
@@ -475,9 +475,8 @@ def greedy_answers(model, checkpoint: Checkpoint, batch: dict,
     """Token for token those of plain greedy decoding. -> token lists (with the end token, if
     reached), number of forward passes.
 
-    The template is only a draft of what will be said: its words go through the model many at a
-    time, and each is compared with the argmax before it counts. After a difference there is no more
-    draft."""
+    The template is only a draft: its words go through the model many at a time, and each counts
+    only if the model's argmax agrees. After a mismatch nothing more is drafted."""
     prefix = prefill(model, checkpoint, batch)
     rows = range(len(batch["position"]))
     answers, steps = decode_rows(model, checkpoint, batch, prefix, rows, max_new_tokens)
@@ -487,7 +486,7 @@ def greedy_answers(model, checkpoint: Checkpoint, batch: dict,
 def decode_rows(model, checkpoint: Checkpoint, batch: dict, prefix: Prefix, rows,
                 max_new_tokens: int) -> tuple[list[list[int]], int]:
     """Greedy answers of some rows after their prefill, [] for the others; number of steps."""
-    template, stops, end = batch["template"], checkpoint.stop_ids, checkpoint.end_id
+    template, stops = batch["template"], checkpoint.stop_ids
     device, steps = prefix.logits.device, 0
     best = prefix.logits.argmax(-1).tolist()
     answers: list[list[int]] = [[] for _ in best]
@@ -504,7 +503,7 @@ def decode_rows(model, checkpoint: Checkpoint, batch: dict, prefix: Prefix, rows
 
     while any(fed := [feed(answer) for answer in answers]):
         width = max(map(len, fed))
-        tokens = torch.tensor([f + [end] * (width - len(f)) for f in fed], device=device)
+        tokens = padded_rows(fed).to(device)
         causal = torch.ones(width, width, dtype=torch.bool, device=device).tril()
         visible = torch.cat([seen[:, None].expand(-1, width, -1),
                              causal.expand(len(fed), -1, -1)], 2)
@@ -521,8 +520,8 @@ def decode_rows(model, checkpoint: Checkpoint, batch: dict, prefix: Prefix, rows
 
 def drop_rejected(prefix: Prefix, drafted: int,
                   accepted: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> seen, position after a prefill of which `accepted` - 1 of the drafted tokens hold: what
-    the model would not have said stays in the cache as holes, and so does whatever else was fed."""
+    """-> seen, position after a prefill of whose drafted tokens the first `accepted` - 1 hold. The
+    rejected ones stay in the cache, unseen, and so does whatever was fed since."""
     rejected = drafted + 1 - torch.tensor(accepted, device=prefix.seen.device)
     ends = prefix.seen.sum(1) - rejected
     column = torch.arange(prefix.seen.shape[1], device=ends.device)
@@ -533,9 +532,9 @@ def drop_rejected(prefix: Prefix, drafted: int,
 # --------------------------------------------------------------------------------------------------
 # the distribution over the numbers that the model could have said
 
-SPLIT_ABOVE = 1e-2  # a prefix that is less probable is not expanded
-NARROW = 0.05  # nor is an interval that is narrower than this share of its number
-POINTS = 16  # stand for an interval in the median
+SPLIT_ABOVE = 1e-2  # less probable prefixes are not expanded
+NARROW = 0.05  # nor are intervals narrower than this share of their number
+POINTS = 16  # that represent an interval in the median
 
 
 @torch.no_grad()
@@ -562,8 +561,8 @@ def median_answers(model, checkpoint: Checkpoint, batch: dict,
 
 
 def summarize_leaves(leaves: list[tuple], form: str) -> dict | None:
-    """Intervals (low, high, probability) -> the answer of their median; None if they hold less than
-    half of the probability."""
+    """Intervals (low, high, probability) -> the answer with their median; None if they hold less
+    than half of the probability."""
     low, high, mass = np.array(leaves).T if leaves else np.zeros((3, 0))
     if mass.sum() < 0.5:
         return None
@@ -574,10 +573,9 @@ def summarize_leaves(leaves: list[tuple], form: str) -> dict | None:
     below = np.cumsum(weights) - weights / 2
     q10, median, q90 = np.interp(np.array([0.1, 0.5, 0.9]) * mass.sum(), below, values)
     near = (values > median / 1.25) & (values < median * 1.25)
-    return {"text": form.format(x=f"{median:.2f}"),
-            "q10": round(float(q10), 4), "q90": round(float(q90), 4),
-            "confidence": round(float(weights[near].sum()), 4),
-            "lost": round(float(1 - mass.sum()), 4)}
+    numbers = q10, q90, weights[near].sum(), 1 - mass.sum()
+    rounded = (round(float(x), 4) for x in numbers)
+    return {"text": form.format(x=f"{median:.2f}"), **dict(zip(SURE, rounded))}
 
 
 def number_leaves(model, checkpoint: Checkpoint, prefix: Prefix,
@@ -598,9 +596,8 @@ def number_leaves(model, checkpoint: Checkpoint, prefix: Prefix,
         most = max(map(len, grown))
         if not most or depth == 8:
             break
-        padded = [row + [(0, ids[0], "", 0.0)] * (most - len(row)) for row in grown]
-        parent = torch.tensor([[node[0] for node in row] for row in padded], device=device)
-        tokens = torch.tensor([[node[1] for node in row] for row in padded], device=device)
+        parent = padded_rows([[node[0] for node in row] for row in grown]).to(device)
+        tokens = padded_rows([[node[1] for node in row] for row in grown]).to(device)
         nodes = [[node[2:] for node in row] for row in grown]
         seen = seen.gather(1, parent[..., None].expand(-1, -1, seen.shape[2]))
         itself = torch.eye(most, dtype=torch.bool, device=device).expand(rows, -1, -1)
@@ -612,8 +609,8 @@ def number_leaves(model, checkpoint: Checkpoint, prefix: Prefix,
 
 def grow(nodes: list[tuple], chances: list[list], numbers: dict[int, str],
          leaves: list[tuple]) -> list[tuple]:
-    """One more token behind each node of a row. What ends here joins `leaves`; -> what goes on, as
-    (node it grows from, token, number so far, probability)."""
+    """One more token after each node of a row. What ends here joins `leaves`; -> the new nodes:
+    (index of the parent, token, number so far, probability)."""
     grown = []
     for n, (text, weight) in enumerate(nodes):
         if text.strip("."):  # here the number may end
@@ -624,7 +621,7 @@ def grow(nodes: list[tuple], chances: list[list], numbers: dict[int, str],
             share = weight * chance
             if " " in longer or longer.count(".") > 1:
                 continue
-            low = float(longer) if longer != "." else 0.0
+            low = float("0" + longer)  # it may be "."
             width = 10.0 ** -len(longer.partition(".")[2])
             if "." in longer and (share <= SPLIT_ABOVE or width <= NARROW * low):
                 leaves.append((low, low + width, share))
@@ -672,56 +669,38 @@ def fitting_pairs(records: Records, task: str, pairs: list, seed: int = 0) -> li
     """The pairs that a task suits: for motion, those of records with a pose that moved."""
     if TASKS[task].needs is None:
         return pairs
-
-    def fits(pair):
-        try:
+    fitting = []
+    for pair in pairs:
+        with suppress(render.Unfit):
             query_of(records, task, pair, seed)
-        except render.Unfit:
-            return False
-        return True
-
-    return [pair for pair in pairs if fits(pair)]
+            fitting.append(pair)
+    return fitting
 
 
-class QueryBatches(torch.utils.data.Dataset):
-    """Rendered, encoded and packed queries, a batch an item, so that loader workers prepare them.
-    An unreadable image ends the evaluation: a score over fewer points than it claims would be
-    wrong. singly: a distance sample for each of a query's points."""
-
-    def __init__(self, checkpoint: Checkpoint, records: Records, task: str, pairs: list,
-                 batch_size: int, seed: int, singly: bool, form: str | None):
-        self.checkpoint, self.records, self.task, self.pairs = checkpoint, records, task, pairs
-        self.batch_size, self.seed, self.singly, self.form = batch_size, seed, singly, form
-
-    def __len__(self):
-        return math.ceil(len(self.pairs) / self.batch_size)
-
-    def __getitem__(self, b):
-        queries, samples = [], []
-        for pair in self.pairs[b * self.batch_size:(b + 1) * self.batch_size]:
-            query = query_of(self.records, self.task, pair, self.seed)
-            queries.append(query)
-            samples += [self.encode(part) for part in self.parts(query)]
-        return queries, pack_prompts(self.checkpoint, samples, self.form)
-
-    def parts(self, query: Query) -> list[Query]:
-        if not self.singly:
-            return [query]
-        return [replace(query, task="distance", points=[point]) for point in query.points]
-
-    def encode(self, query: Query) -> dict:
-        settings, grid = self.checkpoint.settings, self.checkpoint.grid
-        views, question, _ = render.render(query, settings, grid)
-        return render.encode(self.checkpoint, views, question)
+def query_batch(checkpoint: Checkpoint, records: Records, task: str, seed: int, singly: bool,
+                form: str | None, pairs: list) -> tuple[list[Query], dict]:
+    """Queries, rendered, encoded and packed, by loader workers. singly: a distance sample for each
+    of a query's points. An unreadable image ends the evaluation: a score over fewer points than it
+    claims would be wrong."""
+    queries = [query_of(records, task, pair, seed) for pair in pairs]
+    parts = queries
+    if singly:
+        parts = [replace(query, task="distance", points=[point])
+                 for query in queries for point in query.points]
+    samples = []
+    for part in parts:
+        views, question, _ = render.render(part, checkpoint.settings, checkpoint.grid)
+        samples.append(render.encode(checkpoint, views, question))
+    return queries, pack_prompts(checkpoint, samples, form)
 
 
 def run_queries(model, checkpoint: Checkpoint, records: Records, pairs: list,
                 task: str = "distance", batch_size: int = 32, workers: int = 0, seed: int = 0,
                 decode: str = "greedy", geometry: bool = False):
-    """Query the model -> yields (queries, answers, forward passes) batch by batch; an answer is
+    """Query the model -> yields (queries, answers, forward passes) batch by batch. An answer is
     {"text"}, with decode "median" also its interval (median_answers); "truncated" if the token
-    limit ended it, "off_form" if it has not the form that was asked for. geometry: two points
-    by their two distances (measure)."""
+    limit ended it, "off_form" if it lacks the requested form. geometry: two points by their two
+    distances (measure)."""
     settings = checkpoint.settings
     singly = geometry and TASKS[task].markers == 2
     form = render.answer_form("distance" if singly else task, settings)
@@ -729,11 +708,10 @@ def run_queries(model, checkpoint: Checkpoint, records: Records, pairs: list,
         raise ValueError(f"--decode median: an answer of camera '{settings['camera']}' holds more "
                          "than one number; decode it greedily.")
     get_template(checkpoint, form)  # once, and not in each worker
-    dataset = QueryBatches(checkpoint, records, task, pairs, batch_size, seed, singly, form)
-    loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=workers,
-                                         worker_init_fn=render.start_worker,
-                                         collate_fn=tuple,
-                                         pin_memory=model.compute_device.type == "cuda")
+    loader = torch.utils.data.DataLoader(
+        pairs, batch_size, num_workers=workers, worker_init_fn=render.start_worker,
+        collate_fn=partial(query_batch, checkpoint, records, task, seed, singly, form),
+        pin_memory=model.compute_device.type == "cuda")
     limit = settings["max_new_tokens"]
     for queries, batch in loader:
         if decode == "median":
@@ -778,13 +756,17 @@ def prediction(query: Query, answer: dict, **more) -> dict:
     return {**line, **more}
 
 
+def each_query(groups: list) -> list[tuple[str, Records, str, tuple[int, int]]]:
+    """Groups of list_queries -> (dataset name, records, task, pair); its index is a query's id."""
+    return [(*group, pair) for *group, pairs in groups for pair in pairs]
+
+
 def export_queries(groups: list, settings: dict, grid: int, seed: int, folder: Path) -> None:
     """What a model would see, as files: <folder>/images/*.png and queries.jsonl, one query a line.
     Any system can answer them; its answers, a number or the text, go into each line as "pred", and
-    --predictions scores that file. Images that are there are kept."""
-    asked = [(name, records, task, pair) for name, records, task, pairs in groups for pair in pairs]
+    --predictions scores that file. Existing images are kept."""
     lines = []
-    bar = tqdm(asked, desc="queries", disable=None)
+    bar = tqdm(each_query(groups), desc="queries", disable=None)
     for number, (name, records, task, pair) in enumerate(bar):
         query = query_of(records, task, pair, seed)
         views, question, _ = render.render(query, settings, grid)
@@ -807,9 +789,9 @@ def export_queries(groups: list, settings: dict, grid: int, seed: int, folder: P
 # metrics: pred and true are (N,) arrays; pred is NaN where an answer could not be parsed
 
 
-def within(pred: np.ndarray, true: np.ndarray, factor: float) -> np.ndarray:
-    """(N,) bool: max(pred/true, true/pred) < factor. Unparsed, non-positive answers are wrong, and
-    all answers where the truth is not positive."""
+def within(pred: np.ndarray | float, true: np.ndarray, factor: float) -> np.ndarray:
+    """(N,) bool: max(pred/true, true/pred) < factor. Unparsed and non-positive answers are wrong,
+    and so are all where the truth is not positive."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return (pred > 0) & (true > 0) & (np.maximum(pred / true, true / pred) < factor)
 
@@ -818,16 +800,18 @@ def metrics(pred: np.ndarray, true: np.ndarray) -> dict:
     """delta1..3 over all answers; the errors over the positive parsed ones (`n - unparsed -
     nonpositive` of them)."""
     out = {f"delta{k}": float(within(pred, true, 1.25 ** k).mean()) for k in (1, 2, 3)}
-    ok = pred > 0
-    p, t = pred[ok], true[ok]
-    log = np.log(p / t)
-    errors = {"abs_rel": np.abs(p - t) / t, "rmse": (p - t) ** 2,
-              "log10": np.abs(log) / math.log(10)}
-    out |= {name: float(error.mean()) if len(p) else None for name, error in errors.items()}
-    out["rmse"] = math.sqrt(out["rmse"]) if len(p) else None
-    out["silog"] = float(100 * log.std()) if len(p) else None
-    return {**out, "unparsed": int(np.isnan(pred).sum()), "nonpositive": int((pred <= 0).sum()),
-            "n": len(true)}
+    out |= dict.fromkeys(ERRORS)
+    p, t = pred[pred > 0], true[pred > 0]
+    if len(p):
+        log = np.log(p / t)
+        out["abs_rel"] = float((np.abs(p - t) / t).mean())
+        out["rmse"] = math.sqrt(((p - t) ** 2).mean())
+        out["log10"] = float((np.abs(log) / math.log(10)).mean())
+        out["silog"] = float(100 * log.std())
+    out["unparsed"] = int(np.isnan(pred).sum())
+    out["nonpositive"] = int((pred <= 0).sum())
+    out["n"] = len(true)
+    return out
 
 
 def interval(hits: np.ndarray, images: np.ndarray, draws: int = 2000,
@@ -857,13 +841,14 @@ def best_constant(true: np.ndarray) -> float:
 
 
 def constant_delta1(value: float, true: np.ndarray) -> float:
-    return float(within(np.full_like(true, value), true, 1.25).mean())
+    return float(within(value, true, 1.25).mean())
 
 
 def arrays(lines: list[dict]) -> tuple[np.ndarray, np.ndarray]:
-    """-> pred, true."""
-    pred = [np.nan if line["pred"] is None else line["pred"] for line in lines]
-    return np.array(pred, float), np.array([line["true"] for line in lines], float)
+    """-> pred, true; None becomes NaN."""
+    pred = [line["pred"] for line in lines]
+    true = [line["true"] for line in lines]
+    return np.array(pred, float), np.array(true, float)
 
 
 def score(lines: list[dict]) -> dict:
@@ -882,32 +867,35 @@ def score(lines: list[dict]) -> dict:
                    if (here := (low <= true) & (true < high)).any()}
     shares = Counter(key for line in lines for key in ODD if line.get(key))
     out |= {key: count / len(lines) for key, count in shares.items()}
-    known = [line for line in lines if {"q10", "q90", "confidence", "lost"} <= line.keys()]
-    if known:  # how often the truth is where the model puts 80 % of its probability
-        inside = sum(line["q10"] <= line["true"] <= line["q90"] for line in known)
-        out["in_10_90"] = inside / len(known)
-        out["confidence"] = sum(line["confidence"] for line in known) / len(known)
-        out["lost"] = sum(line["lost"] for line in known) / len(known)
+    known = [line for line in lines if {*SURE} <= line.keys()]
+    if known:  # how often the truth lies where the model puts 80 % of its probability
+        inside = [line["q10"] <= line["true"] <= line["q90"] for line in known]
+        out["in_10_90"] = sum(inside) / len(known)
+        for key in ("confidence", "lost"):
+            out[key] = sum(line[key] for line in known) / len(known)
     if all("ray" in line for line in lines):
-        # ratios, delta and AbsRel, are the same by z; those of a constant answer are not
+        # ratios (delta, AbsRel) are the same by z; those of a constant answer are not
         ray = np.array([line["ray"] for line in lines])
         by_z = metrics(pred / ray, true / ray)
-        out["by_z"] = {k: by_z[k] for k in ("delta1", "abs_rel", "rmse", "log10", "silog")}
+        out["by_z"] = {key: by_z[key] for key in ("delta1", *ERRORS)}
         out["by_z"]["always_2m"] = constant_delta1(2.0, true / ray)
     return out
 
 
+def in_order(names, known) -> list[str]:
+    """As they stand in `known`; then the others, by name."""
+    return sorted(names, key=lambda name: ([*known, name].index(name), name))
+
+
 def columns_of(lines: list[dict]) -> dict[str, list[dict]]:
-    """The predictions of each dataset, in the paper's order. Another task than distance is a column
-    of its own, "name/task"."""
+    """The predictions of each dataset, in the paper's order. Any task but distance has a column of
+    its own, "name/task"."""
     groups: dict[str, list[dict]] = {}
     for line in lines:
         name, task = line.get("dataset", "data"), line.get("task", "distance")
         column = name if task == "distance" else f"{name}/{task}"
         groups.setdefault(column, []).append(line)
-    order = list(PAPER_CONSTANT)
-    names = sorted(groups, key=lambda n: (order.index(n) if n in order else len(order), n))
-    return {name: groups[name] for name in names}
+    return {name: groups[name] for name in in_order(groups, PAPER_CONSTANT)}
 
 
 def summarize(lines: list[dict]) -> dict:
@@ -916,8 +904,7 @@ def summarize(lines: list[dict]) -> dict:
     groups = columns_of(lines)
     datasets = {name: score(group) for name, group in groups.items()}
     task_of = {name: group[0].get("task", "distance") for name, group in groups.items()}
-    found = set(task_of.values())
-    tasks = [*(task for task in TASKS if task in found), *sorted(found - set(TASKS))]
+    tasks = in_order({*task_of.values()}, TASKS)
     if len(tasks) == 1:
         return {"datasets": datasets, "average": average(datasets.values())}
     averages = {task: average(datasets[name] for name in groups if task_of[name] == task)
@@ -927,7 +914,7 @@ def summarize(lines: list[dict]) -> dict:
 
 def average(scores) -> dict:
     scores, out = list(scores), {}
-    for key in ("delta1", "delta2", "delta3", "abs_rel", "rmse", "log10", "silog", "always_2m"):
+    for key in (*METRICS, "always_2m"):
         values = [s[key] for s in scores]
         out[key] = None if None in values else sum(values) / len(values)
     return out
@@ -938,6 +925,7 @@ def average(scores) -> dict:
 
 
 def show(value) -> str:
+    """A cell of a table; "" stays empty."""
     if isinstance(value, float):
         return f"{value:.3f}"
     return "-" if value is None else str(value)
@@ -945,17 +933,17 @@ def show(value) -> str:
 
 def table(result: dict) -> str:
     """One column a dataset and their average, as in Table 1; several tasks as in Table 6."""
-    rows = task_rows(result) if "tasks" in result else metric_rows(result)
-    notes = []
+    datasets = result["datasets"].items()
     if "tasks" in result:
-        counts = (f"{name} {d['n']} ({d['unparsed']})" for name, d in result["datasets"].items())
-        notes.append("queries (unparsed): " + ", ".join(counts))
-    by_z = {name: d["by_z"] for name, d in result["datasets"].items() if "by_z" in d}
-    if by_z and "tasks" not in result:
-        shown = (f"{name} {z['delta1']:.3f} (abs_rel {show(z['abs_rel'])}, rmse {show(z['rmse'])})"
-                 for name, z in by_z.items())
-        notes.append("by z instead of Euclidean, delta1: " + "  ".join(shown))
-    return "\n".join([render.text_table(rows), *notes])
+        counts = (f"{name} {d['n']} ({d['unparsed']})" for name, d in datasets)
+        note = "queries (unparsed): " + ", ".join(counts)
+        return f"{render.text_table(task_rows(result))}\n{note}"
+    text = render.text_table(metric_rows(result))
+    by_z = [f"{name} {z['delta1']:.3f} (abs_rel {show(z['abs_rel'])}, rmse {show(z['rmse'])})"
+            for name, d in datasets if (z := d.get("by_z"))]
+    if by_z:
+        text += "\nby z instead of Euclidean, delta1: " + "  ".join(by_z)
+    return text
 
 
 def metric_rows(result: dict) -> list[list[str]]:
@@ -963,24 +951,34 @@ def metric_rows(result: dict) -> list[list[str]]:
     if len(columns) > 1:
         columns["average"] = result["average"]
     rows = [["", *columns]]
-    for key in ("delta1", "delta1_ci", "delta2", "delta3", "abs_rel", "rmse", "log10", "silog",
-                "unparsed", *ODD, "n", "in_10_90", "confidence", "lost"):
-        if key == "delta1_ci":
-            ends = [c.get(key) for c in columns.values()]
-            cells = [f"{ci[0]:.3f}-{ci[1]:.3f}" if ci else "" for ci in ends]
-            rows.append(["  95 % interval", *cells])
-        elif any(key in c for c in columns.values()):
-            rows.append([key, *(show(c[key]) if key in c else "" for c in columns.values())])
-    for low, high in zip(BINS, BINS[1:]):
-        bins = [c.get("bins", {}).get(f"{low}-{high}") for c in columns.values()]
-        if any(bins):
-            rows.append([f"  true {low}-{high}: delta1 abs_rel", *(
-                f"{show(b['delta1'])} {show(b['abs_rel'])}" if b else "" for b in bins)])
-    best = [c.get("best_constant") for c in columns.values()]
-    rows.append(["best constant: delta1",
-                 *(f"{b['delta1']:.3f} ({b['value']:g} m)" if b else "" for b in best)])
-    if set(columns) & set(PAPER_CONSTANT):
-        rows.append(["always 2.0 m: delta1", *(show(c["always_2m"]) for c in columns.values())])
+
+    def add(title: str, cell: Callable) -> None:
+        """A row of cells, one of each column's metrics, unless all are empty."""
+        cells = [cell(scores) for scores in columns.values()]
+        if any(cells):
+            rows.append([title, *cells])
+
+    def interval_cell(scores: dict) -> str:
+        ends = scores.get("delta1_ci")
+        return f"{ends[0]:.3f}-{ends[1]:.3f}" if ends else ""
+
+    def bin_cell(scores: dict) -> str:
+        found = scores.get("bins", {}).get(span)
+        return f"{show(found['delta1'])} {show(found['abs_rel'])}" if found else ""
+
+    def constant_cell(scores: dict) -> str:
+        best = scores.get("best_constant")
+        return f"{best['delta1']:.3f} ({best['value']:g} m)" if best else ""
+
+    for key in (*METRICS, "unparsed", *ODD, "n", "in_10_90", "confidence", "lost"):
+        add(key, lambda scores: show(scores.get(key, "")))
+        if key == "delta1":
+            add("  95 % interval", interval_cell)
+    for span in map("{}-{}".format, BINS, BINS[1:]):
+        add(f"  true {span}: delta1 abs_rel", bin_cell)
+    add("best constant: delta1", constant_cell)
+    if {*columns} & {*PAPER_CONSTANT}:
+        add("always 2.0 m: delta1", lambda scores: show(scores["always_2m"]))
         published = [PAPER_CONSTANT.get(name, "") for name in columns]
         rows.append(["paper, always 2.0 m", *map(show, published)])
     return rows
@@ -990,12 +988,8 @@ def task_rows(result: dict) -> list[list[str]]:
     """delta1 of each task (row) and dataset (column), as in Table 6, with the constant rows of
     Table 3."""
     columns, tasks = result["datasets"], result["tasks"]
-    endings = [f"/{task}" for task in tasks]
-    names = []
-    for column in columns:
-        ending = next((e for e in endings if column.endswith(e)), "")
-        names.append(column.removesuffix(ending))
-    names = list(dict.fromkeys(names))
+    ending = "/(" + "|".join(map(re.escape, tasks)) + ")$"
+    names = list(dict.fromkeys(re.sub(ending, "", column) for column in columns))
     rows = [["delta1", *names, "average"]]
     for task, mean in tasks.items():
         cells = [columns.get(name if task == "distance" else f"{name}/{task}", {})
@@ -1058,7 +1052,7 @@ def charts(groups: dict[str, list[dict]], datasets: dict[str, dict]) -> list[Ima
             for key, axes in binned.items():
                 if scores[key] is not None:
                     axes.line([*map(int, span.split("-"))], [scores[key]] * 2, hue, 4)
-        confidence = np.array([line.get("confidence", np.nan) for line in lines])
+        confidence = np.array([line.get("confidence") for line in lines], float)
         hits, tenths = within(pred, true, 1.25), np.floor(confidence * 9.999)
         if "in_10_90" in datasets[name]:
             sure.name(k, f"{datasets[name]['in_10_90']:.0%} of truths in the 10-90 % intervals")
@@ -1112,7 +1106,7 @@ def error_picture(lines: list[dict], datasets: dict[str, dict], query: Callable)
 # files
 
 
-NUMBERS = ("true", "ray", "q10", "q90", "confidence", "lost")  # of a line of predictions
+NUMBERS = ("true", "ray", *SURE)  # of a line of predictions
 QUERY = ("dataset", "task", "image", "image2", "pixel", "pixel2", "given")
 
 
@@ -1369,37 +1363,36 @@ def join_parts(out: Path, total: int) -> None:
 
 def query_model(args, checkpoint: Checkpoint, groups: list, out: Path, rank: int, world: int,
                 device: torch.device, dtype: torch.dtype) -> None:
-    """This rank's share of the queries, each with a number of its own, appended to a file of its
-    own: an interrupted run resumes, with any number of ranks."""
+    """This rank's share of the queries, appended to a file of its own: an interrupted run resumes,
+    with any number of ranks."""
     model = load_model(checkpoint, device, dtype)
     done = read_parts(out)
-    todo, number, total = [], 0, 0
+    todo, first = [], 0
     for name, records, task, pairs in groups:
-        mine = list(enumerate(pairs, number))[rank::world]
-        todo.append((name, records, task, [item for item in mine if item[0] not in done]))
-        number += len(pairs)
-        total += len(mine)
-    left = sum(len(items) for *_, items in todo)
-    forwards = batches = 0
-    bar = tqdm(total=total, initial=total - left, desc="queries", dynamic_ncols=True,
-               disable=rank > 0 or not sys.stderr.isatty())
+        mine = {first + k: pairs[k] for k in range(rank, len(pairs), world)
+                if first + k not in done}
+        todo.append((name, records, task, mine))
+        first += len(pairs)
+    left = sum(len(mine) for *_, mine in todo)
+    passes = []
+    bar = tqdm(total=left, desc="queries", dynamic_ncols=True, disable=rank > 0 or None)
     dist.barrier()  # all have read the parts before there are new ones
     part = out / f"predictions.part-{rank}-of-{world}-{time.time_ns()}.jsonl"
     with bar, open(part, "w") as file:
-        for name, records, task, items in todo:
-            numbers = iter([number for number, _ in items])
-            answered = run_queries(model, checkpoint, records, [pair for _, pair in items], task,
+        for name, records, task, mine in todo:
+            answered = run_queries(model, checkpoint, records, [*mine.values()], task,
                                    args.batch_size, args.workers, args.seed, args.decode,
                                    args.two_point == "geometry")
+            ids = iter(mine)
             for queries, answers, count in answered:
-                for query, answer, number in zip(queries, answers, numbers):
-                    line = prediction(query, answer, dataset=name, id=number)
+                for query, answer in zip(queries, answers):
+                    line = prediction(query, answer, dataset=name, id=next(ids))
                     file.write(render.json_text(line))
                 file.flush()
-                forwards, batches = forwards + count, batches + 1
+                passes.append(count)
                 bar.update(len(queries))
-    if rank == 0 and batches:
-        print(f"{left} queries, {forwards / batches:.1f} forward passes a batch")
+    if rank == 0 and passes:
+        print(f"{left} queries, {np.mean(passes):.1f} forward passes a batch")
 
 
 def answer_alone(args, groups: list, out: Path) -> None:
@@ -1408,18 +1401,16 @@ def answer_alone(args, groups: list, out: Path) -> None:
               "depth_scale": args.depth_scale, "depth_type": args.depth_type}
     claim(out, args, identity(args, {}, groups, **source), ("predictions*.jsonl",))
     lines, images = [], {}
-    for name, records, task, pairs in groups:
-        for pair in pairs:
-            query, value = query_of(records, task, pair, args.seed), args.constant
-            if args.depth_maps:
-                image = query.records[0]["image"]
-                path = find_map(Path(args.depth_maps), image, records.image_root)
-                if images.setdefault(path, image) != image:
-                    raise ValueError(f"{path}: would be of {images[path]} and of {image}. Put the "
-                                     "maps in folders like those of the images.")
-                value = mapped_depth(path, query, args.depth_scale, args.depth_type)
-            answer = {"text": f"{value:g}"}
-            lines.append({**prediction(query, answer, dataset=name), "id": len(lines)})
+    for number, (name, records, task, pair) in enumerate(each_query(groups)):
+        query, value = query_of(records, task, pair, args.seed), args.constant
+        if args.depth_maps:
+            image = query.records[0]["image"]
+            path = find_map(Path(args.depth_maps), image, records.image_root)
+            if images.setdefault(path, image) != image:
+                raise ValueError(f"{path}: would be of {images[path]} and of {image}. Put the maps "
+                                 "in folders like those of the images.")
+            value = mapped_depth(path, query, args.depth_scale, args.depth_type)
+        lines.append(prediction(query, {"text": f"{value:g}"}, dataset=name, id=number))
     render.write_jsonl(out / "predictions.jsonl", lines)
 
 
@@ -1438,9 +1429,9 @@ def report(lines: list[dict], out: Path, published: bool, query: Callable) -> No
 @render.command
 def main(argv=None) -> None:
     args = parse_args(argv)
-    sources = [args.constant, args.depth_maps, args.predictions, args.export_queries]
-    given = sum(source is not None for source in sources)
-    if given + bool(args.checkpoint and not args.export_queries) != 1:
+    model = None if args.export_queries else args.checkpoint
+    sources = [model, args.constant, args.depth_maps, args.predictions, args.export_queries]
+    if sources.count(None) != len(sources) - 1:
         raise ValueError("give one of: a checkpoint, --constant NUMBER, --depth-maps DIR, "
                          "--predictions FILE, --export-queries DIR.")
     if args.depth_maps and args.tasks not in (None, ["distance"]):
@@ -1474,10 +1465,9 @@ def main(argv=None) -> None:
             else:
                 answer_alone(args, groups, out)
             if rank == 0:
-                asked = [(records, task, pair) for _, records, task, pairs in groups
-                         for pair in pairs]
+                queries = each_query(groups)
                 report(read_predictions(out / "predictions.jsonl"), out, args.paper_rows,
-                       lambda line: query_of(*asked[line["id"]], args.seed))
+                       lambda line: query_of(*queries[line["id"]][1:], args.seed))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -32,6 +32,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import cached_property, lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -357,6 +358,14 @@ def answer_pixels(reader: Reader, photo: Photo, pixels: list[tuple],
     if kept:
         print(f"{path}: resumes after {kept:,} answers", flush=True)
 
+    left = len(pixels) - kept
+    if left > reader.batch_size:
+        for _ in range(2):  # the first one loads the model and opens the photo
+            start = time.time()
+            reader.lines(photo, pixels[:1])
+        most = timedelta(seconds=math.ceil(left * (time.time() - start)))
+        print(f"{left:,} queries take at most {most} (h:mm:ss), the time of one by one; "
+              f"{reader.batch_size} at once are faster", flush=True)
     batches = reader.query(photo, pixels[kept:])
     bar = tqdm(total=len(pixels), initial=kept, desc="queries", disable=None, dynamic_ncols=True)
     start = time.time()
@@ -367,7 +376,7 @@ def answer_pixels(reader: Reader, photo: Photo, pixels: list[tuple],
             lines += batch
             bar.set_postfix(unparsed=sum(line["pred"] is None for line in lines), refresh=False)
             bar.update(len(batch))
-    return lines, f"{(time.time() - start) / (len(pixels) - kept):.3g} s a query"
+    return lines, f"{(time.time() - start) / left:.3g} s a query"
 
 
 # --------------------------------------------------------------------------------------------------

@@ -935,7 +935,7 @@ def test_two_points_by_geometry(speaker, world, monkeypatch):
         assert batch["template"].form == render.answer_form("distance", render.DEFAULTS)
         return [[k] for k in range(len(batch["position"]))], 1
 
-    model = SimpleNamespace(compute_device=torch.device("cpu"))
+    model = SimpleNamespace(compute_device=CPU)
     monkeypatch.setattr(evaluate, "greedy_answers", exact)
     monkeypatch.setattr(render.Checkpoint, "text", lambda self, tokens: texts[tokens[0]])
     (queries, answers, _), = evaluate.run_queries(model, checkpoint, records, pairs, "two_point",
@@ -1377,9 +1377,8 @@ def test_answers_have_the_tokens_of_the_checkpoint(tiny, world, tmp_path):
         line, = lines_of(tmp_path / str(k) / "predictions.jsonl")
         texts.append(line["text"])
     records = render.Records(world)
-    _, batch = evaluate.QueryBatches(render.open_checkpoint(str(folder), quiet=True), records,
-                                     "distance", evaluate.draw_queries(records, 1), 1, 0, False,
-                                     None)[0]
+    _, batch = evaluate.query_batch(open_quietly(folder), records, "distance", 0, False, None,
+                                    evaluate.draw_queries(records, 1))
     tokens, = evaluate.greedy_answers(load(checkpoint), checkpoint, batch, 128)[0]
     assert len(tokens) > 9
     assert texts == [checkpoint.text(tokens[:n]) for n in (5, 128, 9)]
