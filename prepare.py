@@ -1799,7 +1799,7 @@ def check(paths, image_root=None):
             line = f"  FAULT {report['path']}: {what} ({times} x); {example}"
             print(render.printable(line))
     total = sum(len(report["faults"]) for report in reports)
-    print(f"{total or 'no'} kinds of fault found", flush=True)
+    print(f"{total} kinds of faults found" if total else "no faults found", flush=True)
     return total
 
 
@@ -2382,6 +2382,8 @@ def raw_root(dataset, wanted, fetch_it, url):
 def missing_raw(dataset, root):
     row = DATASETS[dataset]
     fetch = f"\n    or run: python prepare.py --dataset {dataset} --download --root {root}"
+    if dataset == "folder" and not os.path.isdir(root):
+        return ValueError(f"{root}: no such folder.")
     return ValueError(f"{root}: has no raw data of {dataset}, or none of this split.\n"
                       f"    needed: {row.get.strip()}\n    put it in: {root} (or give --root)"
                       + fetch * bool(row.download))
@@ -2441,7 +2443,7 @@ def parse_args(argv=None):
          help="nyuv2: all 1,449 images, not the 654 test images")
 
     flag = parser.add_argument_group("--dataset folder").add_argument
-    flag("--name", type=file_path, help="the set's, for --out; default: that of --root")
+    flag("--name", type=file_path, help="the set's, for --out; default: that of the dataset, or of --root")
     flag("--intrinsics", metavar="FX,FY,CX,CY", help="[px]; default: from its files")
     flag("--depth-scale", type=POSITIVE,
          help="numbers per metre; default: 1000 for integers, 1 for floating-point numbers")
@@ -2487,8 +2489,9 @@ def main(argv=None):
         raise ValueError(f"--split {args.split}: the paper uses {args.dataset} for {splits[0]}.")
     name, wanted = args.dataset, splits
     if name == "folder":
-        name = args.name or os.path.basename(os.path.abspath(args.root or name))
+        name = os.path.basename(os.path.abspath(args.root or name))
         wanted = ["train"]
+    name = args.name or name
     if args.split:
         wanted = [args.split]
     out = Path(args.out or f"data/{name}")

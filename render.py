@@ -288,7 +288,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
     """Every default is shown; where it depends on something, the help text says on what."""
 
     def _get_help_string(self, action):
-        if action.default is None or action.const is True:
+        if action.default in (None, [], (None, 0.0)) or action.const is True:
             return action.help
         return super()._get_help_string(action)
 

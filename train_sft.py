@@ -656,7 +656,7 @@ def open_run(args: argparse.Namespace, out: Path, world: int) -> None:
     """Write run.json, or refuse a folder that holds anything but the run of the same command, which
     is resumed: other flags would change what is learned."""
     path, info = out / "run.json", render.run_info(args, world_size=world)
-    saved = {p.name for p in out.iterdir()} - {path.name, ".lock", "log.jsonl"}
+    saved = {p.name for p in out.iterdir()} - {path.name, ".lock", "log.jsonl", "log.png"}
     if saved and not (path.is_file() and (out / "resume").is_dir()):
         raise ValueError(f"{out}: exists, is not empty, and has no run to resume. Choose another "
                          "--out.")

@@ -1190,6 +1190,19 @@ def test_interrupted_is_one_line(tiny, distances, tmp_path, processes):
     assert json.loads((tmp_path / "run/resume/state.json").read_text())["step"] >= 1
 
 
+def test_interrupted_before_the_first_save(tiny, distances, tmp_path, capsys):
+    """What a run writes before it saves, the scores of step 0 among it, is no other run."""
+    out = tmp_path / "run"
+    flags = ["--val", distances, "--val-queries", 2, "--save-every", 10, "--samples", 16]
+    train(tiny, distances, out, *flags, "--stop-after", 1)
+    for path in out.iterdir():
+        if path.name not in ("run.json", "log.jsonl", "log.png"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert (out / "log.png").exists()
+    train(tiny, distances, out, *flags)
+    assert [line["step"] for line in log_of(out) if "loss" in line] == [1, 2]
+
+
 def test_errors_are_one_line(tiny, distances, reference, tmp_path, capsys):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "model.safetensors").touch()
