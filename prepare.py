@@ -1716,7 +1716,7 @@ def saved_state(path, new, overwrite):
     before = state.get("inputs", {})
     other = ", ".join(key for key, value in new["inputs"].items() if before.get(key) != value)
     if other:
-        raise ValueError(f"{path}: was made by another command (another {other}). Choose another "
+        raise ValueError(f"{path}: was made by another command (other {other}). Choose another "
                          "--out, or --overwrite it.")
     file = path if state["finished"] else path.with_suffix(".jsonl.partial")
     return new | state if file.exists() and file.stat().st_size >= state["bytes"] else new
@@ -2443,7 +2443,7 @@ def parse_args(argv=None):
          help="nyuv2: all 1,449 images, not the 654 test images")
 
     flag = parser.add_argument_group("--dataset folder").add_argument
-    flag("--name", type=file_path, help="the set's, for --out; default: that of the dataset, or of --root")
+    flag("--name", type=file_path, help="of the set, for --out; default: that of dataset or --root")
     flag("--intrinsics", metavar="FX,FY,CX,CY", help="[px]; default: from its files")
     flag("--depth-scale", type=POSITIVE,
          help="numbers per metre; default: 1000 for integers, 1 for floating-point numbers")
