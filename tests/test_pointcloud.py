@@ -562,7 +562,7 @@ def test_answers_of_another_cloud(tmp_path, tiny, photo, exact, capsys, other, f
         exact.stop = None
     before, exact.asked = contents(out), []
     message = error_of(capsys, *common, *more)
-    assert message.startswith(f"{out}: ") and f"(other {word})" in message
+    assert message.startswith(f"{out}: ") and f"(another {word})" in message
     assert "--overwrite" in message and contents(out) == before and not exact.asked
     cloud(*common, *more, "--overwrite")
     assert len(exact.asked) == np.load(out / "depth.npy").size
@@ -579,10 +579,10 @@ def test_answers_of_another_photo_or_checkpoint(tmp_path, tiny, photo, exact, ca
     assert contents(out) == before and not exact.asked
 
     make_photo(same, shift=1)
-    assert "(other image)" in error_of(capsys, tiny, same, *common)
+    assert "(another image)" in error_of(capsys, tiny, same, *common)
     (copy / "model.safetensors").write_bytes(b"retrained")
-    assert "(other weights)" in error_of(capsys, copy, photo, *common)
-    assert "(other weights, image)" in error_of(capsys, copy, same, *common)
+    assert "(another weights)" in error_of(capsys, copy, photo, *common)
+    assert "(another weights, image)" in error_of(capsys, copy, same, *common)
     assert contents(out) == before and not exact.asked
 
 
