@@ -360,6 +360,7 @@ def test_weights_are_gathered_once_a_step(tiny, eight_processes):
     assert all(2 * once[op] < thrice[op] for op in once)
 
 
+@pytest.mark.slow
 def test_compiled_layers_compute_the_same(tiny, poses, tmp_path, monkeypatch, caplog):
     """In few graphs: inference between the steps, whose shapes never end, adds none to theirs."""
     def whole(module, query, key, value, attention_mask, scaling=None, **kwargs):
@@ -513,20 +514,25 @@ def test_memory_of_offloaded_steps(capsys):
 # the script for a GPU
 
 
-def test_gpu_check_runs(tmp_path):
-    """With tiny sizes: each step ends, and nothing fails; "larger" is "toy" with other flags."""
+@pytest.mark.parametrize("steps", ["world right toy", pytest.param(
+    "world right speed toy larger", marks=pytest.mark.slow)])
+def test_gpu_check_runs(tmp_path, steps):
+    """With tiny sizes: each step ends, and nothing fails."""
     env = {**os.environ, "CHECK_TINY": "1", "OUT": str(tmp_path / "out"),
            "WORK": str(tmp_path / "work")}
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    script = ["bash", ROOT / "tests" / "gpu_check.sh", "world", "right", "speed", "toy"]
+    script = ["bash", ROOT / "tests" / "gpu_check.sh", *steps.split()]
     done = subprocess.run(script, env={**env, "PATH": path},
                           capture_output=True, text=True, timeout=900)
     summary = (tmp_path / "out" / "summary.txt").read_text()
     assert done.returncode == 0 and done.stdout.endswith(summary)
     log = (tmp_path / "out" / "log.txt").read_text()
     assert "FAIL" not in summary and "NOTE" not in summary, summary + log[-3000:]
-    for found in ("HashStore", "against float64", "--reshard, against the CPU", "generate's",
-                  "plain copies", "SFT, resumed", "not the CPU's", "without aligned_mlp",
-                  "no checkpointing", "profile", "ratio", "queries/s", "--compile", "toy: delta1"):
+    wanted = ["HashStore", "against float64", "--reshard, against the CPU", "generate's",
+              "plain copies", "SFT, resumed", "not the CPU's", "toy: delta1"]
+    if "speed" in steps:
+        wanted += ["without aligned_mlp", "no checkpointing", "profile", "ratio", "queries/s",
+                   "--compile", "larger: {"]
+    for found in wanted:
         assert found in summary, found
     assert len(list((tmp_path / "out").iterdir())) <= 8

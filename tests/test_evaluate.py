@@ -1263,6 +1263,7 @@ def test_torchrun(reference, speaker, world, tmp_path):
     assert done.returncode and len(errors) == 1 and "another seed" in errors[0]
 
 
+@pytest.mark.slow
 def test_resume_with_other_ranks(reference, speaker, world, tmp_path):
     """What one process answered is kept by two, which are started again by one: marked answers of
     the first parts stand in the end where they stood."""
@@ -1290,6 +1291,7 @@ def test_resume_with_other_ranks(reference, speaker, world, tmp_path):
     assert marked == sorted([*range(0, 30, 2), *range(1, 20, 2)]) and again == kept
 
 
+@pytest.mark.slow
 def test_late_rank_zero(reference, speaker, world, tmp_path):
     """A rank that is ready before rank 0 waits for its word, instead of taking old answers for
     this evaluation's, or leaving parts which rank 0 would then refuse."""

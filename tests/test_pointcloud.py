@@ -1071,6 +1071,7 @@ def test_html_holds_the_cloud(tmp_path, tiny, photo, exact):
     assert odd not in pointcloud.page_text({"note": odd})
 
 
+@pytest.mark.slow
 def test_gif(tmp_path, tiny, photo, exact):
     common = (tiny, photo, "--photo-focal", 80, "--points", 50, "--out", tmp_path / "out")
     cloud(*common, "--gif")

@@ -440,6 +440,7 @@ def test_paper_recipes(monkeypatch):
     assert [parse_command(c).seed for c in seeds] == [1, 2] * 3 and parse_command(seeds[0]).lr == 1
 
 
+@pytest.mark.slow
 def test_paper_dry_run(tmp_path, tiny):
     """One of Fig. 5's variants as the script would run it, with a tiny model and small files."""
     for name in ("evaluate.py", "render.py", "train_sft.py"):

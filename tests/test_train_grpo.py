@@ -962,6 +962,7 @@ def test_two_processes_equal_one(reference, taught, world, tmp_path):
         assert (pairs[1][-1]["kl"] > 0) == bool(more)
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_can_be_resumed(reference, taught, world, tmp_path):
     """kill -9 while a state is being written; the result is that of one run."""
     out = tmp_path / "run"

@@ -720,6 +720,7 @@ def test_killed_while_saving(tiny, reference, distances, tmp_path, capsys, momen
     assert sorted(p.name for p in out.glob("*safetensors*")) == ["model.safetensors"]
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_can_be_resumed(tiny, reference, distances, tmp_path):
     """kill -9 three times, once while a state is being written; the result is that of one run."""
     out = tmp_path / "run"
