@@ -1416,7 +1416,7 @@ def test_check_of_many_labels(tmp_path, capfd, toy):
         code, said = checked(capfd, path)
         seconds.append(time.process_time() - start)
         assert code == 0 and str(4000 * times) in said, said
-    assert seconds[1] < 4 * seconds[0] + 2
+    assert seconds[1] < 4 * seconds[0] + 20  # it was quadratic: minutes
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
