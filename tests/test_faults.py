@@ -346,7 +346,8 @@ def test_training_alone():
     """Kills and full disks of training, in a process of their own."""
     env = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
     done = subprocess.run([sys.executable, "-m", "pytest", __file__, "-n", "0", "-k",
-                           "train and (kills or full) or pipes and state"], env={**env, "FAULTS": "alone"},
+                           "train and (kills or full) or pipes and state"],
+                          env={**env, "FAULTS": "alone"},
                           capture_output=True, text=True, timeout=500)
     assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-3000:]
 
