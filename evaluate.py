@@ -860,7 +860,9 @@ def score(lines: list[dict]) -> dict:
     out = metrics(pred, true)
     out["delta1_ci"] = interval(within(pred, true, 1.25), images)
     out["always_2m"] = constant_delta1(2.0, true)
-    out["best_constant"] = {"value": round(best, 3), "delta1": constant_delta1(best, true)}
+    task = TASKS.get(lines[0].get("task", "distance"))
+    out["best_constant"] = {"value": round(best, 3), "delta1": constant_delta1(best, true),
+                            "unit": next(iter(task.unit)) if task else ""}
 
     out["bins"] = {f"{low}-{high}": metrics(pred[here], true[here])
                    for low, high in zip(BINS, BINS[1:])
@@ -968,7 +970,9 @@ def metric_rows(result: dict) -> list[list[str]]:
 
     def constant_cell(scores: dict) -> str:
         best = scores.get("best_constant")
-        return f"{best['delta1']:.3f} ({best['value']:g} m)" if best else ""
+        if not best:
+            return ""
+        return f"{best['delta1']:.3f} ({best['value']:g} {best['unit']}".rstrip() + ")"
 
     for key in (*METRICS, "unparsed", *ODD, "n", "in_10_90", "confidence", "lost"):
         add(key, lambda scores: show(scores.get(key, "")))
@@ -1018,6 +1022,9 @@ def paper_table(result: dict) -> str:
     those that a row has; vs ours: of that, relative to our average over the same sets (Table 2)."""
     ours = {name: scores["delta1"] for name, scores in result["datasets"].items()
             if name in PAPER_CONSTANT}
+    if not ours:
+        raise ValueError(f"--paper-rows: the paper's sets are {', '.join(PAPER_CONSTANT)}, and "
+                         "none of them is here.")
     rows = [["delta1", *ours, "average", "vs ours"]]
     for method, theirs in {"ours": ours, **render.read_json(PAPER)}.items():
         both = [name for name in ours if name in theirs]
@@ -1287,7 +1294,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     flag("--data", type=file_path, nargs="+", metavar="JSONL", help="default: data/*/val.jsonl")
     render.add_record_flags(flag)
     flag("--out", type=file_path, help="folder for predictions.jsonl and metrics.json; default: "
-         "<checkpoint>/eval, out/constant, out/depth_maps, out/predictions")
+         "<checkpoint>/eval, out/constant, out/depth_maps, out/predictions/<name>")
     flag("--overwrite", action="store_true", help="drop the evaluation that is in --out")
     flag("--paper-rows", action="store_true", help="also print the published rows of Tables 1, 2")
 
@@ -1323,7 +1330,9 @@ def default_out(args) -> Path:
     way = "_median" * (args.decode == "median") + "_geometry" * (args.two_point == "geometry")
     if args.checkpoint and Path(args.checkpoint).is_dir():
         return Path(args.checkpoint) / f"eval{way}"
-    others = ("constant", "depth_maps", "predictions")
+    if args.predictions:
+        return Path("out/predictions") / Path(args.predictions).stem
+    others = ("constant", "depth_maps")
     kind = args.checkpoint or next(key for key in others if getattr(args, key) is not None)
     return Path("out") / (kind.replace("/", "--") + way)
 
@@ -1439,7 +1448,9 @@ def main(argv=None) -> None:
     out = Path(args.export_queries or args.out or default_out(args))
     if args.predictions:
         lines = read_predictions(args.predictions, args.depth_type)
+        inputs = {"predictions": file_hash(args.predictions), "depth_type": args.depth_type}
         with render.lock_folder(out):
+            render.write_json(out / "run.json", render.run_info(args, inputs=inputs))
             return report(lines, out, args.paper_rows, line_query)
 
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -1452,7 +1463,10 @@ def main(argv=None) -> None:
         if unseen and rank == 0:
             print(f"{args.checkpoint}: was not trained on {', '.join(unseen)}, only on "
                   f"{', '.join(settings['tasks'])}", file=sys.stderr)
-    groups = list_queries(args, args.tasks or settings["tasks"])
+    tasks = args.tasks or settings["tasks"]
+    if args.two_point == "geometry" and "two_point" not in tasks and rank == 0:
+        print("--two-point geometry changes nothing without --tasks two_point", file=sys.stderr)
+    groups = list_queries(args, tasks)
     try:
         with render.lock_folder(out, when=rank == 0):
             if args.export_queries:  # as the checkpoint would see them, if there is one

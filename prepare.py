@@ -367,7 +367,8 @@ def one_by_one(scenes, frames):
 def with_10_for_val(split, train, val):
     """The scenes of a split if the first 10 of the authors' val are evaluated on, and all others
     trained on."""
-    return val[:10] if split == "val" else train + val[10:]
+    held_out = val[:10]
+    return held_out if split == "val" else [s for s in train + val if s not in held_out]
 
 
 def load_lidar(path, world_from_lidar, frame):
@@ -2294,6 +2295,8 @@ def download(url, path, md5=None):
             part.unlink()
             raise ValueError(f"{url}: has checksum {found} instead of {md5}, and was thrown away. "
                              "Give the same command again.")
+    else:
+        print(f"{path}: there is no checksum to compare it with")
     os.replace(part, path)
 
 

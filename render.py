@@ -288,7 +288,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
     """Every default is shown; where it depends on something, the help text says on what."""
 
     def _get_help_string(self, action):
-        if action.default in (None, [], (None, 0.0)) or action.const is True:
+        if action.default is None or action.const is True or "default: " in action.help:
             return action.help
         return super()._get_help_string(action)
 
@@ -1066,7 +1066,6 @@ PROMPTS = [name for name in TASKS["distance"].wordings if not name.startswith("c
 FIELDS = {"w", "h", "fx", "fy", "cx", "cy", "u", "v", "given"}  # of a question
 CAMERAS = ("unify", "none", "prompt", "ray")  # Sec. 3.3, App. A.5
 RANGES = {"focal": (1, 1e5), "marker_size": (1, 1000), "max_new_tokens": (1, 1e5)}
-
 
 PLAIN = r"\d+(?:\.\d+)?"
 THINKING = (r"<think>(?:(?!</?think>|</?answer>).)*</think>\s*,?\s*"

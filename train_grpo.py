@@ -49,7 +49,7 @@ from render import COUNT, POSITIVE, Checkpoint, number
 # paper: it names no bound; one answer of 1e9 m would drown the differences of its group
 WORST = 2.0  # an error counts up to this multiple of the true value
 SMALLEST = 0.01  # true values count as at least this much, the last digit of an answer
-ROLLOUT = 1000  # third number of the seed; train_sft.Samples uses 0..19 for the data
+ROLLOUT = 1000  # third number of the seed; train_sft.Samples uses 0..99 for the data
 
 
 # --------------------------------------------------------------------------------------------------
@@ -78,13 +78,12 @@ class Rollout:
 def banned_tokens(model, checkpoint: Checkpoint) -> torch.Tensor:
     """Ids that an answer never holds: the update's forward would look for an image behind them."""
     ids = {checkpoint.image_id, getattr(model.config, "video_token_id", None)}
-    return torch.tensor(sorted(i for i in ids if i is not None), device=model.device)
+    return torch.tensor(sorted(i for i in ids if i is not None), device=model.compute_device)
 
 
 def log_policy(logits: torch.Tensor, temperature: float, banned: torch.Tensor) -> torch.Tensor:
     """The distribution that answers are drawn from and scored under: (..., V) logits -> log
     probabilities, float32."""
-    banned = banned.to(logits.device)  # with --offload it was the CPU's
     return (logits.float() / temperature).index_fill(-1, banned, -math.inf).log_softmax(-1)
 
 

@@ -1450,6 +1450,31 @@ def test_predictions_of_any_kind(tmp_path):
     assert got["delta1"] == 2 / 6
 
 
+def test_where_predictions_go(tmp_path, monkeypatch, capsys):
+    """Each file to a folder of its own, with a run.json that names it by content."""
+    monkeypatch.chdir(tmp_path)
+    for name, pred in (("theirs", 2.0), ("ours", 4.0)):
+        write_jsonl(tmp_path / f"{name}.jsonl", predictions([pred], [2.0]))
+        evaluate.main(["--predictions", f"{name}.jsonl"])
+    out = tmp_path / "out" / "predictions"
+    scores = [json.loads((out / name / "metrics.json").read_text()) for name in ("theirs", "ours")]
+    assert [score["average"]["delta1"] for score in scores] == [1, 0]
+    inputs = json.loads((out / "ours" / "run.json").read_text())["inputs"]
+    assert inputs["predictions"] == evaluate.file_hash("ours.jsonl")
+
+    message = fails(capsys, "--predictions", "ours.jsonl", "--paper-rows")
+    assert message.startswith("error: --paper-rows: the paper's sets are argoverse2, ")
+
+
+@pytest.mark.parametrize("task, unit", [
+    ("distance", " m"), ("speed", " m/s"), ("time", " s"), ("width", "")])
+def test_unit_of_the_best_constant(task, unit):
+    """Of the task; of a task that is not ours there is none to name."""
+    lines = predictions([2.0, 2.0], [2.0, 2.0], dataset="here")
+    text = evaluate.table(evaluate.summarize([{**line, "task": task} for line in lines]))
+    assert re.search(r"best constant: delta1 +1\.000 \([\d.]+(.*)\)", text)[1] == unit
+
+
 def test_predictions_of_a_task_that_is_not_ours(tmp_path, capsys):
     """Anyone's task has its row; its answers as text are parsed as distances."""
     lines = [{**line, "task": "width"} for line in predictions(["200 cm", 5.0], [2.0, 2.0])]

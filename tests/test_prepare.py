@@ -2076,6 +2076,20 @@ def test_download_checksum(tmp_path, server, capfd, monkeypatch):
     assert code != 0 and "checksum" in said.lower() and not list((tmp_path / "raw").glob("*.zip"))
 
 
+def test_download_without_a_checksum(tmp_path, server, capfd):
+    """Where none is known it says so."""
+    code, said = fetch(tmp_path, server, capfd)
+    assert code == 0 and "ibims1_core_raw.zip: there is no checksum" in said
+
+
+def test_held_out_scenes_are_not_trained_on():
+    """Not even one that stands in both of the authors' lists."""
+    val = [f"v{k:02d}" for k in range(12)]
+    train = prepare.with_10_for_val("train", ["t0", "v03", "t1"], val)
+    assert prepare.with_10_for_val("val", ["t0"], val) == val[:10]
+    assert train == ["t0", "t1", "v10", "v11"]
+
+
 def test_download_closed_dataset(tmp_path, capfd):
     """A dataset behind a registration cannot be fetched: exit 2 and how to get it."""
     code, said = attempt(capfd, tmp_path, "nuscenes", "--download")
