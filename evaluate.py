@@ -1181,16 +1181,17 @@ def read_map(path: Path) -> Image.Image:
         return file.copy()
 
 
-def mapped_depth(path: Path, query: Query, scale: float, depth_type: str) -> float:
-    """Euclidean distance [m] of a query's point by a depth map of any resolution: the pixel of the
-    map in which the point lies, so that no value between two objects is made up."""
-    (x, y), intrinsics = query.points[0], query.records[0]["intrinsics"]
+def mapped_depth(path: Path, pixels, intrinsics, scale: float, depth_type: str) -> np.ndarray:
+    """Euclidean distances [m] of pixels (N, 2) of an image by its depth map of any resolution: of
+    the pixel of the map in which each lies, so that no value between two objects is made up."""
     depth = read_map(path)
     _, sx, sy = render.match_size(depth, intrinsics, path)
-    column = min(int(sx * (x + 0.5)), depth.width - 1)
-    row = min(int(sy * (y + 0.5)), depth.height - 1)
-    ray = float(render.ray_length(x, y, intrinsics)) if depth_type == "z" else 1.0
-    return depth.getpixel((column, row)) / scale * ray
+    places = (np.asarray(pixels) + 0.5) * (sx, sy)
+    places = np.minimum(places, np.subtract(depth.size, 1)).astype(int)
+    found = np.array([depth.getpixel(place) for place in map(tuple, places.tolist())], float)
+    if depth_type == "z":
+        found *= render.ray_length(*np.transpose(pixels), intrinsics)
+    return found / scale
 
 
 def default_data() -> list[str]:
@@ -1313,9 +1314,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     flag("--predictions", type=file_path, metavar="FILE", help="score these answers")
     flag("--depth-maps", type=file_path, metavar="DIR", help="score dense depth, a .npy or 16-bit "
          ".png an image, by its path or name (Table 2)")
-    flag("--depth-scale", type=POSITIVE, default=1.0, help="of the maps: a metre in their unit")
-    flag("--depth-type", choices=("euclidean", "z"), default="euclidean",
-         help="what those numbers are, where a line does not say: z is converted by its ray")
+    render.add_map_flags(flag)
     flag("--export-queries", type=file_path, metavar="DIR",
          help="write images and questions, for any system to answer and --predictions to score")
 
@@ -1418,7 +1417,8 @@ def answer_alone(args, groups: list, out: Path) -> None:
             if images.setdefault(path, image) != image:
                 raise ValueError(f"{path}: would be of {images[path]} and of {image}. Put the maps "
                                  "in folders like those of the images.")
-            value = mapped_depth(path, query, args.depth_scale, args.depth_type)
+            value, = mapped_depth(path, query.points, query.records[0]["intrinsics"],
+                                  args.depth_scale, args.depth_type)
         lines.append(prediction(query, {"text": f"{value:g}"}, dataset=name, id=number))
     render.write_jsonl(out / "predictions.jsonl", lines)
 

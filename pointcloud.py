@@ -474,12 +474,33 @@ def make_cloud(photo: Photo, grid: np.ndarray, lines: list[dict],
         raise ValueError("--min-confidence, --edge-filter: leave no point. Lower the first (of all "
                          f"confidences the highest is {np.nan_to_num(confidence).max():.2f}), or "
                          "raise the second.")
+    intervals = {"confidence": confidence, "q10": q10, "q90": q90}
+    return place_points(photo, grid, depth_m, keep, {
+        key: np.nan_to_num(values[keep]) for key, values in intervals.items()
+        if np.isfinite(values).any()})
+
+
+def place_points(photo: Photo, grid: np.ndarray, depth_m: np.ndarray, keep: np.ndarray,
+                 intervals: dict) -> Cloud:
     xyz = render.unproject(grid[keep], depth_m[keep], photo.intrinsics).astype(np.float32)
     x, y = grid[keep].T
-    intervals = {"confidence": confidence, "q10": q10, "q90": q90}
-    intervals = {key: np.nan_to_num(values[keep]) for key, values in intervals.items()
-                 if np.isfinite(values).any()}
     return Cloud(grid, depth_m, keep, xyz, np.asarray(photo.image)[y, x], intervals)
+
+
+def mapped_clouds(args, photo: Photo, grid: np.ndarray) -> dict[str, Cloud]:
+    """--compare: the depth maps at the pixels of the grid."""
+    import evaluate
+    clouds = {}
+    for path in args.compare:
+        depth_m = evaluate.mapped_depth(Path(path), grid.reshape(-1, 2), photo.intrinsics,
+                                        args.depth_scale, args.depth_type).reshape(grid.shape[:2])
+        keep = (depth_m > NEAREST) & (depth_m < FARTHEST)  # False with NaN
+        if not keep.any():
+            raise ValueError(f"{path}: has no distance, such as 2.5, in the unit of --depth-scale "
+                             f"{args.depth_scale:g}.")
+        depth_m[~keep] = np.nan
+        clouds[Path(path).stem] = place_points(photo, grid, depth_m, keep, {})
+    return clouds
 
 
 def label_ratios(photo: Photo, depth_m: np.ndarray) -> np.ndarray:
@@ -491,16 +512,15 @@ def label_ratios(photo: Photo, depth_m: np.ndarray) -> np.ndarray:
     return depth_m[y, x] / true
 
 
-def label_error(photo: Photo, depth_m: np.ndarray) -> str | None:
-    """How the cloud compares with a record's labels."""
+def print_label_error(photo: Photo, depth_m: np.ndarray, whose: str = "") -> None:
+    """How a cloud compares with a record's labels."""
     if photo.labels is None:
-        return None
+        return
     error = np.abs(label_ratios(photo, depth_m) - 1)
     error = error[np.isfinite(error)]
-    if not len(error):
-        return None
-    return (f"against the record's labels: median error {np.median(error):.1%} at {len(error)} "
-            "points")
+    if len(error):
+        print(f"{whose}against the record's labels: median error {np.median(error):.1%} at "
+              f"{len(error)} points")
 
 
 def write_ply(file, **columns: np.ndarray) -> None:
@@ -590,8 +610,9 @@ def note_of(photo: Photo, cloud: Cloud, lines: list[dict]) -> str:
             f"{cut}focal {fx:.1f} {fy:.1f} px ({photo.source})")
 
 
-def write_cloud(out: Path, photo: Photo, cloud: Cloud, note: str, gif: bool) -> list[str]:
-    """The files of the cloud, each whole or not at all."""
+def write_cloud(out: Path, photo: Photo, cloud: Cloud, note: str, gif: bool,
+                others: dict[str, Cloud]) -> list[str]:
+    """The files of the cloud, each whole or not at all; others: for the picture alone."""
     x, y, z = cloud.xyz.T
     red, green, blue = cloud.colors.T
     writers = {
@@ -600,7 +621,7 @@ def write_cloud(out: Path, photo: Photo, cloud: Cloud, note: str, gif: bool) -> 
         "points.npz": lambda file: np.savez(
             file, pixels=cloud.pixels[cloud.keep], depth=cloud.depth_m[cloud.keep],
             xyz=cloud.xyz, colors=cloud.colors, intrinsics=photo.intrinsics, **cloud.intervals),
-        "picture.png": lambda file: draw_picture(photo, cloud, note).save(file, "PNG"),
+        "picture.png": lambda file: draw_picture(photo, cloud, note, others).save(file, "PNG"),
         "cloud.glb": lambda file: write_glb(file, photo, cloud),
         "cloud.html": lambda file: file.write(page_text(page_data(photo, cloud, note)).encode()),
         "cloud.ply": lambda file: write_ply(file, x=x, y=y, z=z, red=red, green=green, blue=blue,
@@ -673,21 +694,27 @@ def fill_in(photo: Photo, cloud: Cloud, size) -> tuple:
     return render.unproject(pixels, depth_m[y, x], photo.intrinsics), colors
 
 
-def draw_cloud(xyz: np.ndarray, colors: np.ndarray, size, yaw: float, pitch: float,
-               frame: np.ndarray | None = None) -> Image.Image:
-    """Points (N, 3) as seen from `yaw` degrees to the right and `pitch` upwards (0, 0: as the
-    camera did), in parallel projection, 5 px wide; nearer ones hide others. Colours (N, 3) uint8,
-    size (w, h); frame: half the sides of what is shown [m], around the origin."""
-    width, height = size
+def seen_from(yaw: float, pitch: float, xyz: np.ndarray) -> np.ndarray:
+    """Points (N, 3), turned as they are seen from `yaw` degrees to the right and `pitch` upwards;
+    0, 0: as the camera did."""
     a, b = math.radians(yaw), math.radians(pitch)
     x, y, z = xyz.T
     x, z = x * math.cos(a) + z * math.sin(a), z * math.cos(a) - x * math.sin(a)
     y, z = y * math.cos(b) - z * math.sin(b), z * math.cos(b) + y * math.sin(b)
-    order = np.argsort(-z, kind="stable")  # far to near: what is assigned last, stays
-    places = np.stack([x, y], -1)[order]
-    low, high = np.quantile(places, (0.01, 0.99), 0)  # outliers may leave the frame
-    if frame is not None:
-        low, high = -frame, frame
+    return np.stack([x, y, z], -1)
+
+
+def frame_of(xyz: np.ndarray) -> np.ndarray:
+    """(2, 2): the least and the largest x, y that a drawing shows; outliers may leave it."""
+    return np.quantile(xyz[:, :2], (0.01, 0.99), 0)
+
+
+def draw_cloud(xyz: np.ndarray, colors: np.ndarray, size, frame: np.ndarray) -> Image.Image:
+    """Points (N, 3), as `seen_from` turned them, in parallel projection, 5 px wide; nearer ones
+    hide others. Colours (N, 3) uint8, size (w, h), frame (2, 2) [m]."""
+    width, height = size
+    order = np.argsort(-xyz[:, 2], kind="stable")  # far to near: what is assigned last, stays
+    places, (low, high) = xyz[order, :2], frame
     scale = 0.92 * min(size / np.maximum(high - low, 0.01))  # px a metre
     places = np.floor((places - (low + high) / 2) * scale + np.divide(size, 2))
     places = 5 + places.clip(-3, np.add(size, 2)).astype(int)  # those outside: on a border of 5 px
@@ -698,34 +725,53 @@ def draw_cloud(xyz: np.ndarray, colors: np.ndarray, size, yaw: float, pitch: flo
     return Image.fromarray(canvas[5:-5, 5:-5])
 
 
-def draw_picture(photo: Photo, cloud: Cloud, note: str) -> Image.Image:
+def draw_picture(photo: Photo, cloud: Cloud, note: str, others: dict[str, Cloud]) -> Image.Image:
     """The photo, the answers and, where there are labels, the truth and the error, in colours with
-    a legend; the cloud from two sides; a note below."""
+    a legend; the cloud from two sides; a row of the same for each other cloud, at the scale of
+    ours; a note below."""
     size = panel_size(photo)
     ticks = render.round_ticks(*np.nanquantile(cloud.depth_m, (0.01, 0.99)), log=True)
-    near, far = ticks[0], ticks[-1]
-    depth = Image.fromarray(colorize(cloud.depth_m, near, far))
-    xyz, colors = fill_in(photo, cloud, size)
-    low = xyz[:, 1] > 0
-    if low.mean() <= 0.2:
-        low[:] = True
+    frames = []  # of the views, those of the first cloud
 
     def tile(image: Image.Image, caption: str, method=Image.BICUBIC) -> Image.Image:
         return render.captioned(image.resize(size, method), caption)
 
-    above = [tile(photo.image, "Photo"),
-             tile(depth, "Answers: Euclidean distance", Image.NEAREST)]
-    below = [tile(draw_cloud(xyz, colors, size, 30, 20), "The cloud from the upper right"),
-             tile(draw_cloud(xyz[low], colors[low], size, 0, 45),
-                  "From above, without what is higher than the camera")]
-    if photo.labels:
-        true = colorize(photo.labels[1], near, far)
+    def depth_tile(cloud: Cloud, caption: str) -> Image.Image:
+        colors = colorize(cloud.depth_m, ticks[0], ticks[-1])
+        return tile(Image.fromarray(colors), caption, Image.NEAREST)
+
+    def view_tiles(cloud: Cloud, of: str) -> list[Image.Image]:
+        xyz, colors = fill_in(photo, cloud, size)
+        low = xyz[:, 1] > 0
+        if low.mean() <= 0.2:
+            low[:] = True
+        views = [(seen_from(30, 20, xyz), colors), (seen_from(0, 45, xyz[low]), colors[low])]
+        if not frames:
+            frames.extend(frame_of(turned) for turned, _ in views)
+        captions = [f"{of} from the upper right",
+                    f"{of} from above, without what is higher than the camera"]
+        return [tile(draw_cloud(*view, size, frame), caption)
+                for view, frame, caption in zip(views, frames, captions)]
+
+    def ratio_tile(cloud: Cloud, whose: str) -> list[Image.Image]:
+        if photo.labels is None:
+            return []
         ratios = colorize(label_ratios(photo, cloud.depth_m), RATIOS[0], RATIOS[-1])
+        return [tile(mark_labels(photo, size, ratios), f"{whose} / truth")]
+
+    above = [tile(photo.image, "Photo"), depth_tile(cloud, "Answers: Euclidean distance")]
+    below = view_tiles(cloud, "The cloud") + ratio_tile(cloud, "Answer")
+    if photo.labels:
+        true = colorize(photo.labels[1], ticks[0], ticks[-1])
         above.append(tile(mark_labels(photo, size, true), "Truth at the labels"))
-        below.append(tile(mark_labels(photo, size, ratios), "Answer / truth"))
         below.append(legend(size[1], RATIOS, ""))
     above.append(legend(size[1], ticks, " m"))
-    picture = render.sheet(above + below, sum(image.width + render.GAP for image in above))
+    rows = [above, below]
+    for name, other in others.items():
+        rows.append([depth_tile(other, f"{name}: Euclidean distance"), *view_tiles(other, name),
+                     *ratio_tile(other, name)])
+    width = max(sum(image.width + render.GAP for image in row) for row in rows)
+    picture = render.sheet([render.sheet(row, width) for row in rows], 0)
     return render.captioned(picture, note)
 
 
@@ -734,9 +780,9 @@ def save_turn(file, photo: Photo, cloud: Cloud) -> None:
     size = panel_size(photo)
     xyz, colors = fill_in(photo, cloud, np.floor_divide(size, 2))
     xyz = xyz - np.median(xyz, 0)
-    frame = 1.3 * np.quantile(np.abs(xyz[:, :2]), 0.98, 0)
+    half = 1.3 * np.quantile(np.abs(xyz[:, :2]), 0.98, 0)
     turn = np.linspace(0, 2 * np.pi, 36, endpoint=False)
-    images = [draw_cloud(xyz, colors, size, yaw, pitch, frame)
+    images = [draw_cloud(seen_from(yaw, pitch, xyz), colors, size, np.stack([-half, half]))
               for yaw, pitch in zip(35 * np.sin(turn), 14 - 10 * np.cos(turn))]
     images[0].save(file, "GIF", save_all=True, append_images=images[1:], duration=70, loop=0)
 
@@ -866,6 +912,10 @@ def parse_args(argv=None) -> argparse.Namespace:
     flag("--record", type=NATURAL, metavar="N",
          help="this record of the jsonl (0 is the first), with its camera; default: a photo")
     render.add_record_flags(flag)
+    flag("--compare", type=file_path, nargs="+", metavar="MAP", default=[],
+         help="depth maps of the photo by other models, or of the truth, .npy or 16-bit .png: "
+         "beside ours in the picture (Fig. 8); default: none")
+    render.add_map_flags(flag)
     flag("--gif", action="store_true", help="also cloud.gif, a turn around the cloud")
     flag("--json", action="store_true", help="print one JSON object a photo, all else to stderr")
 
@@ -899,6 +949,8 @@ def parse_args(argv=None) -> argparse.Namespace:
         parser.error("--min-confidence: needs --decode median; greedy answers have no confidence")
     if bool(args.photo) == (args.serve is not None):
         parser.error("give photos, or --serve without any")
+    if args.compare and (len(args.photo) != 1 or args.at):
+        parser.error("--compare: is for the cloud of one photo")
     jsonl = [path for path in args.photo if path.endswith(".jsonl")]
     if args.record is None and jsonl:
         parser.error(f"{jsonl[0]}: say which of its records, with --record N (0 is the first)")
@@ -983,6 +1035,7 @@ def run_cloud(args, reader: Reader, photo: Photo, out: Path) -> dict:
               "image": evaluate.file_hash(photo.path), "intrinsics": photo.intrinsics}
     evaluate.claim(out, args, inputs, (ANSWERS, *FILES))
 
+    others = mapped_clouds(args, photo, grid)
     known = dict(args.known)
     pixels = [*map(tuple, grid.reshape(-1, 2).tolist()), *known]
     lines, cost = answer_pixels(reader, photo, pixels, out / ANSWERS)
@@ -992,10 +1045,11 @@ def run_cloud(args, reader: Reader, photo: Photo, out: Path) -> dict:
     lines = rescale(reader, lines, [*known.values()])
     cloud = make_cloud(photo, grid, lines, args.min_confidence, args.edge_filter)
     note = note_of(photo, cloud, lines)
-    files = write_cloud(out, photo, cloud, note, args.gif)
+    files = write_cloud(out, photo, cloud, note, args.gif, others)
     print(f"{note}; {cost}")
-    if (error := label_error(photo, cloud.depth_m)):
-        print(error)
+    print_label_error(photo, cloud.depth_m)
+    for name, other in others.items():
+        print_label_error(photo, other.depth_m, f"{name} ")
     print(f"{out}/: {', '.join(files)}")
     return {"out": str(out), "points": len(cloud.xyz), "note": note, "files": files}
 

@@ -1839,6 +1839,13 @@ def add_decoding_flags(flag) -> None:
          help="auto: bfloat16 on a GPU, float32 elsewhere")
 
 
+def add_map_flags(flag) -> None:
+    """Of depth maps that other systems made, the same flags in evaluate.py and pointcloud.py."""
+    flag("--depth-scale", type=POSITIVE, default=1.0, help="of the maps: a metre in their unit")
+    flag("--depth-type", choices=("euclidean", "z"), default="euclidean",
+         help="what those numbers are, where a line does not say: z is converted by its ray")
+
+
 def settings_from_flags(args: argparse.Namespace) -> dict:
     return {key: getattr(args, key) for key in DEFAULTS if hasattr(args, key) and key != "tasks"}
 

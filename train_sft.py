@@ -208,13 +208,15 @@ def batch_indices(first_step: int, steps: int, batch: int, micro_batch: int, ran
 
 
 def collate(samples: list[dict], filler: dict | None = None) -> dict:
-    """filler: a sample with an image and no answer. It joins a micro-batch of nothing but text,
-    because all ranks must run the vision tower when one of them does: its sharded weights are
-    gathered together."""
+    """tasks: that of each answer token. filler: a sample with an image and no answer. It joins a
+    micro-batch of nothing but text, because all ranks must run the vision tower when one of them
+    does: its sharded weights are gathered together."""
     bad = [message for sample in samples for message in sample["bad"]]
+    tasks = [sample["task"] for sample in samples
+             for _ in sample["input_ids"][sample["prompt_length"]:]]
     if filler and not any(sample["pixels"] for sample in samples):
         samples = [*samples, filler]
-    return {**render.pack(samples), "bad": bad}
+    return {**render.pack(samples), "tasks": tasks, "bad": bad}
 
 
 def blank_sample(checkpoint: Checkpoint) -> dict:
@@ -415,13 +417,13 @@ def gathered(model, reshard: bool):
 # loss
 
 
-def answer_loss(model, checkpoint: Checkpoint, batch: dict, device) -> torch.Tensor:
-    """Sum of the cross entropy of the answer tokens; only their positions get logits."""
+def answer_losses(model, checkpoint: Checkpoint, batch: dict, device) -> torch.Tensor:
+    """Cross entropy of each answer token (N,); only their positions get logits."""
     # paper: the released code also trains on the question; here the answer and its end of turn
     inputs = render.model_inputs(batch, checkpoint, device, model.compute_dtype)
     predict_at, targets = batch["predict_at"].to(device), batch["targets"].to(device)
     logits = model(**inputs, use_cache=False, logits_to_keep=predict_at).logits[0]
-    return F.cross_entropy(logits.float(), targets, reduction="sum")
+    return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
 def sum_over_ranks(values: list[float], device) -> list[float]:
@@ -693,6 +695,8 @@ def draw_log(path: Path) -> None:
     curves = {"loss": {}, "reward": {}, "delta1": {}}  # -> series -> [(step, value)]
     for _, line in render.read_jsonl(path, interrupted=True):
         found = [(key, "", line[key]) for key in ("loss", "reward") if key in line]
+        if len(line.get("losses", {})) > 1:
+            found += [("loss", task, loss) for task, loss in line["losses"].items()]
         found += [("delta1", name, s["delta1"]) for name, s in line.get("val", {}).items()]
         for key, name, value in found:
             curves[key].setdefault(name, []).append((line["step"], value))
@@ -1020,6 +1024,7 @@ def train(args: argparse.Namespace, rank: int, world: int, device: torch.device)
     chats = read_chats(chats) if chats else []
     streams = make_streams(run.datasets, run.tasks, chat_share)
     samples = Samples(streams, checkpoint, args.crop, args.seed, images=images, chats=chats)
+    kinds = [*run.tasks, "chat"]  # whose losses are logged one by one
     micro_steps = -(-(args.batch // world) // args.micro_batch)
     ahead = 1 + -(-micro_steps // args.workers) if args.workers else None  # a step, and one each
     loader = iter(torch.utils.data.DataLoader(
@@ -1043,18 +1048,22 @@ def train(args: argparse.Namespace, rank: int, world: int, device: torch.device)
         wait = time.time() - start
 
         # all tokens are counted first: each weighs the same however the samples are split
-        tokens, bad = sum_over_ranks([sum(len(b["targets"]) for b in batches),
-                                      sum(len(b["bad"]) for b in batches)], device)
+        tasks = [task for b in batches for task in b["tasks"]]
+        *counts, bad = sum_over_ranks([*(tasks.count(kind) for kind in kinds),
+                                       sum(len(b["bad"]) for b in batches)], device)
+        tokens = sum(counts)
         run.bad += int(bad)
         report_bad([m for b in batches for m in b["bad"]], run.bad, (step + 1) * args.batch)
-        loss_sum = torch.zeros((), device=device)
+        loss_sums = torch.zeros(len(kinds), device=device)
         for micro_step, batch in enumerate(batches, 1):
             begin_micro_step(model, micro_step == micro_steps, args.reshard)
-            loss = answer_loss(model, checkpoint, batch, device)
-            (loss * (world / tokens)).backward()  # FSDP averages the gradients of the ranks
-            loss_sum += loss.detach()
-        dist.all_reduce(loss_sum)
-        loss = loss_sum.item() / tokens
+            losses = answer_losses(model, checkpoint, batch, device)
+            # FSDP averages the gradients of the ranks
+            (losses.sum() * (world / tokens)).backward()
+            which = torch.tensor([kinds.index(task) for task in batch["tasks"]])
+            loss_sums.index_add_(0, which.to(device), losses.detach())
+        dist.all_reduce(loss_sums)
+        loss = loss_sums.sum().item() / tokens
         norm = clip_gradients(model, args.clip)
         check_finite(loss=loss, grad_norm=norm)
         optimizer.step()
@@ -1062,7 +1071,9 @@ def train(args: argparse.Namespace, rank: int, world: int, device: torch.device)
 
         seconds = time.time() - start
         tflops = sum(training_flops(model, b) for b in batches) * world / seconds / 1e12
-        log_line(out / "log.jsonl", step=step + 1, loss=loss, grad_norm=norm, lr=lr,
+        by_task = {kind: round(loss_sum / count, 6) for kind, loss_sum, count
+                   in zip(kinds, loss_sums.tolist(), counts) if count}
+        log_line(out / "log.jsonl", step=step + 1, loss=loss, losses=by_task, grad_norm=norm, lr=lr,
                  tokens=int(tokens), bad=run.bad, samples_per_s=args.batch / seconds,
                  tflops=tflops, wait_s=wait)
         if (step + 1) % args.log_every == 0:

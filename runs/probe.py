@@ -36,7 +36,7 @@ def probe(model, checkpoint: render.Checkpoint, chats: list[dict]) -> list[dict]
         former = chat.get("answer", answer)
         targets = checkpoint.tokens(former) or [checkpoint.end_id]
         batch = render.pack([render.encode(checkpoint, views, question, targets)])
-        loss = train_sft.answer_loss(model, checkpoint, batch, model.device).item() / len(targets)
+        loss = train_sft.answer_losses(model, checkpoint, batch, model.device).mean().item()
 
         before = {"before": former} if "answer" in chat else {}
         lines.append({**chat, **before, "answer": answer, "loss": round(loss, 4)})

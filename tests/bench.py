@@ -144,7 +144,7 @@ def noise_views(checkpoint, columns: int, rows: int, count: int) -> list:
 
 def training_batch(checkpoint, views: list, question: str, answer: list[int]) -> dict:
     samples = [render.encode(checkpoint, [view], question, answer) for view in views]
-    return train_sft.collate([{**sample, "bad": []} for sample in samples])
+    return train_sft.collate([{**sample, "task": "distance", "bad": []} for sample in samples])
 
 
 def sft_step(model, optimizer, checkpoint, batches: list[dict], device,
@@ -154,7 +154,7 @@ def sft_step(model, optimizer, checkpoint, batches: list[dict], device,
     tokens = sum(len(batch["targets"]) for batch in batches)
     for micro_step, batch in enumerate(batches, 1):
         train_sft.begin_micro_step(model, micro_step == len(batches), reshard)
-        loss = train_sft.answer_loss(model, checkpoint, batch, device)
+        loss = train_sft.answer_losses(model, checkpoint, batch, device).sum()
         (loss * (world / tokens)).backward()
         loss_sum += loss.detach()
     train_sft.clip_gradients(model, 1.0)

@@ -124,7 +124,7 @@ def small_samples(folder: Path, answers: bool = True) -> tuple:
         view.pixels[:] = np.random.default_rng(k).integers(0, 256, view.pixels.shape, np.uint8)
     tails = [checkpoint.tokens(FORM.format(x=x)) + [checkpoint.end_id] if answers else []
              for x in NUMBERS]
-    samples = [{**render.encode(checkpoint, [view], QUESTION, tail), "bad": []}
+    samples = [{**render.encode(checkpoint, [view], QUESTION, tail), "task": "distance", "bad": []}
                for view, tail in zip(views, tails)]
     return checkpoint, views, samples
 
@@ -196,7 +196,7 @@ def losses(folder: Path) -> None:
             ("checkpointing", DEVICE, BF16, False, True),
             ("--reshard", DEVICE, BF16, True, False)):
         model = train_sft.shard_model(folder, device, dtype, reshard, checkpointing).train()
-        loss = train_sft.answer_loss(model, checkpoint, batch, device)
+        loss = train_sft.answer_losses(model, checkpoint, batch, device).sum()
         loss.backward()
         gradient = torch.cat([p.grad.full_tensor().cpu().flatten() for p in model.parameters()])
         results[name] = loss.detach(), gradient

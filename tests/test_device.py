@@ -344,14 +344,14 @@ def test_weights_are_gathered_once_a_step(tiny, eight_processes):
     """Whatever the number of micro-batches; with --reshard in each of them, and gradients reduced
     in each."""
     checkpoint, samples = prompts_of(tiny)
-    batch = train_sft.collate([{**sample, "bad": []} for sample in samples])
+    batch = train_sft.collate([{**sample, "task": "distance", "bad": []} for sample in samples])
 
     def communication(micro_steps: int, reshard: bool) -> Counter:
         model = train_sft.shard_model(checkpoint.folder, CPU, torch.float32, reshard).train()
         with Communication() as seen:
             for micro_step in range(1, micro_steps + 1):
                 train_sft.begin_micro_step(model, micro_step == micro_steps, reshard)
-                train_sft.answer_loss(model, checkpoint, batch, CPU).backward()
+                train_sft.answer_losses(model, checkpoint, batch, CPU).sum().backward()
         return seen.counts
 
     once, thrice = (communication(n, False) for n in (1, 3))
@@ -397,7 +397,7 @@ def test_out_of_memory_is_one_line(tiny, poses, tmp_path, capsys, monkeypatch):
     def full(*args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has")
 
-    monkeypatch.setattr(train_sft, "answer_loss", full)
+    monkeypatch.setattr(train_sft, "answer_losses", full)
     with pytest.raises(SystemExit) as stop:
         train_sft.main(words("--model", tiny, "--data", poses, SFT, "--samples", 6, "--out",
                              tmp_path / "sft"))

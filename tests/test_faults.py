@@ -417,7 +417,7 @@ def test_spawn(bench, tmp_path, name):
 def hold(name: str, marker: Path) -> None:
     """Wait for ever in the middle of a run, when its workers are at work."""
     module = importlib.import_module({"pointcloud": "evaluate"}.get(name, name))
-    place = {"train_sft": "answer_loss", "train_grpo": "sample_answers",
+    place = {"train_sft": "answer_losses", "train_grpo": "sample_answers",
              "prepare": "write_json", "pointcloud": "median_answers"}.get(name, "greedy_answers")
     wrapped, calls = getattr(module, place), []
 

@@ -509,7 +509,7 @@ def test_interrupted_run_resumes(tmp_path, tiny, photo, exact, capsys, how, code
     assert contents(tmp_path / "whole") == contents(tmp_path / "parts")
 
 
-@pytest.mark.parametrize("function", ["make_cloud", "write_cloud", "label_error"])
+@pytest.mark.parametrize("function", ["make_cloud", "write_cloud", "print_label_error"])
 def test_killed_after_its_last_answer(tmp_path, tiny, photo, exact, no_model, monkeypatch, capsys,
                                       function):
     """With the files not begun, or all there: the same command ends well and queries nothing."""
@@ -718,7 +718,9 @@ def test_nearer_points_hide_others():
     colors = np.repeat(red_green, len(x), 0)
 
     def draw(yaw, pitch):
-        return np.asarray(pointcloud.draw_cloud(xyz, colors, (120, 100), yaw, pitch))
+        turned = pointcloud.seen_from(yaw, pitch, xyz)
+        frame = pointcloud.frame_of(turned)
+        return np.asarray(pointcloud.draw_cloud(turned, colors, (120, 100), frame))
 
     def share(yaw, pitch):
         pixels = draw(yaw, pitch).reshape(-1, 3)
@@ -742,14 +744,14 @@ def test_picture(tmp_path, tiny, exact, width, height):
     cloud(tiny, photo, "--fov", 60, "--points", 200, "--out", tmp_path / "out")
     image = Image.open(tmp_path / "out/picture.png")
     w, h = (max(round(n * 480 / max(width, height)), 160) for n in (width, height))
-    assert image.width == 2 * w + 80 + 4 * 10
+    assert image.width == 2 * w + 80 + 6 * 10
     pixels = np.asarray(image)
-    second = 10 + np.flatnonzero((pixels[10 + h:, 10] == pointcloud.BACKGROUND).all(1))[0] + h
-    shown = [pixels[y:y + h, x:x + w] for y in (10, second) for x in (10, w + 20)]
+    second = 20 + np.flatnonzero((pixels[20 + h:, 20] == pointcloud.BACKGROUND).all(1))[0] + h
+    shown = [pixels[y:y + h, x:x + w] for y in (20, second) for x in (20, w + 30)]
     assert all(len(np.unique(panel.reshape(-1, 3), axis=0)) > 20 for panel in shown)
     mean = np.asarray(Image.open(photo)).mean((0, 1))
     assert np.abs(shown[0].mean((0, 1)) - mean).max() < 4
-    assert len(np.unique(pixels[30:h, 2 * w + 45].reshape(-1, 3), axis=0)) > 20
+    assert len(np.unique(pixels[40:h, 2 * w + 55].reshape(-1, 3), axis=0)) > 20
 
 
 def flat_cloud(photo: pointcloud.Photo, depth_m: np.ndarray) -> pointcloud.Cloud:
@@ -770,7 +772,7 @@ def test_truth_and_error_of_labels(monkeypatch):
     tiles, captioned = {}, render.captioned
     monkeypatch.setattr(render, "captioned", lambda tile, caption: tiles.setdefault(
         caption.split(":")[0], tile) and captioned(tile, caption))
-    pointcloud.draw_picture(photo, cloud, "note")
+    pointcloud.draw_picture(photo, cloud, "note", {})
     pixels = {name: np.asarray(tile) for name, tile in tiles.items()}
     assert (pixels["Answers"][0, 0] == pointcloud.colorize(cloud.depth_m, 2, 5)[0, 0]).all()
     ratio = [3.0 + 0.1 * 4 / 11, 3.0 + 0.1 * 10 / 11] / labels[1]  # their cells are 4 and 10
@@ -780,6 +782,48 @@ def test_truth_and_error_of_labels(monkeypatch):
         for (x, y), color in zip(labels[0], pointcloud.colorize(values, *ends)):
             found = pixels[name][round((y + 0.5) * 5), round((x + 0.5) * 5)]
             assert (found == color).all()
+
+
+def test_compare(tmp_path, tiny, exact, capsys, monkeypatch):
+    """A map of z at half the size is the truth, another is twice as far: a row of pictures each, at
+    the scale of ours, and their errors; what is no map of this photo is refused before a query."""
+    data, camera = tmp_path / "val.jsonl", (80, 90, 47.5, 35.5, 96, 72)
+    make_photo(tmp_path / "a.png")
+    y, x = np.mgrid[:72, :96]
+    true = plane(np.stack([x, y], -1).reshape(-1, 2), camera).reshape(72, 96)
+    places = np.random.default_rng(0).integers(0, (96, 72), (40, 2))
+    depth = true[places[:, 1], places[:, 0]].tolist()
+    render.write_jsonl(data, [{"image": "a.png", "intrinsics": camera, "depth": depth,
+                               "pixel_coords": places.tolist()}])
+    z = (true / render.ray_length(x, y, camera)).reshape(36, 2, 48, 2).mean((1, 3))
+    np.save(tmp_path / "truth.npy", z.astype(np.float32))
+    Image.fromarray((2000 * z).round().astype(np.uint16)).save(tmp_path / "far.png")
+    Image.new("I;16", (96, 72)).save(tmp_path / "empty.png")
+    Image.new("I;16", (72, 96), 5000).save(tmp_path / "turned.png")
+    common = (tiny, data, "--record", 0, "--points", 500, "--depth-type", "z")
+
+    size = {}
+    for name, flags in ("alone", ()), ("with", ("--compare", tmp_path / "truth.npy")):
+        cloud(*common, *flags, "--out", tmp_path / name)
+        size[name] = Image.open(tmp_path / name / "picture.png").size
+    said = capsys.readouterr().out
+    error = re.search(r"truth against the record's labels: median error ([\d.]+)% at 40", said)
+    assert float(error[1]) < 3
+    assert size["with"][1] > size["alone"][1] + 350
+    cloud(*common, "--compare", tmp_path / "far.png", "--depth-scale", 1000, "--out",
+          tmp_path / "with")
+    error = re.search(r"far against the record's labels: median error ([\d.]+)%",
+                      capsys.readouterr().out)
+    assert float(error[1]) == pytest.approx(100, abs=3)
+
+    exact.asked = []
+    for name, words in (("empty.png", "has no distance"), ("turned.png", "is 72 x 96"),
+                        ("none.npy", "No such file")):
+        said = error_of(capsys, *common, "--compare", tmp_path / name, "--out", tmp_path / "x")
+        assert words in said and name in said
+    assert not exact.asked
+    said = error_of(capsys, *common, "--compare", tmp_path / "truth.npy", "--at", "3,4")
+    assert "--compare: is for the cloud of one photo" in said
 
 
 def test_surface_between_points():

@@ -118,7 +118,7 @@ def test_loss_is_that_of_transformers_on_the_answer(tiny, distances, one_process
     batch = [samples[i] for i in range(6)]
     assert len({len(s["input_ids"]) - s["prompt_length"] for s in batch}) > 1  # of several lengths
     model = sharded(tiny)
-    ours = train_sft.answer_loss(model, checkpoint, train_sft.collate(batch), CPU).item()
+    ours = train_sft.answer_losses(model, checkpoint, train_sft.collate(batch), CPU).sum().item()
 
     theirs, tokens, plain = 0.0, 0, stock(tiny)
     for sample in batch:
@@ -175,7 +175,7 @@ def test_only_answers_get_logits(tiny, distances, one_process):
     batch = train_sft.collate([samples[i] for i in range(4)])
     model, rows = sharded(tiny), []
     model.lm_head.register_forward_hook(lambda module, inputs, out: rows.append(out.shape))
-    train_sft.answer_loss(model, checkpoint, batch, CPU)
+    train_sft.answer_losses(model, checkpoint, batch, CPU)
     assert rows[0][1] == len(batch["targets"]) < batch["input_ids"].shape[1] / 2
 
 
@@ -214,7 +214,7 @@ def test_bfloat16_computes_over_float32_master_weights(tiny, distances, one_proc
         seen.append((module.weight.dtype, output.dtype))
 
     model.lm_head.register_forward_hook(look)
-    loss = train_sft.answer_loss(model, checkpoint, train_sft.collate([samples[0]]), CPU)
+    loss = train_sft.answer_losses(model, checkpoint, train_sft.collate([samples[0]]), CPU).sum()
     loss.backward()
     assert seen == [(torch.bfloat16, torch.bfloat16)] and loss.dtype == torch.float32
     assert {p.dtype for p in model.parameters()} == {torch.float32}
@@ -867,6 +867,29 @@ def test_all_tasks_train_and_are_scored(tiny, tmp_path):
                    "--max-new-tokens", "4"])
     metrics = json.loads((out / "eval" / "metrics.json").read_text())
     assert list(metrics["tasks"]) == list(render.TASKS)
+
+
+def test_loss_of_each_task_is_logged(tiny, distances, tmp_path, one_process):
+    """Over all micro-batches and processes; the mean over all tokens is the loss."""
+    chats = tmp_path / "chat.jsonl"
+    render.write_jsonl(chats, [{"question": "Who?", "answer": "Me."}] * 3)
+    out = tmp_path / "run"
+    train(tiny, distances, out, "--tasks", "distance", "axis", "--mix", f"{chats}:0.4", "--batch",
+          16, "--samples", 16, "--micro-batch", 3, processes=2)
+    first = log_of(out)[0]
+
+    checkpoint = render.open_checkpoint(str(tiny), {"focal": 100}, quiet=True)
+    tasks = dict.fromkeys(("distance", "axis"), (1.0, []))
+    streams = train_sft.make_streams([(render.Records(distances), 1.0)], tasks, 0.4)
+    samples = train_sft.Samples(streams, checkpoint, CROP, 0, chats=train_sft.read_chats(chats))
+    batch, found = train_sft.collate([samples[i] for i in range(16)]), {}
+    loss = train_sft.answer_losses(sharded(tiny), checkpoint, batch, CPU).tolist()
+    for task, value in zip(batch["tasks"], loss):
+        found.setdefault(task, []).append(value)
+    assert set(found) == {"distance", "axis", "chat"}
+    means = {task: np.mean(values) for task, values in found.items()}
+    assert first["losses"] == pytest.approx(means, abs=1e-4)
+    assert first["loss"] == pytest.approx(np.mean(loss), abs=1e-4)
 
 
 def height(records, i, rng, point=None):
