@@ -1269,7 +1269,7 @@ def claim(out: Path, args, inputs: dict, products: tuple[str, ...]) -> None:
             path.unlink()
     elif there and before != inputs:
         other = ", ".join(key for key in inputs if before.get(key) != inputs[key])
-        raise ValueError(f"{out}: holds another result (another {other}). Give another --out, or "
+        raise ValueError(f"{out}: holds a result of different {other}. Give another --out, or "
                          "--overwrite.")
     render.write_json(out / "run.json", render.run_info(args, inputs=inputs))
 

@@ -1717,7 +1717,7 @@ def saved_state(path, new, overwrite):
     before = state.get("inputs", {})
     other = ", ".join(key for key, value in new["inputs"].items() if before.get(key) != value)
     if other:
-        raise ValueError(f"{path}: was made by another command (another {other}). Choose another "
+        raise ValueError(f"{path}: was made by another command (different {other}). Choose another "
                          "--out, or --overwrite it.")
     file = path if state["finished"] else path.with_suffix(".jsonl.partial")
     return new | state if file.exists() and file.stat().st_size >= state["bytes"] else new

@@ -129,6 +129,8 @@ def blaming(path, remedy: str = "The file is damaged, or of something else: copy
     except BaseException as e:  # a panic of the tokenizers is no Exception
         if isinstance(e, (KeyboardInterrupt, SystemExit)) or str(e).startswith(str(path)):
             raise
+        if isinstance(e, OSError) and e.strerror:
+            raise ValueError(f"{path}: {e.strerror}.") from None
         kind = "" if type(e) is ValueError else f"{type(e).__name__} "
         raise ValueError(f"{path}: {kind}{first_line(e)}. {remedy}") from None
 
@@ -1423,7 +1425,8 @@ def find_checkpoint(name: str) -> Path:
     # ckpt/tpyo is a slip, and no repository of a user named ckpt
     on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not path.parent.is_dir()
     if path.exists() or not on_hub:
-        raise ValueError(f"{name}: no such checkpoint folder.")
+        made = "train_sft.py writes one; bash runs/toy.sh makes ckpt/toy"
+        raise ValueError(f"{name}: no such checkpoint folder ({made}).")
 
     from huggingface_hub import snapshot_download
     patterns = ["*.json", "*.txt", "*.model", "*.jinja", "*.safetensors"]

@@ -1162,7 +1162,7 @@ def test_other_evaluations_are_refused(speaker, tmp_path, capsys):
                          ("label_type", ("--label-type", "z")), ("queries", ("--tasks", "axis")),
                          ("queries", ("--data", few))):
         message = fails(capsys, *arguments(model, data, out, *flags))
-        assert f"another {other}" in message and "--overwrite" in message, message
+        assert f"different {other}" in message and "--overwrite" in message, message
         assert {file.name: file.read_bytes() for file in out.iterdir()} == before
 
     run(model, data, out, "--focal", 120, "--overwrite")
@@ -1176,7 +1176,7 @@ def test_other_evaluations_are_refused(speaker, tmp_path, capsys):
     records = lines_of(data)
     records[0]["depth"][0] += 1
     write_jsonl(data, records)
-    assert "another queries" in fails(capsys, *arguments(model, data, out))
+    assert "different queries" in fails(capsys, *arguments(model, data, out))
     data.write_text(text)
     assert run(model, data, out) == first
 
@@ -1205,7 +1205,7 @@ def test_other_parts_are_refused(speaker, world, tmp_path, capsys):
     for argv in ((speaker, world, out, "--focal", 120), (speaker, world, out, "--seed", 1),
                  (speaker, more, out)):
         message = fails(capsys, *arguments(*argv))
-        assert "another result" in message and part.exists()
+        assert "holds a result" in message and part.exists()
     copy = shutil.copytree(speaker, tmp_path / "copy")
     assert run(copy, world, out)["datasets"]["world"]["n"] == 48
 
@@ -1227,7 +1227,7 @@ def test_retrained_checkpoint_is_another(speaker, world, tmp_path, capsys):
     change_one_weight(folder)
     for out in (half, whole):
         message = fails(capsys, *arguments(folder, world, out))
-        assert "another weights" in message and str(out) in message
+        assert "different weights" in message and str(out) in message
 
 
 def test_two_runs_at_once(reference, speaker, world, tmp_path, capsys):
@@ -1260,7 +1260,7 @@ def test_torchrun(reference, speaker, world, tmp_path):
     assert same_answers(out, reference[0])
     done = run_script("evaluate.py", *argv, "--seed", 1, processes=2)  # rank 0 alone says it
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode and len(errors) == 1 and "another seed" in errors[0]
+    assert done.returncode and len(errors) == 1 and "different seed" in errors[0]
 
 
 @pytest.mark.slow
@@ -1641,7 +1641,7 @@ def test_exported_queries(world, moving, tiny_pixtral, tmp_path, capsys):
     evaluate.main([str(a) for a in ("--export-queries", out, *argv)])  # resumes: one is missing
     again = {path: path.stat().st_mtime_ns for path in (out / "images").iterdir()}
     assert sum(again[path] != images[path] for path in images) == 1
-    assert "another seed" in fails(capsys, "--export-queries", out, *argv, "--seed", 1)
+    assert "different seed" in fails(capsys, "--export-queries", out, *argv, "--seed", 1)
     assert "give one of" in fails(capsys, "--export-queries", tmp_path / "x", "--constant", 2,
                                   *argv)
     theirs = tmp_path / "theirs"

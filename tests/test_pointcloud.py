@@ -343,7 +343,7 @@ def test_cameras_that_there_cannot_be(tmp_path, tiny, photo, capsys, flags, word
     """Before the model is loaded."""
     message = error_of(capsys, tmp_path / "no checkpoint", photo, *flags)
     assert words in message and "do not fit an image of 96 x 72 px" in message
-    assert "about --fov 65" in message and message.endswith("or --focal-35mm MM.")
+    assert "about --fov 65" in message and message.endswith("in Python fov, focal or focal_35mm.")
 
 
 @pytest.mark.parametrize("said", [None, "stored", "upright"])
@@ -562,7 +562,7 @@ def test_answers_of_another_cloud(tmp_path, tiny, photo, exact, capsys, other, f
         exact.stop = None
     before, exact.asked = contents(out), []
     message = error_of(capsys, *common, *more)
-    assert message.startswith(f"{out}: ") and f"(another {word})" in message
+    assert message.startswith(f"{out}: ") and f"different {word}. Give" in message
     assert "--overwrite" in message and contents(out) == before and not exact.asked
     cloud(*common, *more, "--overwrite")
     assert len(exact.asked) == np.load(out / "depth.npy").size
@@ -579,10 +579,10 @@ def test_answers_of_another_photo_or_checkpoint(tmp_path, tiny, photo, exact, ca
     assert contents(out) == before and not exact.asked
 
     make_photo(same, shift=1)
-    assert "(another image)" in error_of(capsys, tiny, same, *common)
+    assert "different image. Give" in error_of(capsys, tiny, same, *common)
     (copy / "model.safetensors").write_bytes(b"retrained")
-    assert "(another weights)" in error_of(capsys, copy, photo, *common)
-    assert "(another weights, image)" in error_of(capsys, copy, same, *common)
+    assert "different weights. Give" in error_of(capsys, copy, photo, *common)
+    assert "different weights, image. Give" in error_of(capsys, copy, same, *common)
     assert contents(out) == before and not exact.asked
 
 
