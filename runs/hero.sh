@@ -13,4 +13,5 @@ rooms "(5,)" "--split val --val-images 60 --out data/hero"
 torchrun --standalone --nproc-per-node 2 train_sft.py @runs/toy.args --model ckpt/toy --out ckpt/hero \
     --data data/hero/train.jsonl --focal 200 --crop 112 224 84 224 --samples 16e3 --lr 1e-3 --val-every 0 \
     --save-every 50 --stop-after 450
-python pointcloud.py ckpt/hero data/hero/val.jsonl --record 22 --decode median --batch-size 64 --out out/hero
+python pointcloud.py ckpt/hero data/hero/val.jsonl --record 22 --decode median --batch-size 64 --gif \
+    --out out/hero
