@@ -5,6 +5,7 @@ nothing here passes or fails.
     python tests/bench.py render                # one iBims-like sample at f = 1000, by stage
     python tests/bench.py train --size 3b       # samples/s, TFLOP/s, memory (on a GPU)
     python tests/bench.py evaluate --size toy   # queries/s: draft, plain steps
+    python tests/bench.py reader                # queries/s through pointcloud.Reader, of ckpt/toy
     python tests/bench.py grpo --micro-batch 2  # seconds a prompt over SFT's a sample
     python tests/bench.py peer                  # the same through a loop of stock transformers
     python tests/bench.py memory --size 7b --world 8 --reshard   # GiB a GPU, without a GPU
@@ -325,6 +326,38 @@ def bench_evaluate(args) -> None:
             print(f"evaluate {args.size}, prompt {args.prompt}, {columns * rows} image tokens, "
                   f"batch {args.batch}: {name}: {rate:.2f} queries/s, {passes[0]} forward passes, "
                   f"{peak_gib(device):.1f} GiB peak")
+
+
+def bench_reader(args) -> None:
+    """A trained model's answers about one photo, through the class and by evaluate.py's loop."""
+    import pointcloud
+    reader = pointcloud.Reader(args.checkpoint, batch_size=args.batch)
+    model, checkpoint = reader.model, reader.checkpoint
+    side = round(1.12 * checkpoint.settings["focal"]), round(0.84 * checkpoint.settings["focal"])
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 90, (*side[::-1], 3), np.uint8))
+    grid = pointcloud.pixel_grid(*image.size, 480).reshape(-1, 2)
+    with tempfile.TemporaryDirectory() as tmp:
+        path = Path(tmp) / "photo.png"
+        image.save(path)
+        photo = pointcloud.open_photo(str(path), fov=58)
+        record = {"image": photo.path, "intrinsics": photo.intrinsics, "pixel_coords": grid,
+                  "depth": np.ones(len(grid))}
+        records = [render.check_record(record, "photo")]
+
+        def by_loop():
+            pairs = [(0, k) for k in range(len(grid))]
+            for _ in evaluate.run_queries(model, checkpoint, records, pairs, "distance", args.batch,
+                                          decode="median"):
+                pass
+
+        for name, run, count in (
+                ("Reader, an array", lambda: reader(np.asarray(image), grid, fov=58), len(grid)),
+                ("Reader, a path", lambda: reader(path, grid, fov=58), len(grid)),
+                ("Reader, one point a call", lambda: reader(path, grid[:1], fov=58), 1),
+                ("evaluate.run_queries", by_loop, len(grid))):
+            rate = count / median_ms(run, 5, 1) * 1e3
+            print(f"{args.checkpoint}, {side[0]} x {side[1]} px, median, batch {args.batch}, "
+                  f"{model.compute_device}: {name}: {rate:.0f} queries/s")
 
 
 def larger_toy(folder: Path) -> Path:
@@ -777,8 +810,8 @@ def bench_prepare(args) -> None:
 
 def main(argv=None) -> None:
     benches = {"render": bench_render, "train": bench_train, "evaluate": bench_evaluate,
-               "grpo": bench_grpo, "peer": bench_peer, "memory": bench_memory,
-               "records": bench_records, "prepare": bench_prepare}
+               "reader": bench_reader, "grpo": bench_grpo, "peer": bench_peer,
+               "memory": bench_memory, "records": bench_records, "prepare": bench_prepare}
     parser = render.make_parser(__doc__)
     parser.add_argument("what", choices=list(benches), help="what is measured")
     flag = parser.add_argument
@@ -786,6 +819,7 @@ def main(argv=None) -> None:
     flag("--micro-batch", type=render.COUNT, default=4, help="samples a forward pass")
     flag("--accumulate", type=render.COUNT, default=1, help="micro-batches a step")
     flag("--batch", type=render.COUNT, default=32, help="queries a forward pass")
+    flag("--checkpoint", default="ckpt/toy", help="of reader")
     flag("--prompt", choices=("paper", "release"), default="paper", help="that is answered")
     flag("--records", type=render.COUNT, default=1_000_000, help="of the jsonl")
     flag = parser.add_argument_group("memory").add_argument
