@@ -53,7 +53,7 @@ variant() {
     if [ "$paper" ]; then
       model=
     elif ! [ -d "$model" ] && ! [ "$list" ]; then
-      python runs/toy_model.py "$model" --seed "$seed" $tiny
+      python runs/toy_model.py "$model" --seed "$seed" $tiny >&2  # not a variant
     fi
     echo "out/$name/$label-$seed" "${data//,//val.jsonl,}/val.jsonl" "$script" "$recipe" \
       ${model:+--model "$model"} "$@" $extra --seed "$seed"

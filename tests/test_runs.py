@@ -440,6 +440,38 @@ def test_paper_recipes(monkeypatch):
     assert [parse_command(c).seed for c in seeds] == [1, 2] * 3 and parse_command(seeds[0]).lr == 1
 
 
+FINDINGS = {"finding1": 4, "finding2": 6, "finding3": 10, "finding3_lenses": 8, "finding4": 10,
+            "finding4_exhausted": 3}  # trainings of one seed
+
+
+@pytest.mark.parametrize("name, count", FINDINGS.items())
+def test_toy_findings_run_their_variants(tmp_path, name, count):
+    """From nothing on: python is a stub here that says a line, as all scripts do, and writes its
+    command down."""
+    shutil.copytree(ROOT / "runs", tmp_path / "runs", ignore=shutil.ignore_patterns("logs"))
+    stub, calls = tmp_path / "bin" / "python", tmp_path / "calls"
+    stub.parent.mkdir()
+    stub.write_text(f'#!/bin/sh\necho "$1: a line"\necho "$*" >> {calls}\n')
+    stub.chmod(0o755)
+    for data in ("toy", "toy_daylight", "toy_64"):  # of which some take lines
+        (tmp_path / "data" / data).mkdir(parents=True)
+        for split in ("train", "val"):
+            (tmp_path / "data" / data / f"{split}.jsonl").write_text("{}\n" * 3000)
+    (tmp_path / "ckpt/toy/eval").mkdir(parents=True)
+    (tmp_path / "ckpt/toy/eval/metrics.json").write_text("{}")
+    done = subprocess.run(
+        ["bash", "runs/" + f"{name}.sh", "--samples", "64", "--seeds", "2"], cwd=tmp_path,
+        capture_output=True, text=True, timeout=100,
+        env={**os.environ, "PATH": f"{stub.parent}:{os.environ['PATH']}"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = [line.split() for line in calls.read_text().splitlines()]
+    trained = [words[words.index("--out") + 1] for words in said if words[0].startswith("train_")]
+    starts = [out for out in trained if out.endswith("-0")]
+    assert len(trained) == len({*trained}) == 2 * (count - len(starts)) + len(starts)
+    assert sorted(trained) == sorted(words[1] for words in said if words[0] == "evaluate.py")
+    assert any(words[0] == "runs/findings.py" for words in said)
+
+
 @pytest.mark.slow
 def test_paper_dry_run(tmp_path, tiny):
     """One of Fig. 5's variants as the script would run it, with a tiny model and small files."""
