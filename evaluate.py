@@ -62,6 +62,8 @@ ODD = ("truncated", "off_form")  # flags of unusual answers
 ERRORS = ("abs_rel", "rmse", "log10", "silog")
 METRICS = ("delta1", "delta2", "delta3", *ERRORS)
 SURE = ("q10", "q90", "confidence", "lost")  # of an answer by the median
+FREE_FLAGS = {"checkpoint", "photo", "out", "overwrite", "paper_rows", "gif", "json", "compare",
+              "workers", "batch_size"}  # that are not said of a result with other inputs
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1167,24 +1169,28 @@ def find_map(folder: Path, image: str, root: Path) -> Path:
             path = (folder / place).with_suffix(ending)
             if path.is_file():
                 return path
-    raise ValueError(f"{folder}: has no {relative.with_suffix('.npy')} (or .png) for {image}.")
+    raise ValueError(f"{folder}: has no map for {image}, such as {relative.stem}.npy or .png.")
 
 
 @lru_cache(maxsize=2)
-def read_map(path: Path) -> Image.Image:
+def read_map(path: Path) -> tuple[Image.Image, bool]:
+    """-> the map, whether it holds integers."""
     if path.suffix == ".npy":
         with render.blaming(path, "A map is (height, width)."):
-            return Image.fromarray(np.load(path).squeeze().astype(np.float32))
+            values = np.load(path).squeeze()
+            return Image.fromarray(values.astype(np.float32)), values.dtype.kind in "iu"
     with render.image_file(path) as file:
         if len(file.getbands()) > 1:
             raise ValueError("in colour, a map has one channel")
-        return file.copy()
+        return file.copy(), file.mode != "F"
 
 
-def mapped_depth(path: Path, pixels, intrinsics, scale: float, depth_type: str) -> np.ndarray:
+def mapped_depth(path: Path, pixels, intrinsics, scale: float | None,
+                 depth_type: str) -> np.ndarray:
     """Euclidean distances [m] of pixels (N, 2) of an image by its depth map of any resolution: of
     the pixel of the map in which each lies, so that no value between two objects is made up."""
-    depth = read_map(path)
+    depth, integers = read_map(path)
+    scale = scale or (1000 if integers else 1)
     _, sx, sy = render.match_size(depth, intrinsics, path)
     places = (np.asarray(pixels) + 0.5) * (sx, sy)
     places = np.minimum(places, np.subtract(depth.size, 1)).astype(int)
@@ -1261,17 +1267,20 @@ def claim(out: Path, args, inputs: dict, products: tuple[str, ...]) -> None:
     there, in part or whole: they are kept. Raises ValueError if they depend on anything else."""
     inputs = json.loads(json.dumps(inputs))
     there = [path for pattern in products for path in out.glob(pattern)]
-    before = {}
+    info, saved = render.run_info(args, inputs=inputs), {}
     if (out / "run.json").is_file():
-        before = render.read_json(out / "run.json").get("inputs") or {}
+        saved = render.read_json(out / "run.json")
+    before = saved.get("inputs") or {}
     if args.overwrite:
         for path in there:
             path.unlink()
     elif there and before != inputs:
         other = ", ".join(key for key in inputs if before.get(key) != inputs[key])
-        raise ValueError(f"{out}: holds a result of different {other}. Give another --out, or "
+        said = render.other_flags(info, saved, FREE_FLAGS)
+        raise ValueError(f"{out}: holds a result of different {other}"
+                         f"{said and f' (it was made with {said})'}. Give another --out, or "
                          "--overwrite.")
-    render.write_json(out / "run.json", render.run_info(args, inputs=inputs))
+    render.write_json(out / "run.json", info)
 
 
 def read_parts(out: Path) -> dict[int, dict]:
@@ -1430,6 +1439,11 @@ def report(lines: list[dict], out: Path, published: bool, query: Callable) -> No
     with render.replacing(out / "errors.png") as temporary:
         error_picture(lines, result["datasets"], query).save(temporary, "PNG")
     print(render.printable(table(result)))
+    unparsed = [line for line in lines if line["pred"] is None]
+    if 2 * len(unparsed) > len(lines):
+        text = render.printable(repr(unparsed[0].get("text", ""))[:100])
+        print(f"warning: {len(unparsed)} of {len(lines)} answers say no number of the unit, such "
+              f"as {text}. Was the model trained for this prompt?", file=sys.stderr)
     if published:
         print(f"\n{paper_table(result)}")
     print(f"{out}/metrics.json, {out}/errors.png")

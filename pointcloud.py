@@ -212,7 +212,9 @@ def open_photo(path: str, fov: float | None = None, focal: float | None = None,
     elif focal is not None:
         fx, fy, source = focal, focal, "--photo-focal"
     elif fov is not None:
-        fx = fy = width / 2 / max(math.tan(math.radians(fov) / 2), 1e-9)
+        if not 1 <= fov <= 160:
+            raise ValueError(f"{path}: a field of view of {fov:g} degrees; it is 1 to 160.")
+        fx = fy = width / 2 / math.tan(math.radians(fov) / 2)
         source = f"--fov {fov:g}"
     elif focal_35mm is not None:
         fx = fy = film_focal(focal_35mm, width, height)
@@ -254,7 +256,11 @@ def image_path(image) -> Iterator[str]:
         yield os.fspath(image)
         return
     if not isinstance(image, Image.Image):
-        image = Image.fromarray(np.asarray(image, np.uint8))
+        image = np.asarray(image)
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise ValueError(f"an image of {image.dtype} {image.shape}: give (height, width, 3) of "
+                             "uint8, 0 to 255, or a PIL image.")
+        image = Image.fromarray(image)
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "image.png")
         image.save(path, exif=image.getexif(), compress_level=1)
@@ -294,11 +300,11 @@ class Reader:
         return evaluate.load_model(self.checkpoint, self.device, self.dtype)
 
     def __call__(self, image, at, **camera) -> np.ndarray:
-        """Pixels (N, 2) -> (4, N): Euclidean distance [m], its 10 % and 90 % quantiles, confidence;
-        NaN where an answer is no distance, or has no interval."""
+        """Pixels (N, 2), or one -> (4, N): Euclidean distance [m], its 10 % and 90 % quantiles,
+        confidence; NaN where an answer is no distance, or has no interval."""
         with image_path(image) as path:
             photo = open_photo(path, **camera)
-            return measures(self.lines(photo, at))
+            return measures(self.lines(photo, np.reshape(at, (-1, 2))))
 
     def cloud(self, image, points: int = NUM_POINTS, min_confidence: float | None = None,
               edge_filter: float | None = None, **camera) -> tuple[np.ndarray, np.ndarray]:
@@ -356,11 +362,10 @@ def answer_pixels(reader: Reader, photo: Photo, pixels: list[tuple],
     kept -= kept % reader.batch_size  # so that a resumed run has the batches of a whole one
     lines = [done[pixel] for pixel in pixels[:kept]]
     render.write_jsonl(path, lines)
-    if kept:
-        print(f"{path}: resumes after {kept:,} answers", flush=True)
-
     left = len(pixels) - kept
     if left > reader.batch_size:
+        if kept:
+            print(f"{path}: resumes after {kept:,} answers", flush=True)
         for _ in range(2):  # the first one loads the model and opens the photo
             start = time.time()
             reader.lines(photo, pixels[:1])
@@ -419,6 +424,8 @@ def print_answers(photo: Photo, lines: list[dict]) -> None:
         print(f"{x:g},{y:g}: {with_interval(line)} from the camera, z {z:.2f} m")
     if (length := length_between(photo, lines)):
         print(f"between the two: {with_interval(length)}")
+    if any("q10" in line for line in lines):
+        print("(in brackets: what the model believes with 80 %)")
 
 
 def need_a_distance(reader: Reader, lines: list[dict]) -> None:
@@ -445,7 +452,7 @@ def rescale(reader: Reader, lines: list[dict], metres: list[float]) -> list[dict
     ratios = np.array(metres) / measures(known)[0]
     scale = float(np.nanmedian(ratios))
     errors = ", ".join(f"{error:+.1%}" for error in scale / ratios - 1)
-    print(f"scale {scale:.3f}, by which the known distances are off by {errors}")
+    print(f"scaled by {scale:.3f}; of the known distances the answers now differ by {errors}")
     return [line | {key: line[key] * scale for key in MEASURES[:3] if line.get(key)}
             for line in lines]
 
@@ -479,9 +486,9 @@ def make_cloud(photo: Photo, grid: np.ndarray, lines: list[dict],
     if edge_filter is not None:
         keep &= has_neighbour(depth_m, edge_filter)
     if not keep.any():
-        raise ValueError("--min-confidence, --edge-filter: leave no point. Lower the first (of all "
-                         f"confidences the highest is {np.nan_to_num(confidence).max():.2f}), or "
-                         "raise the second.")
+        raise ValueError("--min-confidence or --edge-filter leaves no point. Lower the first (of "
+                         f"all confidences the highest is {np.nan_to_num(confidence).max():.2f}), "
+                         "or raise the second.")
     intervals = {"confidence": confidence, "q10": q10, "q90": q90}
     return place_points(photo, grid, depth_m, keep, {
         key: np.nan_to_num(values[keep]) for key, values in intervals.items()
@@ -504,8 +511,7 @@ def mapped_clouds(args, photo: Photo, grid: np.ndarray) -> dict[str, Cloud]:
                                         args.depth_scale, args.depth_type).reshape(grid.shape[:2])
         keep = (depth_m > NEAREST) & (depth_m < FARTHEST)  # False with NaN
         if not keep.any():
-            raise ValueError(f"{path}: has no distance, such as 2.5, in the unit of --depth-scale "
-                             f"{args.depth_scale:g}.")
+            raise ValueError(f"{path}: has no distance of {NEAREST:g} to {FARTHEST:g} m.")
         depth_m[~keep] = np.nan
         clouds[Path(path).stem] = place_points(photo, grid, depth_m, keep, {})
     return clouds
@@ -735,52 +741,60 @@ def draw_cloud(xyz: np.ndarray, colors: np.ndarray, size, frame: np.ndarray) -> 
 
 def draw_picture(photo: Photo, cloud: Cloud, note: str, others: dict[str, Cloud]) -> Image.Image:
     """The photo, the answers and, where there are labels, the truth and the error, in colours with
-    a legend; the cloud from two sides; a row of the same for each other cloud, at the scale of
-    ours; a note below."""
-    size = panel_size(photo)
-    ticks = render.round_ticks(*np.nanquantile(cloud.depth_m, (0.01, 0.99)), log=True)
-    frames = []  # of the views, those of the first cloud
+    a legend; the cloud from two sides; a row of the same for each other cloud, all at one scale; a
+    note below."""
+    size, clouds = panel_size(photo), [cloud, *others.values()]
+    ends = np.array([np.nanquantile(one.depth_m, (0.01, 0.99)) for one in clouds])
+    ticks = render.round_ticks(ends.min(), ends.max(), log=True)
+    views = [views_of(photo, one, size) for one in clouds]
+    frames = []
+    for same_view in zip(*views):
+        ends = np.array([frame_of(xyz) for xyz, _ in same_view])
+        frames.append((ends[:, 0].min(0), ends[:, 1].max(0)))
 
     def tile(image: Image.Image, caption: str, method=Image.BICUBIC) -> Image.Image:
         return render.captioned(image.resize(size, method), caption)
 
-    def depth_tile(cloud: Cloud, caption: str) -> Image.Image:
-        colors = colorize(cloud.depth_m, ticks[0], ticks[-1])
+    def depth_tile(one: Cloud, caption: str) -> Image.Image:
+        colors = colorize(one.depth_m, ticks[0], ticks[-1])
         return tile(Image.fromarray(colors), caption, Image.NEAREST)
 
-    def view_tiles(cloud: Cloud, of: str) -> list[Image.Image]:
-        xyz, colors = fill_in(photo, cloud, size)
-        low = xyz[:, 1] > 0
-        if low.mean() <= 0.2:
-            low[:] = True
-        views = [(seen_from(30, 20, xyz), colors), (seen_from(0, 45, xyz[low]), colors[low])]
-        if not frames:
-            frames.extend(frame_of(turned) for turned, _ in views)
-        captions = [f"{of} from the upper right",
-                    f"{of} from above, without what is higher than the camera"]
+    def view_tiles(k: int, name: str) -> list[Image.Image]:
+        captions = (f"{name} from the upper right",
+                    f"{name} from above, without what is higher than the camera")
         return [tile(draw_cloud(*view, size, frame), caption)
-                for view, frame, caption in zip(views, frames, captions)]
+                for view, frame, caption in zip(views[k], frames, captions)]
 
-    def ratio_tile(cloud: Cloud, whose: str) -> list[Image.Image]:
+    def ratio_tile(one: Cloud, name: str) -> list[Image.Image]:
         if photo.labels is None:
             return []
-        ratios = colorize(label_ratios(photo, cloud.depth_m), RATIOS[0], RATIOS[-1])
-        return [tile(mark_labels(photo, size, ratios), f"{whose} / truth")]
+        ratios = colorize(label_ratios(photo, one.depth_m), RATIOS[0], RATIOS[-1])
+        return [tile(mark_labels(photo, size, ratios), f"{name} / truth")]
 
     above = [tile(photo.image, "Photo"), depth_tile(cloud, "Answers: Euclidean distance")]
-    below = view_tiles(cloud, "The cloud") + ratio_tile(cloud, "Answer")
+    below = view_tiles(0, "The cloud") + ratio_tile(cloud, "Answer")
     if photo.labels:
         true = colorize(photo.labels[1], ticks[0], ticks[-1])
         above.append(tile(mark_labels(photo, size, true), "Truth at the labels"))
         below.append(legend(size[1], RATIOS, ""))
     above.append(legend(size[1], ticks, " m"))
     rows = [above, below]
-    for name, other in others.items():
-        rows.append([depth_tile(other, f"{name}: Euclidean distance"), *view_tiles(other, name),
+    for k, (name, other) in enumerate(others.items(), 1):
+        rows.append([depth_tile(other, f"{name}: Euclidean distance"), *view_tiles(k, name),
                      *ratio_tile(other, name)])
     width = max(sum(image.width + render.GAP for image in row) for row in rows)
     picture = render.sheet([render.sheet(row, width) for row in rows], 0)
     return render.captioned(picture, note)
+
+
+def views_of(photo: Photo, cloud: Cloud, size) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Points and colours as seen from two sides, the second without what is higher than the
+    camera."""
+    xyz, colors = fill_in(photo, cloud, size)
+    low = xyz[:, 1] > 0
+    if low.mean() <= 0.2:
+        low[:] = True
+    return [(seen_from(30, 20, xyz), colors), (seen_from(0, 45, xyz[low]), colors[low])]
 
 
 def save_turn(file, photo: Photo, cloud: Cloud) -> None:
@@ -901,7 +915,14 @@ def known_distance(text: str) -> tuple[tuple[float, ...], float]:
     return pixel(place), POSITIVE(metres)
 
 
+def four_numbers(text: str) -> tuple[float, ...]:
+    """An argparse type."""
+    fx, fy, cx, cy = map(float, text.split(","))
+    return fx, fy, cx, cy
+
+
 pixel.__name__, known_distance.__name__ = "X,Y", "X,Y=METRES"  # for argparse's messages
+four_numbers.__name__ = "FX,FY,CX,CY"
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -932,7 +953,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     flag("--photo-focal", type=POSITIVE, metavar="PX", help="its focal length, px")
     flag("--fov", type=number(float, 1, 160), metavar="DEGREES", help="horizontal field of view")
     flag("--focal-35mm", type=POSITIVE, metavar="MM", help="35 mm equivalent focal length")
-    flag("--intrinsics", type=float, nargs=4, metavar=("FX", "FY", "CX", "CY"),
+    flag("--intrinsics", type=four_numbers, metavar="FX,FY,CX,CY",
          help="focal lengths and principal point, px")
 
     flag = parser.add_argument_group("queries").add_argument
@@ -956,7 +977,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     if args.min_confidence is not None and args.decode != "median":
         parser.error("--min-confidence: needs --decode median; greedy answers have no confidence")
     if bool(args.photo) == (args.serve is not None):
-        parser.error("give photos, or --serve without any")
+        parser.error(f"give a checkpoint ({args.checkpoint} was taken for it) and photos, or "
+                     "--serve without any")
     if args.compare and (len(args.photo) != 1 or args.at):
         parser.error("--compare: is for the cloud of one photo")
     jsonl = [path for path in args.photo if path.endswith(".jsonl")]
@@ -1058,6 +1080,10 @@ def run_cloud(args, reader: Reader, photo: Photo, out: Path) -> dict:
     print_label_error(photo, cloud.depth_m)
     for name, other in others.items():
         print_label_error(photo, other.depth_m, f"{name} ")
+        both = cloud.keep & other.keep
+        ratios = cloud.depth_m[both] / other.depth_m[both]
+        print(f"ours / {name}: median {np.median(ratios):.3f}, between 1 / 1.25 and 1.25 at "
+              f"{evaluate.within(ratios, np.ones(1), 1.25).mean():.1%} of {both.sum():,} points")
     print(f"{out}/: {', '.join(files)}")
     return {"out": str(out), "points": len(cloud.xyz), "note": note, "files": files}
 

@@ -213,6 +213,8 @@ def read_text(path):
 
 def read_image(path):
     """The stored pixels, (H, W) or (H, W, channels)."""
+    if not os.path.isfile(path):
+        raise ValueError("no such file")
     with render.image_file(path) as file:
         return np.asarray(render.stored_pixels(file))
 
@@ -1155,8 +1157,11 @@ def named_shots(folder):
     names = images | depths
     if images and None not in map(stamp, images):  # 30 photos a second, and perhaps 15 maps
         names = images.keys() & depths
-        print(f"{folder}: {len(names)} of {len(images)} photos have depth within {STAMP_WINDOW} s",
-              file=sys.stderr)
+        times = [time for time in map(stamp, files["depth"]) if time is not None]
+        gaps = [abs(stamp(name) - time) for name in images for time in times[:1000] if not names]
+        nearest = f"; the nearest is {min(gaps):.3g} s away" if gaps else ""
+        print(f"{folder}: {len(names)} of {len(images)} photos have depth within {STAMP_WINDOW} s"
+              f"{nearest}", file=sys.stderr)
     for name in sorted(names):
         yield name, images.get(name), depths.get(name), cameras.get(name, shared), poses.get(name)
 
@@ -1800,7 +1805,8 @@ def check(paths, image_root=None):
             line = f"  FAULT {report['path']}: {what} ({times} x); {example}"
             print(render.printable(line))
     total = sum(len(report["faults"]) for report in reports)
-    print(f"{total} kinds of faults found" if total else "no faults found", flush=True)
+    kinds = "1 kind" if total == 1 else f"{total} kinds"
+    print(f"{kinds} of faults found" if total else "no faults found", flush=True)
     return total
 
 
@@ -1906,10 +1912,13 @@ def check_values(depths, others, add):
         found, times = np.unique(values, return_counts=True)
         low, high = np.searchsorted(np.sort(values), (0.95 * found, 1.05 * found))
         saturated = np.abs(found[:, None] - SATURATED).min(1, initial=1) < 0.002
+        limit = np.abs(found - found.round()) < 0.002  # of a range; a wall is where it is
         many = np.where(saturated, 0.002 * len(values) + 4, 0.03 * len(values) + 20)
-        for k in np.flatnonzero((times > many) & (times > 0.4 * (high - low)))[:1]:
-            add("many labels at one value", 0, f"{times[k]} of {len(values)} at {found[k]:g} m, "
-                "and few near it: where the sensor saw nothing? Drop them")
+        alone = (times > many) & (times > 0.4 * (high - low)) & (saturated | limit)
+        for k in np.flatnonzero(alone)[:1]:
+            add("many labels at one value", 0, f"in the whole file {times[k]} of {len(values)} at "
+                f"{found[k]:g} m, and few near it: where the sensor saw nothing? Its depth files "
+                "should hold 0 there")
 
 
 def table_row(path, count, points, low, high, depths, focals):
@@ -2076,15 +2085,19 @@ def verify(frames):
             seen.append(see(frame))
         except Exception as error:  # as in naming
             bad.append(reason(error, frame.id))
-    rows = [("files", not bad, f"{len(bad)} of {len(frames)} images not read {bad[:1]}")]
+    count = f"{len(seen)} of {len(frames)} images read"
+    rows = [("files", not bad, "; ".join([count, *bad[:1]]))]
     if seen:
         depths = np.concatenate([one.z for one in seen])
         fault = other_unit(depths, seen[0].frame.scale)
+        poses = verify_poses(list(pairs_in(seen, False)))
         rows += [
-            ("unit", not fault, fault or f"median depth {np.median(depths):.2f} m"),
+            # nothing but poses can prove it
+            ("unit", False if fault else poses[0] or None,
+             fault or f"median depth {np.median(depths):.2f} m: does that fit the place?"),
             ("places of labels", *verify_edges(seen)),
             ("z or Euclidean", *verify_kind(seen)),
-            ("poses", *verify_poses(list(pairs_in(seen, False)))),
+            ("poses", *poses),
             ("poses of two cameras", *verify_poses(list(pairs_in(seen, True)))),
         ]
     said = {True: "right", False: "WRONG", None: "cannot tell"}
@@ -2208,7 +2221,7 @@ def verify_poses(pairs):
     """Labels that are moved to another image find their depth and colour there -> right or not,
     why. A mistake is likely if without it they agree better."""
     if len(pairs) < 3:
-        return None, "few pairs of images with poses"
+        return None, f"{len(pairs)} pairs of images with poses"
     given = np.array([agreement(a, b) for a, b in pairs])
     gains = {
         what: np.array([agreement(mend(a), mend(b)) for a, b in pairs]) - given
@@ -2386,7 +2399,7 @@ def missing_raw(dataset, root):
     row = DATASETS[dataset]
     fetch = f"\n    or run: python prepare.py --dataset {dataset} --download --root {root}"
     if dataset == "folder" and not os.path.isdir(root):
-        return ValueError(f"{root}: no such folder.")
+        return ValueError(f"{root}: no such folder. Give that of your photos and depth as --root.")
     return ValueError(f"{root}: has no raw data of {dataset}, or none of this split.\n"
                       f"    needed: {row.get.strip()}\n    put it in: {root} (or give --root)"
                       + fetch * bool(row.download))

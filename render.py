@@ -32,7 +32,7 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, wraps
+from functools import cache, lru_cache, wraps
 from importlib.metadata import version
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -185,6 +185,13 @@ def run_info(args: argparse.Namespace, **more) -> dict:
             "versions": versions, **more}
 
 
+def other_flags(info: dict, before: dict, free: set[str]) -> str:
+    """The flags of the run.json `before` that are others in that of now, as they were given."""
+    flags, given = info["flags"], before.get("flags") or {}
+    return ", ".join(f"--{key.replace('_', '-')} {given[key]}" for key in flags
+                     if key not in free and key in given and given[key] != flags[key])
+
+
 @contextmanager
 def lock_folder(folder, when: bool = True) -> Iterator[None]:
     """Keep other runs out of a folder, which is made if need be, and sweep what dead ones have left
@@ -332,6 +339,7 @@ def number(kind: type, low: float, high: float = math.inf, exclusive: bool = Fal
     return parse
 
 
+WORKERS = min(4, (os.cpu_count() or 2) - 1)  # processes, by default
 COUNT = number(int, 1)
 NATURAL = number(int, 0)
 POSITIVE = number(float, 0, exclusive=True)
@@ -589,27 +597,39 @@ TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
          8: Image.Transpose.ROTATE_90}  # what makes the pixels of an EXIF orientation upright
 
 
+@cache
+def image_formats() -> list[str]:
+    """Also HEIF, as phones write it, where pillow-heif is installed."""
+    with suppress(ImportError):
+        import pillow_heif
+        pillow_heif.register_heif_opener()
+        return [*FORMATS, "HEIF"]
+    return FORMATS
+
+
 @contextmanager
 def image_file(path, data=None) -> Iterator[Image.Image]:
     """An image file (or `data`, a file object) of which only the header was read yet. Whatever goes
     wrong with it becomes a ValueError that names it."""
     if not data and not os.path.isfile(path):
-        raise ValueError(f"{path}: no such image. Image paths are relative to the jsonl's folder "
-                         "(or --image-root).")
+        raise ValueError(f"{path}: no such image. In a jsonl, paths are relative to its folder (or "
+                         "--image-root).")
     Image.MAX_IMAGE_PIXELS = None  # the limit is on memory, below
     try:
-        with Image.open(data or path, formats=FORMATS) as file:
+        with Image.open(data or path, formats=image_formats()) as file:
             memory = file.width * file.height * (16 if file.mode[0] in "IF" else 4)
             if memory > MAX_MEMORY:
                 raise ValueError(f"{file.width} x {file.height} px take {memory / 1e9:.1f} GB of "
                                  f"memory, and {MAX_MEMORY / 1e9:.1f} are the limit")
             yield file
     except UnidentifiedImageError:
-        raise ValueError(f"{path}: is no image of {', '.join(FORMATS)}. Convert it (HEIC: pip "
-                         "install pillow-heif), or drop its record.") from None
+        formats = image_formats()
+        heic = " (HEIC: pip install pillow-heif)" if "HEIF" not in formats else ""
+        raise ValueError(f"{path}: is no image of {', '.join(formats)}. Convert it{heic}, or leave "
+                         "it out.") from None
     except Exception as e:  # decoders of damaged files raise whatever they like
         raise ValueError(f"{path}: cannot be read as an image ({str(e) or type(e).__name__}). "
-                         "Replace the file or drop its record.") from None
+                         "Replace the file, or leave it out.") from None
 
 
 def exif_orientation(file: Image.Image) -> int:
@@ -1834,7 +1854,7 @@ def add_decoding_flags(flag) -> None:
     flag("--max-new-tokens", type=COUNT,
          help="tokens an answer may have; default: as the checkpoint was trained, else 128")
     flag("--batch-size", type=COUNT, default=32, help="queries a forward pass")
-    flag("--workers", type=NATURAL, default=min(4, (os.cpu_count() or 2) - 1),
+    flag("--workers", type=NATURAL, default=WORKERS,
          help="processes that prepare images, per rank")
     flag("--device", default="auto", help="such as cpu or cuda:1; auto: a GPU "
          "if there is one (Apple's MPS is untested)")
@@ -1844,7 +1864,8 @@ def add_decoding_flags(flag) -> None:
 
 def add_map_flags(flag) -> None:
     """Of depth maps that other systems made, the same flags in evaluate.py and pointcloud.py."""
-    flag("--depth-scale", type=POSITIVE, default=1.0, help="of the maps: a metre in their unit")
+    flag("--depth-scale", type=POSITIVE,
+         help="of the maps: a metre in their unit; default: 1000 for integers, 1 for others")
     flag("--depth-type", choices=("euclidean", "z"), default="euclidean",
          help="what those numbers are, where a line does not say: z is converted by its ray")
 

@@ -448,7 +448,7 @@ def train(args: argparse.Namespace, rank: int, world: int, device: torch.device)
         final = step + 1 == run.last
         if run.validation and (final or (step + 1) % args.val_every == 0):
             train_sft.score_and_log(run, step + 1, args.val_batch, args.reshard)
-        if final or (step + 1) % args.save_every == 0:
+        if final or (step + 1) % run.save_every == 0:
             train_sft.save_run(run, step + 1)
 
     # --------------------------------------------------------------------------------------- finish

@@ -663,11 +663,7 @@ def open_run(args: argparse.Namespace, out: Path, world: int) -> None:
         raise ValueError(f"{out}: exists, is not empty, and has no run to resume. Choose another "
                          "--out.")
     if saved:
-        before, flags = render.read_json(path).get("flags", {}), info["flags"]
-        changed = [key for key in flags
-                   if key not in FREE_FLAGS and key in before and before[key] != flags[key]]
-        if changed:
-            said = ", ".join(f"--{key.replace('_', '-')} {before[key]}" for key in changed)
+        if said := render.other_flags(info, render.read_json(path), FREE_FLAGS):
             raise ValueError(f"{out}: was begun with {said}. Give the same to resume it, or choose "
                              "another --out.")
     render.write_json(path, info)
@@ -802,7 +798,8 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     flag("--crop", type=COUNT, nargs=4, default=[1000, 1400, 700, 1200],
          metavar=("W0", "W1", "H0", "H1"), help="random crop, px (Sec. 4)")
     flag("--seed", type=NATURAL, default=0, help="which samples, in which order")
-    flag("--workers", type=NATURAL, default=4, help="processes that load images, per rank")
+    flag("--workers", type=NATURAL, default=render.WORKERS,
+         help="processes that load images, per rank")
     render.add_settings_flags(parser)
 
     flag = parser.add_argument_group("optimization (App. A.6, Table 5)").add_argument
@@ -837,7 +834,8 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
 
     flag = parser.add_argument_group("logging, validation").add_argument
     flag("--log-every", type=COUNT, default=10, help="steps a printed line; log.jsonl has each")
-    flag("--save-every", type=COUNT, default=500, help="steps between saved models and states")
+    flag("--save-every", type=COUNT, help="steps between saved models and states; default: 500, or "
+         "a tenth of a shorter run")
     flag("--stop-after", type=COUNT, metavar="STEP",
          help="save and stop early, on the same schedule; default: the last step")
     flag("--val", type=file_path, nargs="*", metavar="JSONL",
@@ -890,6 +888,7 @@ class Run:
     steps: int  # of the schedule
     first: int  # steps done before
     last: int  # where it stops
+    save_every: int
     bad: int  # samples that could not be read so far
 
 
@@ -921,8 +920,9 @@ def start_run(args: argparse.Namespace, rank: int, world: int, device: torch.dev
     state = load_resume(model, optimizer, out)
     first, bad = (state["step"], state["bad"]) if state else (0, 0)
     last = max(first, min(steps, args.stop_after or steps))
+    save_every = args.save_every or min(500, max(1, steps // 10))
     run = Run(out, rank, world, device, dtype, checkpoint, datasets, tasks, validation, model,
-              optimizer, steps, first, last, bad)
+              optimizer, steps, first, last, save_every, bad)
     if rank == 0:
         trim_log(out / "log.jsonl", first or -1)
         parameters = sum(p.numel() for p in trained)
@@ -1085,7 +1085,7 @@ def train(args: argparse.Namespace, rank: int, world: int, device: torch.device)
         final = step + 1 == run.last
         if run.validation and (final or (step + 1) % args.val_every == 0):
             score_and_log(run, step + 1, args.val_batch, args.reshard)
-        if final or (step + 1) % args.save_every == 0:
+        if final or (step + 1) % run.save_every == 0:
             save_run(run, step + 1)
 
     # --------------------------------------------------------------------------------------- finish

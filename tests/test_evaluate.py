@@ -337,10 +337,21 @@ def test_depth_maps(tmp_path, scale, ending, kind):
     assert right["delta1"] == 1 and right["abs_rel"] < 1e-3
     for path in (maps / "set").glob("*.*"):  # by the images' names
         path.rename(maps / path.name)
-    assert scored(maps, *unit, "--depth-type", kind) == right
+    assert scored(maps, "--depth-type", kind) == right  # integers are millimetres
     if kind == "z":
         assert scored(maps, *unit)["abs_rel"] > 0.01
     assert scored(maps, "--depth-scale", 2000, "--depth-type", kind)["delta1"] == 0
+
+
+def test_answers_of_another_kind_are_said(tmp_path, capsys):
+    """Above half of them: the prompt is not the model's."""
+    line = {"image": "a.png", "pixel": [1, 2], "true": 2.0}
+    for texts, warned in ((["7 chairs", "no", "2 m"], True), (["7 chairs", "2 m", "3 m"], False)):
+        path = write_jsonl(tmp_path / "p.jsonl", [{**line, "pixel": [k, 2], "pred": text}
+                                                  for k, text in enumerate(texts)])
+        evaluate.main(["--predictions", str(path), "--out", str(tmp_path / "out")])
+        said = capsys.readouterr().err
+        assert ("2 of 3 answers say no number of the unit" in said) == warned
 
 
 def test_depth_maps_that_do_not_fit(tmp_path, capsys):
@@ -354,7 +365,7 @@ def test_depth_maps_that_do_not_fit(tmp_path, capsys):
                            str(tmp_path / "out"), *more])
         return capsys.readouterr().err
 
-    assert "has no 000.npy (or .png) for" in said()
+    assert "000.png, such as 000.npy or .png" in said()
     np.save(maps / "000.npy", np.ones((90, 120, 3)))
     assert "000.npy: " in (line := said()) and "A map is (height, width)" in line
     shutil.copy(tmp_path / "set" / "000.png", maps)

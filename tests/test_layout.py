@@ -37,13 +37,13 @@ def test_six_scripts_and_no_other_python_at_the_top():
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_imports(name):
     """Ours form the DAG of the design; others are the standard library and the six packages,
-    pyarrow only inside the readers that need it, torch not at render's top."""
+    pyarrow and pillow-heif only inside what needs them, torch not at render's top."""
     found = imports(name)
     assert {m for m in found if m in SCRIPTS} <= SCRIPTS[name]
     others = {m for m in found if m not in SCRIPTS and m not in sys.stdlib_module_names}
-    allowed = PACKAGES | COME_WITH_TRANSFORMERS | ({"pyarrow"} if name == "prepare" else set())
-    assert others <= allowed
-    assert not found.get("pyarrow")
+    optional = {"prepare": {"pyarrow"}, "render": {"pillow_heif"}}.get(name, set())
+    assert others <= PACKAGES | COME_WITH_TRANSFORMERS | optional
+    assert not found.get("pyarrow") and not found.get("pillow_heif")
     assert name not in ("render", "prepare") or not found.get("torch")
 
 

@@ -1701,7 +1701,7 @@ PLANTED = {
     "z as Euclidean": (lambda f: f._replace(kind="euclidean"),
                        {"z or Euclidean": "look like z, and are read as eu", "poses": "confused"}),
     "cx of another image": (lambda f: f._replace(intrinsics=(100, 130, 6350, 47.5, 128, 96)),
-                            {"files": "20 of 20 images not read"}),
+                            {"files": "0 of 20 images read"}),
 }
 
 
@@ -1786,7 +1786,7 @@ def test_verify_command(tmp_path, capfd):
     assert code == 1 and "colour edges lie -5 px right of" in said, said
     cut_file(tmp_path / "raw/rgb/0003.png")
     code, said = outcome(capfd, *flags, "--verify", "--limit", 6)
-    assert code == 1 and "1 of 6 images not read" in said and "0003.png" in said, said
+    assert code == 1 and "5 of 6 images read" in said and "0003.png" in said, said
     assert not (tmp_path / "out").exists()
     code, said = outcome(capfd, "--dataset", "nuscenes", "--root", tmp_path / "raw", "--verify")
     assert code == 2 and "has no raw data of nuscenes" in said

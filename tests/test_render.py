@@ -1557,6 +1557,7 @@ def test_only_images_are_opened(tmp_path, monkeypatch):
     noise(80, 60).save(tmp_path / "a.eps")
     noise(80, 60).save(tmp_path / "a.pdf")
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *a: pytest.fail("started"))
+    monkeypatch.setattr(render, "image_formats", lambda: render.FORMATS)  # without pillow-heif
     head = b"\x00\x00\x00\x18ftypheic\x00\x00\x00\x00mif1heic"
     (tmp_path / "a.heic").write_bytes(head + bytes(500))
     for name in ("a.eps", "a.pdf", "a.heic"):
@@ -1566,6 +1567,15 @@ def test_only_images_are_opened(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "fifo.png")
     with pytest.raises(ValueError, match="fifo.png: no such image"):
         render.open_image(tmp_path / "fifo.png")
+
+
+def test_heic_is_read_where_pillow_heif_is(tmp_path):
+    pillow_heif = pytest.importorskip("pillow_heif")
+    image = noise(8, 6).resize((320, 240), Image.Resampling.BICUBIC)
+    pillow_heif.from_pillow(image).save(tmp_path / "IMG_1.HEIC", quality=95)
+    read = render.open_image(tmp_path / "IMG_1.HEIC")
+    difference = np.abs(np.asarray(read, int) - np.asarray(image, int)).mean()
+    assert read.size == (320, 240) and difference < 5
 
 
 @pytest.mark.parametrize("fault", ["missing", "text", "cut", "empty", "folder"])

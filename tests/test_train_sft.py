@@ -869,6 +869,15 @@ def test_all_tasks_train_and_are_scored(tiny, tmp_path):
     assert list(metrics["tasks"]) == list(render.TASKS)
 
 
+def test_short_runs_are_saved_ten_times(tiny, distances, tmp_path, monkeypatch):
+    argv, steps = command(tiny, distances, tmp_path / "run", "--samples", 200), []
+    at = argv.index("--save-every")
+    del argv[at:at + 2]
+    monkeypatch.setattr(train_sft, "save_run", lambda run, step: steps.append(step))
+    train_sft.main(argv)
+    assert steps == [*range(2, 26, 2), 25]
+
+
 def test_loss_of_each_task_is_logged(tiny, distances, tmp_path, one_process):
     """Over all micro-batches and processes; the mean over all tokens is the loss."""
     chats = tmp_path / "chat.jsonl"
@@ -1090,7 +1099,7 @@ def test_what_was_trained_is_what_is_queried(change, tiny, distances, tmp_path, 
     x, y = query.points[0]
     with pytest.raises(SystemExit):  # hardly trained: it says no distance
         pointcloud.main([str(out), query.records[0]["image"], "--at", f"{x:g},{y:g}",
-                         "--intrinsics", str(fx), str(fy), str(cx), str(cy), "--decode", "greedy",
+                         "--intrinsics", f"{fx},{fy},{cx},{cy}", "--decode", "greedy",
                          "--max-new-tokens", "2"])
     for pixels, text in (shown[0], shown[-1]):
         assert (pixels == views[0].pixels).all() and text == question
