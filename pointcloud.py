@@ -513,7 +513,8 @@ def mapped_clouds(args, photo: Photo, grid: np.ndarray) -> dict[str, Cloud]:
         if not keep.any():
             raise ValueError(f"{path}: has no distance of {NEAREST:g} to {FARTHEST:g} m.")
         depth_m[~keep] = np.nan
-        clouds[Path(path).stem] = place_points(photo, grid, depth_m, keep, {})
+        name = Path(path).stem
+        clouds[path if name in clouds else name] = place_points(photo, grid, depth_m, keep, {})
     return clouds
 
 
@@ -1082,6 +1083,8 @@ def run_cloud(args, reader: Reader, photo: Photo, out: Path) -> dict:
         print_label_error(photo, other.depth_m, f"{name} ")
         both = cloud.keep & other.keep
         ratios = cloud.depth_m[both] / other.depth_m[both]
+        if not len(ratios):
+            continue
         print(f"ours / {name}: median {np.median(ratios):.3f}, between 1 / 1.25 and 1.25 at "
               f"{evaluate.within(ratios, np.ones(1), 1.25).mean():.1%} of {both.sum():,} points")
     print(f"{out}/: {', '.join(files)}")

@@ -29,6 +29,7 @@ import io
 import math
 import os
 import re
+import shlex
 import shutil
 import sys
 import time
@@ -2537,6 +2538,9 @@ def main(argv=None):
     if check(paths):
         print("WARNING: the self-check found faults in what was written, see above",
               file=sys.stderr)
+    if args.dataset == "folder":
+        print(f"are poses and depth read rightly? python prepare.py --dataset folder --root "
+              f"{shlex.quote(str(root))} --verify")
 
 
 if __name__ == "__main__":
