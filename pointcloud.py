@@ -785,7 +785,7 @@ def draw_picture(photo: Photo, cloud: Cloud, note: str, others: dict[str, Cloud]
                      *ratio_tile(other, name)])
     width = max(sum(image.width + render.GAP for image in row) for row in rows)
     picture = render.sheet([render.sheet(row, width) for row in rows], 0)
-    return render.captioned(picture, note)
+    return render.captioned(picture, "     " + note)  # below the tiles, not below their margin
 
 
 def views_of(photo: Photo, cloud: Cloud, size) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -802,11 +802,12 @@ def save_turn(file, photo: Photo, cloud: Cloud) -> None:
     """A GIF of a view that circles around that of the camera, behind which nothing is known."""
     size = panel_size(photo)
     xyz, colors = fill_in(photo, cloud, np.floor_divide(size, 2))
-    xyz = xyz - np.median(xyz, 0)
-    half = 1.3 * np.quantile(np.abs(xyz[:, :2]), 0.98, 0)
     turn = np.linspace(0, 2 * np.pi, 36, endpoint=False)
-    images = [draw_cloud(seen_from(yaw, pitch, xyz), colors, size, np.stack([-half, half]))
-              for yaw, pitch in zip(35 * np.sin(turn), 14 - 10 * np.cos(turn))]
+    views = [seen_from(yaw, pitch, xyz - np.median(xyz, 0))
+             for yaw, pitch in zip(28 * np.sin(turn), 14 - 10 * np.cos(turn))]
+    low, high = np.swapaxes([frame_of(view) for view in views], 0, 1)
+    frame = low.min(0), high.max(0)  # of all, so that it stands still
+    images = [draw_cloud(view, colors, size, frame) for view in views]
     images[0].save(file, "GIF", save_all=True, append_images=images[1:], duration=70, loop=0)
 
 
