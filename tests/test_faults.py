@@ -338,15 +338,21 @@ def broken(name: str, bench, whole, kind: str, total: int, first) -> None:
 
 # what trains is forked from a process in which nothing has trained: its threads would be missed
 apart = pytest.mark.skipif(not ALONE, reason="in test_training_alone")
-BROKEN = [pytest.param(name, marks=apart) if name.startswith("train") else name for name in RUNS]
+
+
+def training_apart(names) -> list:
+    return [pytest.param(name, marks=apart) if name.startswith("train") else name for name in names]
+
+
+BROKEN = training_apart(RUNS)
 
 
 @pytest.mark.skipif(ALONE, reason="it runs the others")
 def test_training_alone():
-    """Kills and full disks of training, in a process of their own."""
+    """Kills, full disks and spawned workers of training, in a process of their own."""
     env = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
     done = subprocess.run([sys.executable, "-m", "pytest", __file__, "-n", "0", "-k",
-                           "train and (kills or full) or pipes and state"],
+                           "train and (kills or full or spawn) or pipes and state"],
                           env={**env, "FAULTS": "alone"},
                           capture_output=True, text=True, timeout=500)
     assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-3000:]
@@ -405,7 +411,7 @@ def pickled() -> None:
     process_class.start = start
 
 
-@pytest.mark.parametrize("name", WITH_WORKERS)
+@pytest.mark.parametrize("name", training_apart(WITH_WORKERS))
 def test_spawn(bench, tmp_path, name):
     """Where processes are spawned (macOS, Windows, Linux from Python 3.14), all that goes to a
     worker is pickled; in the long run they are spawned."""
