@@ -63,7 +63,8 @@ ERRORS = ("abs_rel", "rmse", "log10", "silog")
 METRICS = ("delta1", "delta2", "delta3", *ERRORS)
 SURE = ("q10", "q90", "confidence", "lost")  # of an answer by the median
 FREE_FLAGS = {"checkpoint", "photo", "out", "overwrite", "paper_rows", "gif", "json", "compare",
-              "workers", "batch_size"}  # that are not said of a result with other inputs
+              "at", "known", "edge_filter", "min_confidence", "workers", "batch_size",
+              "device"}  # on which answers do not depend
 
 
 # --------------------------------------------------------------------------------------------------

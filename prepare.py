@@ -1913,7 +1913,8 @@ def check_values(depths, others, add):
         found, times = np.unique(values, return_counts=True)
         low, high = np.searchsorted(np.sort(values), (0.95 * found, 1.05 * found))
         saturated = np.abs(found[:, None] - SATURATED).min(1, initial=1) < 0.002
-        limit = np.abs(found - found.round()) < 0.002  # of a range; a wall is where it is
+        # ranges end at whole and half metres, and a wall straight ahead, without noise, anywhere
+        limit = np.abs(found - np.round(2 * found) / 2) < 0.002
         many = np.where(saturated, 0.002 * len(values) + 4, 0.03 * len(values) + 20)
         alone = (times > many) & (times > 0.4 * (high - low)) & (saturated | limit)
         for k in np.flatnonzero(alone)[:1]:

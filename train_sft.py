@@ -888,7 +888,7 @@ class Run:
     steps: int  # of the schedule
     first: int  # steps done before
     last: int  # where it stops
-    save_every: int
+    save_every: int  # steps
     bad: int  # samples that could not be read so far
 
 
