@@ -1339,12 +1339,19 @@ def test_page_in_a_browser(tmp_path, tiny, exact, server, browser):
     assert f"between the two: {np.linalg.norm(ends[0] - ends[1]):.2f} m (" in said
     marked = browser.value("[...document.querySelectorAll('#marks text')].map(t => t.textContent)")
     assert marked == [f"{distance:.2f} m (1.00–2.00)" for distance in true]
+    boxes = browser.value("[...document.querySelectorAll('#marks text')].map(t => {"
+                          "const b = t.getBoundingClientRect(); return [b.top, b.bottom]; })")
+    assert boxes[0][1] <= boxes[1][0] + 6  # both at one height, and each can be read
 
     background = (browser.picture() == pointcloud.BACKGROUND).all(2).mean()
     browser.value("count.value = 1000; make.click()")
     said = browser.wait("Drag to turn")
     assert "answers were no distance" in said and not browser.faults
     assert (browser.picture() == pointcloud.BACKGROUND).all(2).mean() < background - 0.05
+    other = make_photo(tmp_path / "lamp.png", 480, 360, FocalLengthIn35mmFilm=30, Orientation=1)
+    browser.call("DOM.setFileInputFiles", files=[str(other)], nodeId=node)
+    assert "EXIF: 30 mm" in browser.wait("lamp.png: 480 × 360")  # not the focal length before
+    assert browser.value("[$('gl').hidden, cloud === null]") == [True, True]
 
     cloud(tiny, photo, "--photo-focal", 400, "--points", 2000, "--out", tmp_path / "out")
     browser.open((tmp_path / "out/cloud.html").as_uri())
