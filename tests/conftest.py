@@ -3,6 +3,7 @@ the local samples."""
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,8 @@ from PIL import Image  # noqa: E402
 import train_sft  # noqa: E402
 
 torch.set_num_threads(1)
+# what was started in the background may ignore Ctrl-C, and its children would, too
+signal.signal(signal.SIGINT, signal.default_int_handler)
 train_sft.SMALL_UNIT = 0  # each layer of a tiny model is sharded on its own, as those of a real one
 
 # (width, height, focal) of the small world's images: sides off every patch grid, several cameras,
